@@ -1,0 +1,93 @@
+"""The `corymb` command: mounts what the rooms offer."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from corymb.strategies import known_rules
+
+app = typer.Typer(
+    help="Federated learning with pluggable aggregation rules, on Flower.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Changes = Annotated[
+    Optional[list[str]],  # noqa: UP045  # typer reads this form
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set partition.alpha=0.5; repeatable."),
+]
+Out = Annotated[Optional[Path], typer.Option(help="Folder for the results (default: runs/NAME).")]  # noqa: UP045
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")]
+
+
+@app.command()
+def rules() -> None:
+    """List the aggregation rules: kind, parameters with defaults, paper, privacy modes."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("rule", "kind", "parameters", "paper", "privacy"):
+        table.add_column(column, overflow="fold")
+    for name, rule in known_rules().items():
+        parameters = "\n".join(
+            f"{field.name} = {field.default!r}" if field.default is not MISSING else field.name
+            for field in fields(rule)
+        )
+        paper = (rule.__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, rule.kind, parameters or "-", paper, ", ".join(rule.privacy_modes))
+    console.print(table)
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped experiment.")] = "demo",
+    changes: Changes = None,
+    out: Out = None,
+    jobs: Jobs = 1,
+    app_folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--app", help="Run the Flower app in this folder instead; --set changes its config."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Clients, with --app.")] = 10,
+) -> None:
+    """Run an experiment, or any Flower app, on this machine."""
+    from corymb.simulations.commands import simulate_app, simulate_experiment
+
+    if app_folder is not None:
+        simulate_app(app_folder, nodes, changes or [], console)
+    else:
+        simulate_experiment(Path(experiment), changes or [], out, jobs, console)
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped experiment.")] = "demo",
+    rules: Annotated[str, typer.Option(help="Rules to compare, e.g. fedavg,fedau,ida (default: the file's).")] = "",
+    seeds: Annotated[int, typer.Option(min=0, help="How many seeds (default: the file's).")] = 0,
+    changes: Changes = None,
+    out: Out = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Run several rules on the same data, participation and seeds, and rank them."""
+    from corymb.simulations.commands import simulate_experiment
+
+    extra = {"rules": rules.split(",")} if rules else {}
+    simulate_experiment(
+        Path(experiment), changes or [], out, jobs, console, extra | ({"seeds": seeds} if seeds else {})
+    )
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one sentence and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        sys.exit(2)

@@ -1,0 +1,116 @@
+"""How a site trains: read from Flower's flat run config and message config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PREFIX = "train."  # of our keys in a run config
+
+
+class TrainSettings(BaseModel):
+    """Local training. Either `steps` or `epochs`; options of the optimiser and schedule go to torch by name.
+
+    `schedule` is a class of `torch.optim.lr_scheduler`, stepped once per round of the federation.
+    `drop_last` skips a short last batch, unless a site has fewer examples than one batch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(0.1, gt=0)
+    batch_size: int = Field(32, ge=1)
+    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1)
+    drop_last: bool = False
+    optimizer: str = "SGD"
+    optimizer_options: dict[str, Any] = {}
+    schedule: str | None = None
+    schedule_options: dict[str, Any] = {}
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "auto"
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSettings:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"epochs = {self.epochs} and steps = {self.steps} exclude each other; give one")
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        try:
+            optimizer = getattr(torch.optim, self.optimizer)(
+                [parameter], lr=self.learning_rate, **self.optimizer_options
+            )
+            if self.schedule is not None:
+                getattr(torch.optim.lr_scheduler, self.schedule)(optimizer, **self.schedule_options)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"torch.optim cannot make this optimiser or schedule: {error}") from None
+        return self
+
+    @classmethod
+    def read(cls, *configs: Mapping[str, Any]) -> TrainSettings:
+        """From the keys `train.*` of `configs`, later ones first; `train.optimizer_options.momentum` nests.
+
+        Raises `ValueError` naming every wrong key.
+        """
+        merged = {
+            key.removeprefix(PREFIX): value
+            for config in configs
+            for key, value in config.items()
+            if key.startswith(PREFIX)
+        }
+        return _parsed(tuple(sorted(merged.items())))
+
+    def flat(self) -> dict[str, Any]:
+        """The inverse of `read`: what to put into a run config."""
+        flat: dict[str, Any] = {}
+        for name, value in self.model_dump(exclude_none=True, exclude_defaults=True).items():
+            nested = value.items() if isinstance(value, dict) else ((None, value),)
+            flat |= {PREFIX + (f"{name}.{key}" if key else name): item for key, item in nested}
+        return flat
+
+    def rate(self, server_round: int) -> float:
+        """The learning rate in a round, from 1."""
+        if self.schedule is None:
+            return self.learning_rate
+        options = tuple(sorted(self.schedule_options.items()))
+        return _schedule(self.schedule, self.learning_rate, options).of(server_round)
+
+
+@lru_cache(maxsize=256)
+def _parsed(items: tuple[tuple[str, Any], ...]) -> TrainSettings:
+    nested: dict[str, Any] = {}
+    for key, value in items:
+        outer, _, inner = key.partition(".")
+        if inner:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[outer] = value
+    try:
+        return TrainSettings(**nested)
+    except ValidationError as error:
+        wrong = "; ".join(f"{PREFIX}{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"The training settings are wrong: {wrong}.") from None
+
+
+class _Rates:
+    """The rates of a schedule, round after round, worked out as far as they were asked for."""
+
+    def __init__(self, schedule: str, initial: float, options: dict[str, Any]) -> None:
+        self._optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=initial)
+        self._scheduler = getattr(torch.optim.lr_scheduler, schedule)(self._optimizer, **options)
+        self._rates = [initial]
+
+    def of(self, server_round: int) -> float:
+        while len(self._rates) < server_round:
+            self._optimizer.step()  # torch warns of a schedule that runs ahead of its optimiser
+            self._scheduler.step()
+            self._rates.append(float(self._optimizer.param_groups[0]["lr"]))
+        return self._rates[server_round - 1]
+
+
+@lru_cache(maxsize=256)
+def _schedule(schedule: str, initial: float, options: tuple[tuple[str, Any], ...]) -> _Rates:
+    return _Rates(schedule, initial, dict(options))

@@ -1,0 +1,107 @@
+"""Local training and evaluation of one model on one site's examples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from corymb.client.batches import Batch
+from corymb.client.settings import TrainSettings
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Tally:
+    """Sums over batches, kept on the device so that no batch waits for them."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+        self._loss: Tensor | float = 0.0
+        self._correct: Tensor | float | None = 0.0  # None: the outputs are no scores of classes
+
+    def add(self, outputs: Tensor, targets: Tensor, loss: Tensor) -> None:
+        """Count one batch; `loss` is its mean."""
+        self.examples += len(targets)
+        self._loss = self._loss + loss.detach() * len(targets)
+        if self._correct is None or outputs.dim() != targets.dim() + 1 or targets.is_floating_point():
+            self._correct = None
+            return
+        positions = targets.numel() // max(1, len(targets))  # several per example in segmentation
+        self._correct = self._correct + (outputs.detach().argmax(dim=1) == targets).sum() / positions
+
+    def metrics(self) -> dict[str, float]:
+        """Loss, and accuracy where there is one, per example."""
+        if not self.examples:
+            return {}
+        means = {"loss": float(self._loss) / self.examples}
+        if self._correct is not None:
+            means["accuracy"] = float(self._correct) / self.examples
+        return means
+
+
+def train(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    settings: TrainSettings,
+    loss: Loss = nn.functional.cross_entropy,
+    server_round: int = 1,
+) -> dict[str, float]:
+    """Train `module`, where it is, on `batches`.
+
+    Returns the mean loss and accuracy over all batches, each taken before its step, and seconds.
+    """
+    started = time.perf_counter()
+    device = next(module.parameters()).device
+    optimizer = getattr(torch.optim, settings.optimizer)(
+        module.parameters(), lr=settings.rate(server_round), **settings.optimizer_options
+    )
+    half = settings.precision == "float16"
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    tally = Tally()
+    module.train()
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(device), targets.to(device)
+        with _precision(settings, device):
+            outputs = module(inputs)
+            value = loss(outputs, targets)
+        optimizer.zero_grad()
+        if half:
+            scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            value.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        tally.add(outputs, targets, value)
+    return tally.metrics() | {"seconds": time.perf_counter() - started}
+
+
+@torch.no_grad()
+def evaluate(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    settings: TrainSettings | None = None,
+    loss: Loss = nn.functional.cross_entropy,
+) -> dict[str, float]:
+    """The mean loss and accuracy of `module` over `batches`, and seconds."""
+    started = time.perf_counter()
+    device = next(module.parameters()).device
+    tally = Tally()
+    module.eval()
+    for inputs, targets in batches:
+        inputs, targets = inputs.to(device), targets.to(device)
+        with _precision(settings or TrainSettings(), device):
+            outputs = module(inputs)
+            tally.add(outputs, targets, loss(outputs, targets))
+    return tally.metrics() | {"seconds": time.perf_counter() - started}
+
+
+def _precision(settings: TrainSettings, device: torch.device) -> torch.autocast:
+    return torch.autocast(
+        device.type,
+        dtype=getattr(torch, settings.precision) if settings.precision != "float32" else None,
+        enabled=settings.precision != "float32",
+    )

@@ -1,0 +1,43 @@
+"""The one place that touches what Flower keeps private. Tested against each flwr version that we support."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+NODE_UNAVAILABLE = int(ErrorCode.NODE_UNAVAILABLE)
+CLIENT_APP_RAISED = int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
+
+
+class Node(Protocol):
+    """What we read of Flower's NodeInfo: an id that changes with every run, and the operator's name ("" for none)."""
+
+    node_id: int
+    name: str
+
+
+def node_info(node_id: int, name: str) -> Node:
+    """A node as `Grid.get_nodes` returns it."""
+    return cast(Node, NodeInfo(node_id=node_id, name=name, status="online"))
+
+
+def empty_run(run_id: int) -> Run:
+    """A run with nothing filled in but its id, as `Grid.run` returns it."""
+    return Run.create_empty(run_id)
+
+
+def inside_task(run_id: int, node_id: int) -> None:
+    """Let this process construct messages, which Flower allows only inside a running task."""
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = node_id
+
+
+def stamp(message: Message, message_id: str) -> None:
+    """Give `message` its id, as a grid does when it is pushed."""
+    message.metadata.__dict__["_message_id"] = message_id

@@ -1,0 +1,156 @@
+"""The door: one message in, one verdict out. Nothing that a site sends can raise past it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from math import isfinite
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+from torch import Tensor
+
+from corymb.protocol.codec import DTYPES, CodecError, to_tensor
+from corymb.protocol.flower import NODE_UNAVAILABLE
+from corymb.protocol.records import EXAMPLES
+from corymb.strategies import Layout, Reply, Report
+
+BLOCK = 1 << 18  # numbers per check: scratch memory stays small
+MOST_EXAMPLES = 2**53  # beyond it a float cannot count
+
+
+class Code(StrEnum):
+    """Why a reply was turned away."""
+
+    OFFLINE = "offline"  # the network answered: the node cannot be reached
+    ERROR = "error"  # the site answered with an error
+    RECORDS = "records"  # not one record of arrays and one of metrics
+    EXAMPLES = "examples"  # the number of examples is no number of examples
+    NAMES = "names"  # a tensor is missing or too many
+    SHAPE = "shape"
+    DTYPE = "dtype"
+    BYTES = "bytes"  # the bytes are not what the header says
+    NOT_FINITE = "not finite"
+    SILENT = "silent"  # no answer in time
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A reply that does not count, and why, in one sentence that names the node."""
+
+    node: str
+    code: Code
+    reason: str
+
+
+class _Refused(Exception):
+    def __init__(self, code: Code, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Door:
+    """Admits replies of one layout. `examples_key` is the metric that counts a site's examples."""
+
+    layout: Layout
+    examples_key: str = EXAMPLES
+
+    def admit(self, node: str, message: Message) -> Reply | Rejection:
+        """The reply to a training message, checked cheapest first; nothing large is allocated."""
+        try:
+            report = self._report(node, message)
+            arrays = _only(message, "array_records", ArrayRecord)
+            self._check_claims(arrays)
+            # Integer buffers are kept from the server's model, so theirs are not even decoded.
+            state = {
+                entry.name: _decoded(entry.name, arrays)
+                for entry in (*self.layout.parameters, *self.layout.buffers)
+            }
+            for name, tensor in state.items():
+                if not _is_finite(tensor):
+                    raise _Refused(Code.NOT_FINITE, f"tensor {name!r} holds NaN or infinity")
+            return Reply(report, self.layout.parts(state), self.layout.buffers_of(state))
+        except _Refused as refused:
+            return _rejection(node, refused)
+
+    def hear(self, node: str, message: Message) -> Report | Rejection:
+        """The reply to an evaluation message, which carries metrics only."""
+        try:
+            return self._report(node, message)
+        except _Refused as refused:
+            return _rejection(node, refused)
+
+    def _report(self, node: str, message: Message) -> Report:
+        if message.has_error():
+            code = Code.OFFLINE if message.error.code == NODE_UNAVAILABLE else Code.ERROR
+            raise _Refused(code, f"error {message.error.code}: {_short(message.error.reason)}")
+        metrics: Mapping[str, Any] = _only(message, "metric_records", MetricRecord)
+        examples = metrics.get(self.examples_key)
+        if not (
+            isinstance(examples, (int, float))
+            and isfinite(examples)
+            and examples == int(examples)
+            and 0 <= examples <= MOST_EXAMPLES
+        ):
+            raise _Refused(
+                Code.EXAMPLES,
+                f"the metric {self.examples_key!r} is {_short(examples)}, not a whole number from 0 to 2^53",
+            )
+        # A metric that is no finite number is dropped, the update is not.
+        numbers = {
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and abs(value) < 1e300 and name != self.examples_key
+        }
+        return Report(node, int(examples), numbers)
+
+    def _check_claims(self, arrays: ArrayRecord) -> None:
+        expected = {entry.name: entry for entry in self.layout.entries}
+        if missing := expected.keys() - arrays.keys():
+            raise _Refused(Code.NAMES, f"tensor {min(missing)!r} is missing")
+        if extra := arrays.keys() - expected.keys():
+            raise _Refused(Code.NAMES, f"tensor {_short(min(extra))} is not in the model")
+        for name, entry in expected.items():
+            array = arrays[name]
+            if tuple(array.shape) != entry.shape:
+                raise _Refused(
+                    Code.SHAPE,
+                    f"tensor {name!r} has the shape {_short(list(array.shape))}, not {list(entry.shape)}",
+                )
+            if DTYPES.get(array.dtype) != entry.dtype:
+                raise _Refused(
+                    Code.DTYPE, f"tensor {name!r} has the dtype {_short(array.dtype)}, not {entry.dtype}"
+                )
+
+
+def _only(message: Message, records: str, kind: type[Any]) -> Any:
+    try:
+        found = list(getattr(message.content, records).values())
+    except Exception as error:  # a message that cannot even be read is the sender's fault
+        raise _Refused(Code.RECORDS, f"its content cannot be read: {_short(error)}") from None
+    if len(found) != 1:
+        raise _Refused(Code.RECORDS, f"it carries {len(found)} records of the type {kind.__name__}, not one")
+    return found[0]
+
+
+def _decoded(name: str, arrays: ArrayRecord) -> Tensor:
+    try:
+        return to_tensor(name, arrays[name])
+    except CodecError as error:
+        raise _Refused(Code.BYTES, _short(error)) from None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(BLOCK))
+
+
+def _rejection(node: str, refused: _Refused) -> Rejection:
+    return Rejection(node, refused.code, f"{node}: {refused}.")
+
+
+def _short(value: object) -> str:
+    """What a site sent, fit for a log: printable, one line, bounded."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 and text.isprintable() else ascii(text[:200])

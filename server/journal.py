@@ -1,0 +1,158 @@
+"""The journal: the one record of a run, in SQLite and safetensors. A round exists once it is committed here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from corymb.server.record import RoundRecord, Verdict
+from corymb.strategies.memory import packed
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY,
+    seconds REAL NOT NULL,
+    train TEXT NOT NULL,
+    evaluate TEXT NOT NULL,
+    server TEXT NOT NULL,
+    model TEXT NOT NULL,
+    model_sha256 TEXT NOT NULL,
+    memory TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS verdicts (
+    round INTEGER NOT NULL REFERENCES rounds,
+    node TEXT NOT NULL,
+    code TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    examples INTEGER NOT NULL,
+    weight REAL,
+    metrics TEXT NOT NULL,
+    PRIMARY KEY (round, node)
+) STRICT, WITHOUT ROWID;
+"""
+KEPT = 2  # models of the newest rounds
+
+
+class Journal:
+    """The journal in `folder`, made when missing.
+
+    `durable=False` leaves it to the operating system when things reach the disk: for simulations,
+    which are repeated rather than resumed.
+    """
+
+    def __init__(self, folder: Path, durable: bool = True) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._durable = durable
+        # A ServerApp may open it in one thread and run its rounds in another; never two at a time.
+        self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False)
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+        self._database.executescript(SCHEMA)
+
+    def write(self, record: RoundRecord, state: Mapping[str, Tensor], memory: object) -> str:
+        """Commit a finished round with the model and the rule's memory after it; the model's SHA-256.
+
+        The files are in place before the row that names them is committed, so a crash leaves the
+        journal at the round before. Models older than the last two are removed.
+        """
+        model = f"model-{record.round:06d}.safetensors"
+        self._save(dict(state), model)
+        plain, tensors = packed(memory)
+        if tensors:
+            self._save(tensors, _memory_of(model))
+        digest = sha256(self.folder / model)
+        row = asdict(record)
+        with self._database as database:
+            database.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    record.round, record.seconds,
+                    *(json.dumps(row[name]) for name in ("train", "evaluate", "server")),
+                    model, digest, json.dumps(plain),
+                ),
+            )  # fmt: skip
+            database.executemany(
+                "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (record.round, v.node, v.code, v.reason, v.examples, v.weight, json.dumps(v.metrics))
+                    for v in record.verdicts
+                ],
+            )
+        self._forget(record.round - KEPT)
+        return digest
+
+    def rounds(self) -> Iterator[RoundRecord]:
+        """Every committed round, in order."""
+        rows = self._database.execute("SELECT * FROM verdicts ORDER BY round, node")
+        verdicts = {
+            number: [Verdict(*row[1:-1], json.loads(row[-1])) for row in group]
+            for number, group in groupby(rows, key=itemgetter(0))
+        }
+        for number, seconds, *metrics in self._database.execute(
+            "SELECT round, seconds, train, evaluate, server FROM rounds ORDER BY round"
+        ):
+            yield RoundRecord(number, verdicts.get(number, []), *map(json.loads, metrics), seconds)
+
+    def model(self) -> dict[str, Tensor]:
+        """The newest committed model. Raises `LookupError` before the first round."""
+        return load_file(self.folder / self._newest("model"))
+
+    def model_sha256(self) -> str:
+        """The SHA-256 of the newest committed model's file."""
+        return self._newest("model_sha256")
+
+    def _newest(self, column: str) -> str:
+        query = f"SELECT {column} FROM rounds ORDER BY round DESC LIMIT 1"
+        row = self._database.execute(query).fetchone()
+        if row is None:
+            raise LookupError(f"The journal in {self.folder} has no round yet; run one first.")
+        return str(row[0])
+
+    def close(self) -> None:
+        """Close the database; what was written stays."""
+        self._database.close()
+
+    def _save(self, tensors: dict[str, Tensor], name: str) -> None:
+        """Write `name` whole or not at all."""
+        draft = self.folder / f"{name}.draft"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft)
+        if self._durable:
+            _sync(draft)
+        draft.replace(self.folder / name)
+        if self._durable:
+            _sync(self.folder)
+
+    def _forget(self, newest: int) -> None:
+        model = f"model-{newest:06d}.safetensors"
+        for name in (model, _memory_of(model)):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def _memory_of(model: str) -> str:
+    return model.replace("model-", "memory-")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+

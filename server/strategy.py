@@ -1,0 +1,247 @@
+"""A rule as a Flower strategy: right under Flower's own `start()`, streaming under its own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from corymb.protocol.codec import to_arrays, to_state
+from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, ROUND
+from corymb.server.arrivals import arrivals
+from corymb.server.door import Code, Door, Rejection
+from corymb.server.journal import Journal
+from corymb.server.record import RoundRecord, as_metrics, mean_metrics, verdicts
+from corymb.server.roster import connected, sample, wait_for
+from corymb.strategies import Layout, Reply, Report, Rule
+
+log = logging.getLogger("flwr.corymb")  # under Flower's logger, so that its handlers show it
+Named = Iterable[tuple[str, Message]]
+
+
+class FlowerStrategy(Strategy):
+    """Aggregates with `rule`; give it wherever Flower takes a strategy.
+
+    `fraction_train` and `fraction_evaluate` of the connected nodes are asked in a round, drawn from
+    `seed` by node name, once `min_available_nodes` have connected (`TimeoutError` after
+    `wait_seconds`). Errors, silence and replies that the door turns away cost a round nothing but
+    that reply. `buffers` names the float buffers in the state dict (default: BatchNorm's statistics).
+    With a `journal`, each round is committed there under this `start()`. `on_round` is called with
+    every finished round's record.
+
+    A rule's memory and the names of the known nodes live in the strategy: use a new one for a new run.
+    """
+
+    def __init__(
+        self,
+        rule: Rule[Any],
+        *,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_available_nodes: int = 2,
+        wait_seconds: float = 3600.0,
+        seed: int = 0,
+        buffers: Collection[str] | None = None,
+        weighted_by_key: str = EXAMPLES,
+        arrayrecord_key: str = ARRAYS,
+        configrecord_key: str = CONFIG,
+        journal: Journal | None = None,
+        on_round: Callable[[RoundRecord], None] | None = None,
+    ) -> None:
+        for name, fraction in (("fraction_train", fraction_train), ("fraction_evaluate", fraction_evaluate)):
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"{name} = {fraction} must lie in [0, 1]; 1 asks every connected node.")
+        self.rule = rule
+        self.fraction_train = fraction_train
+        self.fraction_evaluate = fraction_evaluate
+        self.min_available_nodes = min_available_nodes
+        self.wait_seconds = wait_seconds
+        self.seed = seed
+        self.buffers = buffers
+        self.weighted_by_key = weighted_by_key
+        self.arrayrecord_key = arrayrecord_key
+        self.configrecord_key = configrecord_key
+        self.journal = journal
+        self.on_round = on_round
+        self.memory = rule.initial()
+        self.known: set[str] = set()
+        self._asked: dict[str, Message] = {}
+        self._arrays: ArrayRecord | None = None  # the model as it was last sent, and, taken apart, `_origin`
+
+    def summary(self) -> None:
+        """Log the rule and how nodes are chosen."""
+        log.info("\t├── Rule: %s", self.rule)
+        log.info("\t├── Ask: train %g | evaluate %g", self.fraction_train, self.fraction_evaluate)
+        log.info("\t└── Wait for: %d nodes | seed %d", self.min_available_nodes, self.seed)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """A training message for each sampled node. Neither `arrays` nor `config` is changed."""
+        self._take(arrays)
+        nodes = wait_for(grid, self.min_available_nodes, self.wait_seconds)
+        self.known |= nodes.keys()
+        chosen = sample(nodes, self.fraction_train, self.seed, server_round, "train")
+        return self._messages(MessageType.TRAIN, server_round, config, {name: nodes[name] for name in chosen})
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The model and mean metrics after `replies` to `configure_train`; None where nothing changed."""
+        record = RoundRecord(server_round)
+        arrays = self._aggregate(record, self._in_order(replies))
+        return arrays, as_metrics(record.train)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """An evaluation message for each sampled node."""
+        self._take(arrays)
+        nodes = connected(grid) if self.fraction_evaluate else {}
+        chosen = sample(nodes, self.fraction_evaluate, self.seed, server_round, "evaluate")
+        return self._messages(
+            MessageType.EVALUATE, server_round, config, {name: nodes[name] for name in chosen}
+        )
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """The mean metrics of `replies`, weighed by examples."""
+        return as_metrics(self._hear(self._in_order(replies)))
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Flower's round loop, with replies folded as they arrive. Arguments and result as in Flower's."""
+        self.summary()
+        self._take(initial_arrays)
+        del initial_arrays  # what is sent from here on shares the memory of the model taken apart
+        self._arrays = to_arrays(self._layout.restore(self._origin))
+        result = Result(arrays=self._arrays)
+        if evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
+            result.evaluate_metrics_serverapp[0] = metrics
+        for number in range(1, num_rounds + 1):
+            record = RoundRecord(number)
+            started = time.monotonic()
+            messages = self.configure_train(number, result.arrays, train_config or ConfigRecord(), grid)
+            replies = arrivals(grid, self._push(grid, messages), timeout)
+            del messages
+            result.arrays = self._aggregate(record, replies) or result.arrays
+            if record.train:
+                result.train_metrics_clientapp[number] = MetricRecord(dict(record.train))
+
+            messages = self.configure_evaluate(number, result.arrays, evaluate_config or ConfigRecord(), grid)
+            record.evaluate = self._hear(arrivals(grid, self._push(grid, messages), timeout))
+            if record.evaluate:
+                result.evaluate_metrics_clientapp[number] = MetricRecord(dict(record.evaluate))
+
+            if evaluate_fn and (metrics := evaluate_fn(number, result.arrays)) is not None:
+                result.evaluate_metrics_serverapp[number] = metrics
+                record.server = {
+                    name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))
+                }
+            record.seconds = time.monotonic() - started
+            self._finish(record, num_rounds)
+        return result
+
+    def _take(self, arrays: ArrayRecord) -> None:
+        """Make `arrays` the round's model, unless it is what the last round ended with."""
+        if arrays is self._arrays:
+            return
+        state = to_state(arrays)
+        self._layout = Layout.of(state, self.buffers)
+        self._door = Door(self._layout, self.weighted_by_key)
+        self._origin = self._layout.flatten(state)
+        self._arrays = arrays
+
+    def _messages(
+        self, kind: str, server_round: int, config: ConfigRecord, nodes: Mapping[str, int]
+    ) -> list[Message]:
+        config = config.copy()
+        config[ROUND] = server_round
+        content = RecordDict({self.arrayrecord_key: self._arrays, self.configrecord_key: config})
+        self._asked = {
+            name: Message(content, node_id, kind, group_id=str(server_round))
+            for name, node_id in nodes.items()
+        }
+        return list(self._asked.values())
+
+    def _push(self, grid: Grid, messages: list[Message]) -> dict[str, str]:
+        """Send `messages`; `{message id: node}` of those that the grid took."""
+        if messages:
+            grid.push_messages(messages)
+        asked = {message.metadata.message_id: name for name, message in self._asked.items()}
+        return {message_id: name for message_id, name in asked.items() if message_id}
+
+    def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
+        """`replies` that came together, with their nodes, in the order of the nodes' names.
+
+        Errors are told by the message that they answer: the SuperLink makes them under its own node id.
+        """
+        by_message = {message.metadata.message_id: name for name, message in self._asked.items()}
+        by_node = {message.metadata.dst_node_id: name for name, message in self._asked.items()}
+        named = {}
+        for reply in replies:
+            source = reply.metadata.src_node_id
+            name = by_message.get(reply.metadata.reply_to_message_id) or by_node.get(source, f"node-{source}")
+            named.setdefault(name, reply)
+        return iter(sorted(named.items(), key=lambda item: item[0]))
+
+    def _aggregate(self, record: RoundRecord, replies: Named) -> ArrayRecord | None:
+        """Door and rule: the next model, or None when it is still the same. Fills in `record`."""
+        heard: dict[str, Report | Rejection] = {}
+        outcome = self.rule.aggregate(
+            self._origin, self._admitted(replies, heard), self.memory, frozenset(self.known)
+        )
+        self.memory = outcome.memory
+        record.verdicts = verdicts(self._asked, heard, outcome.weights)
+        record.train = mean_metrics(report for report in heard.values() if isinstance(report, Report))
+        for verdict in record.verdicts:
+            if verdict.reason and verdict.code != Code.OFFLINE:
+                log.info("\t│ %s (%s)", verdict.reason, verdict.code)
+        if outcome.model is self._origin:
+            return None
+        self._origin = outcome.model
+        self._arrays = to_arrays(self._layout.restore(outcome.model))
+        return self._arrays
+
+    def _admitted(self, replies: Named, heard: dict[str, Report | Rejection]) -> Iterator[Reply]:
+        for node, message in replies:
+            verdict = self._door.admit(node, message)
+            del message
+            if isinstance(verdict, Rejection):
+                heard[node] = verdict
+                continue
+            heard[node] = verdict.report
+            yield verdict
+            del verdict  # its memory goes to the next reply
+
+    def _hear(self, replies: Named) -> dict[str, float]:
+        heard = [self._door.hear(node, message) for node, message in replies]
+        return mean_metrics(report for report in heard if isinstance(report, Report))
+
+    def _finish(self, record: RoundRecord, num_rounds: int) -> None:
+        if self.journal is not None:
+            self.journal.write(record, self._layout.restore(self._origin), self.memory)
+        measured = record.server or record.evaluate or record.train
+        log.info(
+            "[ROUND %d/%d] %d of %d counted in %.2f s %s",
+            record.round,
+            num_rounds,
+            len(record.admitted),
+            len(record.verdicts),
+            record.seconds,
+            " ".join(f"{name} {value:.4f}" for name, value in measured.items()),
+        )
+        if self.on_round is not None:
+            self.on_round(record)

@@ -1,0 +1,55 @@
+"""What `corymb simulate` and `corymb compare` do."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from corymb.simulations.campaign import run_all
+from corymb.simulations.experiment import parse_change, read
+from corymb.simulations.flower_app import load_app, run_app
+from corymb.simulations.report import write_report
+from corymb.simulations.results import collect, prepare, scores, write
+
+
+def simulate_experiment(
+    path: Path,
+    changes: list[str],
+    out: Path | None,
+    jobs: int,
+    console: Console,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Run the experiment in `path`, print its table and write its folder."""
+    experiment = read(path, dict(map(parse_change, changes)) | dict(extra or {}))
+    folder = out or Path("runs") / experiment.name
+    prepare(folder)
+    run_all(experiment, folder, console, jobs)
+    runs = collect(experiment, folder)
+    write(experiment, runs, folder)
+    report = write_report(experiment, runs, folder)
+    results = scores(runs)
+    best = max(results, key=lambda rule: results[rule][0])
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("rule")
+    table.add_column("test accuracy %", justify="right")
+    for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -item[1][0]):
+        style = "bold" if rule == best else ""
+        table.add_row(rule, f"{100 * mean:.2f} ± {100 * deviation:.2f}", style=style)
+    console.print(table)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console) -> None:
+    """Run the Flower app in `folder` on a LocalGrid; its own log says what happens."""
+    app = load_app(folder)
+    logging.getLogger("flwr").setLevel(logging.INFO)
+    started = time.monotonic()
+    run_app(app, nodes, dict(map(parse_change, changes)))
+    console.print(f"Finished on {nodes} nodes in {time.monotonic() - started:.1f} s.")

@@ -1,0 +1,156 @@
+"""Data sets for simulations: the digits that scikit-learn ships, or files by path."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corymb.simulations.tables import TABLES, Rows, read_parquet, read_table
+
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """`inputs [n, ...]` float32, `targets [n]` int64, and for each the site that it comes from, if any."""
+
+    inputs: Tensor
+    targets: Tensor
+    sites: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def rows(self, rows: Tensor) -> Examples:
+        """The examples at `rows [m]`."""
+        sites = None if self.sites is None else tuple(self.sites[row] for row in rows.tolist())
+        return Examples(self.inputs[rows], self.targets[rows], sites)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples to train on and to test on."""
+
+    train: Examples
+    test: Examples
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are, counting from label 0."""
+        return int(max(self.train.targets.max(), self.test.targets.max())) + 1
+
+
+def load(
+    source: str, *, label: str | None = None, positive_above: float | None = None, test_fraction: float = 0.2
+) -> Source:
+    """Read `source`: "digits", or the path of a file or folder.
+
+    A folder holds idx files (MNIST's names, gzipped or not), `train` and `test` files of one kind, or one
+    table per site (.csv or .data; the file's name is the site's). A file is .npz (`x_train`, `y_train`,
+    `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In a table the column `label` (default:
+    one so called, else the last) is the target, "?" and empty cells are missing; columns missing in over a
+    third of the rows are dropped, then rows with gaps, and the rest is standardised. `positive_above` makes
+    the label binary. Where no test set comes along, `test_fraction` of each site is set aside.
+
+    Raises `ValueError` for a path that is not there or holds nothing known.
+    """
+    if source == DIGITS:
+        return _split(_digits(), test_fraction)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise ValueError(f"There is no data at {source!r}; give the path of a file or folder, or {DIGITS!r}.")
+    kinds = sorted({_kind(file) for file in (path.iterdir() if path.is_dir() else [path])})
+    if "idx" in kinds:
+        return _idx(path if path.is_dir() else path.parent)
+    if path.suffix == ".npz":
+        return _npz(path, test_fraction)
+    if ".parquet" in kinds:
+        return _parquet(path, label, test_fraction)
+    if set(kinds) & set(TABLES):
+        return _tables(path, label, positive_above, test_fraction)
+    raise ValueError(
+        f"The data at {source!r} is of no known kind (found: {', '.join(kinds) or 'nothing'}); "
+        "give idx, npz, csv, data or parquet files."
+    )
+
+
+def _kind(file: Path) -> str:
+    return "idx" if file.name.removesuffix(".gz").endswith("-ubyte") else file.suffix
+
+
+def _digits() -> Examples:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return Examples(torch.tensor(pixels / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels))
+
+
+def _idx(folder: Path) -> Source:
+    def read(part: str, kind: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        found = sorted(folder.glob(f"{part}-{kind}-idx?-ubyte*"))
+        if not found:
+            raise ValueError(f"The folder {folder} has no file {part}-{kind}-idx*-ubyte; MNIST's four are needed.")
+        data = found[0].read_bytes()
+        data = gzip.decompress(data) if found[0].suffix == ".gz" else data
+        dimensions = np.frombuffer(data, ">i4", data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(dimensions)
+
+    def examples(part: str) -> Examples:
+        pixels = torch.from_numpy(read(part, "images").astype(np.float32) / 255).unsqueeze(1)
+        return Examples(pixels, torch.from_numpy(read(part, "labels").astype(np.int64)))
+
+    return Source(examples("train"), examples("t10k"))
+
+
+def _npz(path: Path, test_fraction: float) -> Source:
+    with np.load(path, allow_pickle=False) as arrays:
+
+        def examples(suffix: str) -> Examples:
+            inputs, targets = (arrays[f"{name}{suffix}"] for name in "xy")
+            return Examples(torch.tensor(inputs, dtype=torch.float32), torch.tensor(targets, dtype=torch.int64))
+
+        if "x_train" in arrays:
+            return Source(examples("_train"), examples("_test"))
+        if "x" in arrays:
+            return _split(examples(""), test_fraction)
+        names = ", ".join(arrays)
+    raise ValueError(f"The file {path} holds {names}; name its arrays x and y, or x_train, y_train, x_test, y_test.")
+
+
+def _parquet(path: Path, label: str | None, test_fraction: float) -> Source:
+    def examples(file: Path) -> Examples:
+        inputs, targets = read_parquet(file, label)
+        return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+    if path.is_file():
+        return _split(examples(path), test_fraction)
+    return Source(examples(path / "train.parquet"), examples(path / "test.parquet"))
+
+
+def _tables(path: Path, label: str | None, positive_above: float | None, test_fraction: float) -> Source:
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in TABLES)
+    sites = [(file.stem.rpartition(".")[2], read_table(file, label)) for file in files]
+    rows = Rows.together([table for _, table in sites]).complete().standardised()
+    names = tuple(sites[origin][0] for origin in rows.origins)
+    labels = rows.labels if positive_above is None else rows.labels > positive_above
+    examples = Examples(
+        torch.tensor(rows.inputs, dtype=torch.float32), torch.tensor(labels.astype(np.int64)), names
+    )
+    return _split(examples if len(sites) > 1 else replace(examples, sites=None), test_fraction)
+
+
+def _split(examples: Examples, test_fraction: float) -> Source:
+    """Set every k-th example of each site and label aside: nothing random, so every seed tests on the same."""
+    strata: dict[object, list[int]] = {}
+    for row, target in enumerate(examples.targets.tolist()):
+        strata.setdefault((examples.sites and examples.sites[row], target), []).append(row)
+    tests = torch.zeros(len(examples), dtype=torch.bool)
+    for rows in strata.values():
+        size = round(test_fraction * len(rows))
+        tests[[rows[i * len(rows) // size] for i in range(size)]] = True
+    return Source(examples.rows((~tests).nonzero()[:, 0]), examples.rows(tests.nonzero()[:, 0]))

@@ -1,0 +1,199 @@
+"""An experiment: a TOML file, checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from corymb.client import TrainSettings
+from corymb.strategies import Rule, make_rule
+
+SHIPPED = Path(__file__).parent / "experiments"
+
+
+class Strict(BaseModel):
+    """A table of settings: a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Strict):
+    """What to learn from; see `data.load`. Paths are relative to the current folder."""
+
+    source: str = "digits"
+    label: str | None = None
+    positive_above: float | None = None
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+
+
+class PartitionSettings(Strict):
+    """How the examples are spread over clients; "site" takes the data's own sites, and their number."""
+
+    kind: Literal["dirichlet", "shards", "iid", "site"] = "dirichlet"
+    clients: int = Field(10, ge=1)
+    alpha: float = Field(0.1, gt=0)
+    shards_per_client: int = Field(2, ge=1)
+
+
+class ParticipationSettings(Strict):
+    """Who is online when; without `probability` it follows from each client's classes."""
+
+    kind: Literal["always", "bernoulli", "markov", "cyclic", "trace"] = "always"
+    probability: float | None = Field(None, gt=0, le=1)
+    mean: float = Field(0.1, gt=0, le=1)
+    minimum: float = Field(0.02, gt=0, le=1)
+    alpha: float = Field(0.1, gt=0)
+    rate: float = Field(0.05, gt=0, le=1)
+    cycle: int = Field(100, ge=2)
+    path: Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ParticipationSettings:
+        if (self.kind == "trace") != (self.path is not None):
+            raise ValueError("the kind 'trace' and a path go together")
+        return self
+
+
+class ModelSettings(Strict):
+    """The model; `options` go to its factory."""
+
+    kind: str = "softmax"
+    options: dict[str, Any] = {}
+
+
+class RuleSettings(Strict):
+    """A rule with its parameters; `label` tells it from others, `train` overrides local training for it."""
+
+    name: str
+    label: str = ""
+    parameters: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> RuleSettings:
+        self.make()
+        return self
+
+    def make(self) -> Rule[Any]:
+        """The rule."""
+        return make_rule(self.name, **self.parameters)
+
+    @property
+    def title(self) -> str:
+        """What tables and plots call it."""
+        return self.label or self.name
+
+
+class EvaluateSettings(Strict):
+    """Test accuracy every so many rounds; the final one is the mean over the last `last` rounds."""
+
+    every: int = Field(1, ge=1)
+    last: int = Field(1, ge=1)
+
+
+class Experiment(Strict):
+    """Rules that compete on the same data, participation and seeds."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    rounds: int = Field(ge=1)
+    seeds: list[int] = Field([0], min_length=1)
+    fraction: float = Field(1.0, gt=0, le=1)
+    rules: list[RuleSettings] = Field(min_length=1)
+    data: DataSettings = DataSettings()
+    partition: PartitionSettings = PartitionSettings()
+    participation: ParticipationSettings = ParticipationSettings()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings(epochs=None)
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count(cls, seeds: Any) -> Any:
+        return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _names(cls, rules: Any) -> Any:
+        return [{"name": rule} if isinstance(rule, str) else rule for rule in rules]
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        titles = [rule.title for rule in self.rules]
+        if twice := {title for title in titles if titles.count(title) > 1}:
+            raise ValueError(f"the label {min(twice)!r} stands for two rules; give each a label of its own")
+        for rule in self.rules:
+            self.train_for(rule)
+        return self
+
+    def train_for(self, rule: RuleSettings) -> TrainSettings:
+        """Local training under `rule`."""
+        if not rule.train:
+            return self.train
+        return TrainSettings(**{**self.train.model_dump(exclude_defaults=True), **rule.train})
+
+
+def read(path: Path, changes: dict[str, Any] | None = None) -> Experiment:
+    """The experiment in `path`, or the shipped one of that name, with `changes {dotted key: value}` applied.
+
+    Raises `ValueError` listing everything that is wrong, with its place.
+    """
+    found = next((p for p in (path, SHIPPED / path, SHIPPED / f"{path}.toml") if p.is_file()), None)
+    if found is None:
+        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+        raise ValueError(f"There is no experiment {str(path)!r}; give a TOML file or a shipped one: {shipped}.")
+    try:
+        table = tomllib.loads(found.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"The experiment {found.name} is not valid TOML: {error}.") from None
+    for key, value in (changes or {}).items():
+        _set(table, key, value)
+    try:
+        return Experiment(**{"name": found.stem, **table})
+    except ValidationError as error:
+        wrong = "; ".join(_told(e) for e in error.errors())
+        raise ValueError(f"The experiment {found.name} is wrong: {wrong}.") from None
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """`key=value` with a TOML value; what is no TOML value is a string. Raises `ValueError` without a "="."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"The change {text!r} has no key and value; write it as train.learning_rate=0.05.")
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value
+
+
+def _set(table: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"The change {key!r} goes through {part!r}, which is no table.")
+    table[last] = value
+
+
+def _told(error: Any) -> str:
+    """One error of pydantic's, with its path."""
+    place = ".".join(str(part) for part in error["loc"]) or "experiment"
+    if error["type"] == "extra_forbidden":
+        near = get_close_matches(str(error["loc"][-1]), _keys(error["loc"]), 1)
+        return f"{place} is no known key" + (f" (did you mean {near[0]!r}?)" if near else "")
+    message = error["msg"].removeprefix("Value error, ").removesuffix(".")
+    if error["type"] in ("value_error", "missing"):
+        return f"{place}: {message}"
+    return f"{place} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(place: tuple[str | int, ...]) -> list[str]:
+    model: Any = Experiment
+    for part in place[:-1]:
+        model = RuleSettings if isinstance(part, int) else model.model_fields[part].annotation
+        if part == "rules":
+            continue
+    return list(model.model_fields)

@@ -1,0 +1,57 @@
+"""The small models that experiments name; `module:factory` names any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def softmax(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Softmax regression."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
+
+
+def mlp(shape: tuple[int, ...], classes: int, hidden: int = 64) -> nn.Module:
+    """One hidden layer of `hidden` rectified units."""
+    inputs = torch.Size(shape).numel()
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+def cnn(shape: tuple[int, ...], classes: int, hidden: int = 128, channels: int = 32) -> nn.Module:
+    """Two 3x3 convolutions with pooling, then one hidden layer (the network of Wang & Ji 2024)."""
+    if len(shape) != 3:
+        raise ValueError(f"The model 'cnn' needs images [channels, height, width], not inputs of shape {list(shape)}.")
+    features = nn.Sequential(
+        nn.Conv2d(shape[0], channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+    )  # fmt: skip
+    width = features(torch.zeros(1, *shape)).shape[1]
+    return nn.Sequential(features, nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"softmax": softmax, "mlp": mlp, "cnn": cnn}
+
+
+def make_model(kind: str, shape: tuple[int, ...], classes: int, **options: Any) -> nn.Module:
+    """The model `kind` for inputs of `shape`. A factory "module:name" is called with (shape, classes, **options).
+
+    Raises `ValueError` for a model or option that does not exist.
+    """
+    if kind in MODELS:
+        factory = MODELS[kind]
+    elif ":" in kind:
+        module, _, name = kind.partition(":")
+        try:
+            factory = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"The model {kind!r} cannot be imported: {error}.") from None
+    else:
+        raise ValueError(f"There is no model {kind!r}; choose {', '.join(MODELS)} or 'module:factory'.")
+    try:
+        return factory(shape, classes, **options)
+    except TypeError as error:
+        raise ValueError(f"The model {kind!r} cannot be made: {error}.") from None

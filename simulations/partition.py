@@ -1,0 +1,61 @@
+"""How examples are spread over clients: `[rows of client 0, rows of client 1, ...]`, every row once."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+Rows = NDArray[np.int64]
+
+
+def iid(labels: Labels, clients: int, rng: np.random.Generator) -> list[Rows]:
+    """Evenly and at random."""
+    return [np.sort(part) for part in np.array_split(rng.permutation(len(labels)), clients)]
+
+
+def shards(labels: Labels, clients: int, rng: np.random.Generator, per_client: int = 2) -> list[Rows]:
+    """McMahan et al. 2017: sort by class, cut into `clients * per_client` shards, deal them out at random."""
+    order = rng.permutation(len(labels))
+    pieces = np.array_split(order[np.argsort(labels[order], kind="stable")], clients * per_client)
+    dealt = rng.permutation(len(pieces)).reshape(clients, per_client)
+    return [np.sort(np.concatenate([pieces[i] for i in hand])) for hand in dealt]
+
+
+def dirichlet(labels: Labels, clients: int, rng: np.random.Generator, alpha: float = 0.1) -> list[Rows]:
+    """Wang & Ji 2024: each client draws its label distribution from Dir(`alpha`), and each class is
+    split in proportion to the clients' weights for it. Sizes differ; nobody is left without an example.
+    """
+    classes = int(labels.max()) + 1
+    weights = rng.dirichlet(np.full(classes, alpha), size=clients)
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for label in range(classes):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        total = weights[:, label].sum()
+        shares = np.cumsum(weights[:, label] / total) if total else np.arange(1, clients + 1) / clients
+        cuts = np.round(shares[:-1] * len(rows)).astype(int)
+        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(piece)
+    return _none_empty([np.sort(np.concatenate(part)) for part in parts])
+
+
+def by_site(sites: tuple[str, ...]) -> tuple[list[Rows], list[str]]:
+    """The natural partition, and the sites' names in order."""
+    names = sorted(set(sites))
+    where = np.array(sites)
+    return [np.flatnonzero(where == name) for name in names], names
+
+
+def label_distributions(labels: Labels, parts: list[Rows], classes: int) -> NDArray[np.float64]:
+    """The share of each class at each client, `[N, C]`."""
+    counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
+    return counts / counts.sum(axis=1, keepdims=True)
+
+
+def _none_empty(parts: list[Rows]) -> list[Rows]:
+    """A client without examples takes one from the largest."""
+    for client, rows in enumerate(parts):
+        if not len(rows):
+            largest = max(range(len(parts)), key=lambda i: len(parts[i]))
+            parts[client], parts[largest] = parts[largest][:1], parts[largest][1:]
+    return parts

@@ -1,0 +1,145 @@
+"""The pictures of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from corymb.simulations.federation import Population
+from corymb.simulations.results import Run
+
+mpl.use("Agg")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "font.size": 9,
+    "legend.frameon": False,
+}
+
+
+def draw_all(runs: list[Run], population: Population, folder: Path) -> dict[str, str]:
+    """Draw every picture into `folder`: `{file name: caption}`. `population` is that of the first seed."""
+    seed = runs[0].seed
+    firsts = [run for run in runs if run.seed == seed]
+    pictures: dict[str, tuple[str, Callable[[], Figure]]] = {
+        "accuracy.png": ("Test accuracy per round: mean over seeds, band from least to most", lambda: accuracy(runs)),
+        "participation.png": (f"Who took part in each round (seed {seed})", lambda: participation(firsts[0], population)),
+        "weights.png": (
+            f"How much each client counted (seed {seed}, share of the round's largest)",
+            lambda: weights(firsts, population),
+        ),
+        "labels.png": (f"What each client has: examples per class (seed {seed})", lambda: labels(population)),
+    }
+    with mpl.rc_context(STYLE):
+        for name, (_, draw) in pictures.items():
+            draw().savefig(folder / name, dpi=120)
+    return {name: caption for name, (caption, _) in pictures.items()}
+
+
+def accuracy(runs: list[Run]) -> Figure:
+    """A curve per rule with the band of its seeds."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for rule in dict.fromkeys(run.rule for run in runs):
+        curves = [run.curve for run in runs if run.rule == rule]
+        rounds, values = curves[0][0], np.array([curve for _, curve in curves])
+        (line,) = axes.plot(rounds, _smooth(values.mean(axis=0)), label=rule, linewidth=1.6)
+        low, high = _smooth(values.min(axis=0)), _smooth(values.max(axis=0))
+        axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    points = len(runs[0].curve[0])
+    smoothed = f", mean of {_window(points)} neighbours" if _window(points) > 1 else ""
+    axes.set(xlabel="round", ylabel=f"test accuracy{smoothed}", xlim=(1, None))
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right")
+    return figure
+
+
+def participation(run: Run, population: Population) -> Figure:
+    """A dot per client and round."""
+    rows = {name: row for row, name in enumerate(population.names)}
+    took_part = np.zeros((len(rows), len(run.records)))
+    for column, record in enumerate(run.records):
+        for verdict in record.admitted:
+            took_part[rows[verdict.node], column] = 1
+    figure = Figure(figsize=(8, _height(len(rows))), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(took_part, aspect="auto", interpolation="nearest", cmap="Greys", extent=_extent(took_part))
+    axes.set(xlabel="round", ylabel="client")
+    return figure
+
+
+def weights(runs: list[Run], population: Population) -> Figure:
+    """A heat map per rule."""
+    rows = {name: row for row, name in enumerate(population.names)}
+    figure = Figure(figsize=(8, 2.1 * len(runs) + 0.4), layout="constrained")
+    every: NDArray[np.object_] = figure.subplots(len(runs), 1, sharex=True, squeeze=False)
+    for axes, run in zip(every[:, 0], runs, strict=True):
+        shown = np.full((len(rows), len(run.records)), np.nan)
+        for column, record in enumerate(run.records):
+            known = {v.node: v.weight for v in record.admitted if v.weight is not None}
+            largest = max(map(abs, known.values()), default=0)
+            for node, weight in known.items():
+                shown[rows[node], column] = weight / largest if largest else 0
+        _heat(axes, shown, run.rule)
+    every[-1, 0].set_xlabel("round")
+    return figure
+
+
+def _heat(axes: Axes, shown: NDArray[np.float64], rule: str) -> None:
+    axes.set(title=rule, ylabel="client")
+    if np.isnan(shown).all():
+        axes.set_yticks([])
+        note = "this rule gives no weights: it works on each coordinate by itself"
+        axes.text(0.5, 0.5, note, ha="center", va="center", transform=axes.transAxes, color="grey")
+        return
+    image = axes.imshow(
+        shown, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1, extent=_extent(shown)
+    )
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+
+
+def labels(population: Population) -> Figure:
+    """A stacked bar per client."""
+    sizes = np.array([len(rows) for rows in population.parts])
+    counts = population.labels * sizes[:, None]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    bottom = np.zeros(len(sizes))
+    colours = mpl.colormaps["tab20" if counts.shape[1] > 10 else "tab10"]
+    for label in range(counts.shape[1]):
+        axes.bar(range(len(sizes)), counts[:, label], bottom=bottom, color=colours(label % colours.N), width=0.9, label=label)
+        bottom += counts[:, label]
+    if len(sizes) <= 10:
+        axes.set_xticks(range(len(sizes)), population.names)
+    axes.set(xlabel="client", ylabel="examples", xlim=(-0.7, len(sizes) - 0.3))
+    if counts.shape[1] <= 20:
+        figure.legend(title="class", loc="outside right upper", ncols=1 + (counts.shape[1] > 10))
+    return figure
+
+
+def _extent(matrix: NDArray[np.float64]) -> tuple[float, float, float, float]:
+    clients, rounds = matrix.shape
+    return (0.5, rounds + 0.5, clients - 0.5, -0.5)
+
+
+def _height(clients: int) -> float:
+    return float(np.clip(0.06 * clients, 2, 6))
+
+
+def _window(points: int) -> int:
+    return max(1, points // 50)
+
+
+def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A moving mean over a fiftieth of the points, so that 2,000 rounds make a curve and not a cloud."""
+    window = _window(len(values))
+    padded = np.concatenate([np.full(window // 2, values[0]), values, np.full(window - 1 - window // 2, values[-1])])
+    return np.convolve(padded, np.ones(window) / window, mode="valid")

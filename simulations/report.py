@@ -1,0 +1,54 @@
+"""The report: one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import base64
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from corymb.simulations.experiment import Experiment
+from corymb.simulations.federation import population_of
+from corymb.simulations.plots import draw_all
+from corymb.simulations.results import Run, scores
+
+
+def write_report(experiment: Experiment, runs: list[Run], folder: Path) -> Path:
+    """Draw the pictures into `folder` and write `report.html` with everything in it."""
+    population = population_of(experiment, experiment.seeds[0])
+    pictures = draw_all(runs, population, folder)
+    results = scores(runs)
+    best = max(results, key=lambda rule: results[rule][0])
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        experiment=experiment,
+        clients=len(population.names),
+        participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
+        rows=[
+            {
+                "title": rule.title,
+                "mean": results[rule.title][0],
+                "deviation": results[rule.title][1],
+                "seconds": np.mean([run.wall_seconds for run in runs if run.rule == rule.title]),
+                "settings": str(rule.make()),
+                "best": rule.title == best,
+            }
+            for rule in experiment.rules
+        ],
+        pictures=[
+            {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}
+            for name, caption in pictures.items()
+        ],
+        runs=runs,
+        config=(folder / "config.toml").read_text(),
+        version=version("corymb"),
+        flwr=version("flwr"),
+        torch=version("torch"),
+    )
+    path = folder / "report.html"
+    path.write_text(page)
+    return path

@@ -1,0 +1,142 @@
+"""What an experiment leaves behind: read from the journals, written as JSON lines, TOML and safetensors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+
+from corymb.server import Journal, RoundRecord
+from corymb.simulations.campaign import journal_folder
+from corymb.simulations.experiment import Experiment
+
+FILES = ("config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "model.safetensors", "report.html")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run."""
+
+    rule: str
+    seed: int
+    records: list[RoundRecord]
+    final_accuracy: float
+    wall_seconds: float
+    model_sha256: str
+
+    @property
+    def curve(self) -> tuple[list[int], list[float]]:
+        """The rounds that were tested, and the test accuracy after each."""
+        tested = [record for record in self.records if "accuracy" in record.server]
+        return [record.round for record in tested], [record.server["accuracy"] for record in tested]
+
+
+def collect(experiment: Experiment, folder: Path) -> list[Run]:
+    """The runs in `folder`, rule by rule."""
+    return [_collect(experiment, folder, index, seed) for index in range(len(experiment.rules)) for seed in experiment.seeds]
+
+
+def _collect(experiment: Experiment, folder: Path, index: int, seed: int) -> Run:
+    rule = experiment.rules[index]
+    journal = Journal(journal_folder(folder, rule, seed), durable=False)
+    try:
+        records = list(journal.rounds())
+        digest = journal.model_sha256()
+    finally:
+        journal.close()
+    newest = experiment.rounds - experiment.evaluate.last
+    tested = [r.server["accuracy"] for r in records if "accuracy" in r.server]
+    last = [r.server["accuracy"] for r in records if "accuracy" in r.server and r.round > newest]
+    final = float(np.mean(last or tested[-1:]))
+    return Run(rule.title, seed, records, final, sum(r.seconds for r in records), digest)
+
+
+def prepare(folder: Path) -> None:
+    """Make `folder`, without the results of an earlier run in it. Raises `ValueError` for a folder of other things."""
+    if folder.exists():
+        others = [f.name for f in folder.iterdir() if f.name not in (*FILES, "journals") and f.suffix != ".png"]
+        if others or not folder.is_dir():
+            raise ValueError(f"The folder {folder} holds {min(others)}, which is no result; give another with --out.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def write(experiment: Experiment, runs: list[Run], folder: Path) -> None:
+    """Write everything but the pictures: config, rounds, clients, summary, and the model of the best run."""
+    config = experiment.model_dump(mode="json", exclude_none=True)
+    (folder / "config.toml").write_text(tomli_w.dumps(config))
+    _write_lines(folder / "rounds.jsonl", (_round_row(run, record) for run in runs for record in run.records))
+    _write_lines(
+        folder / "clients.jsonl",
+        (
+            {"rule": run.rule, "seed": run.seed, "round": record.round} | _without_gaps(asdict(verdict))
+            for run in runs
+            for record in run.records
+            for verdict in record.verdicts
+            if verdict.code != "offline"
+        ),
+    )
+    best = max(runs, key=lambda run: run.final_accuracy)
+    rule = next(rule for rule in experiment.rules if rule.title == best.rule)
+    journal = journal_folder(folder, rule, best.seed)
+    model = journal / f"model-{experiment.rounds:06d}.safetensors"
+    shutil.copyfile(model, folder / "model.safetensors")
+    summary = {
+        "name": experiment.name,
+        "model": {"rule": best.rule, "seed": best.seed},
+        "runs": [
+            {
+                "rule": run.rule,
+                "seed": run.seed,
+                "rounds": len(run.records),
+                "final_accuracy": run.final_accuracy,
+                "wall_seconds": run.wall_seconds,
+                "model_sha256": run.model_sha256,
+            }
+            for run in runs
+        ],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _round_row(run: Run, record: RoundRecord) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for verdict in record.verdicts:
+        counts[verdict.code] = counts.get(verdict.code, 0) + 1
+    row = {
+        "rule": run.rule,
+        "seed": run.seed,
+        "round": record.round,
+        "seconds": round(record.seconds, 6),
+        "replies": counts,
+        "train": record.train,
+        "evaluate": record.evaluate,
+        "server": record.server,
+    }
+    return _without_gaps(row)
+
+
+def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if value not in (None, "", {})}
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def scores(runs: list[Run]) -> dict[str, tuple[float, float]]:
+    """Each rule's final accuracy over its seeds: mean, and standard deviation (0 for one seed)."""
+    by_rule: dict[str, list[float]] = {}
+    for run in runs:
+        by_rule.setdefault(run.rule, []).append(run.final_accuracy)
+    return {
+        rule: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+        for rule, values in by_rule.items()
+    }

@@ -1,0 +1,27 @@
+"""One-sentence errors for settings out of range."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import isfinite
+
+
+def at_least(bound: float, **settings: float) -> None:
+    """Raise `ValueError` unless every setting is at least `bound`."""
+    for name, value in settings.items():
+        if not value >= bound:
+            raise ValueError(f"{name} = {value} is too small; give {bound} or more.")
+
+
+def positive(**settings: float) -> None:
+    """Raise `ValueError` unless every setting is positive and finite."""
+    for name, value in settings.items():
+        if not (value > 0 and isfinite(value)):
+            raise ValueError(f"{name} = {value} must be positive and finite.")
+
+
+def one_of(choices: Collection[str], **settings: str) -> None:
+    """Raise `ValueError` unless every setting is one of `choices`."""
+    for name, value in settings.items():
+        if value not in choices:
+            raise ValueError(f"{name} = {value!r} is unknown; choose one of {', '.join(choices)}.")

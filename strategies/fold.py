@@ -1,0 +1,71 @@
+"""The weighted sum behind every blind rule: folds replies as they arrive, in memory that does not grow."""
+
+from __future__ import annotations
+
+from math import fsum
+
+import torch
+from torch import Tensor
+
+from corymb.strategies.layout import Model
+from corymb.strategies.reply import Reply
+
+BLOCK = 1 << 18  # parameters per step: scratch memory stays in the cache
+
+
+class Fold:
+    """Sums `weight * (reply - origin)` over the replies that are added.
+
+    Differences take the dtype of the origin and the sum is float64. Terms of 24 bits add up
+    without rounding as long as they lie within 29 bits of one another, so float32 models come out
+    the same in any order of arrival.
+    """
+
+    def __init__(self, origin: Model) -> None:
+        self._origin = origin
+        self._moved = torch.zeros(origin.parameters.numel(), dtype=torch.float64)
+        self._buffers = torch.zeros(origin.buffers.numel(), dtype=torch.float64)
+        self._weights: list[float] = []
+        self._examples = 0
+
+    def add(self, reply: Reply, weight: float) -> None:
+        """Fold one reply in with `weight`."""
+        self._weights.append(weight)
+        self._examples += reply.report.examples
+        self._buffers.add_(reply.buffers.double(), alpha=reply.report.examples)
+        start = 0
+        for part in reply.parts:
+            for piece in part.split(BLOCK):
+                stop = start + piece.numel()
+                difference = piece.to(self._origin.parameters.dtype) - self._origin.parameters[start:stop]
+                self._moved[start:stop] += difference.mul_(weight)
+                start = stop
+
+    @property
+    def total(self) -> float:
+        """The sum of the weights, exactly rounded, so that the order of arrival does not matter."""
+        return fsum(self._weights)
+
+    def model(self, scale: float) -> Model:
+        """`origin + scale * sum`, with buffers averaged by size; the origin itself when nothing came."""
+        if not self._weights:
+            return self._origin
+        moved = torch.empty_like(self._origin.parameters)
+        pieces = zip(*(t.split(BLOCK) for t in (moved, self._origin.parameters, self._moved)), strict=True)
+        for target, origin, total in pieces:
+            target.copy_(total.mul_(scale).add_(origin))
+        buffers = self._origin.buffers
+        if self._examples:
+            buffers = (self._buffers / self._examples).to(buffers.dtype)
+        return self._origin.moved(moved, buffers)
+
+
+def mixed(origin: Tensor, models: Tensor, weights: Tensor) -> Tensor:
+    """`origin + sum_k weights[k] * (models[k] - origin)` for `models [K, P]`, summed in float64."""
+    result = torch.empty_like(origin)
+    weights = weights.double()
+    for start in range(0, origin.numel(), BLOCK):
+        block = slice(start, start + BLOCK)
+        differences = models[:, block].double() - origin[block].double()
+        result[block] = weights @ differences + origin[block]
+    return result

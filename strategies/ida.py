@@ -1,0 +1,75 @@
+"""Inverse distance aggregation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corymb.strategies.checks import at_least, one_of, positive
+from corymb.strategies.rule import Cohort, SightedRule
+
+FACTORS = ("distance", "examples", "accuracy")
+
+
+@dataclass(frozen=True)
+class IDA(SightedRule[None]):
+    """Yeganeh et al. 2020, IDA: a model counts less the farther it lies from the average model.
+
+    `factors` are multiplied, joined by "+": "distance" is IDA, "distance+examples" IDA with FedAvg,
+    "accuracy" INTRAC (one over the reported training accuracy), "distance+accuracy" and
+    "distance+examples+accuracy" their combinations. `centre` is the point that distances are taken to:
+    "mean", "weighted" (by examples) or "median"; `norm` 1 or 2 runs over all parameters together. A model
+    on the centre would take all of the weight: distances are raised by `epsilon` times their mean.
+    `floor` is the least accuracy that INTRAC divides by (1 / number of classes).
+    """
+
+    factors: str = "distance"
+    centre: str = "mean"
+    norm: int = 1
+    epsilon: float = 1e-8
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        for factor in self.factors.split("+"):
+            one_of(FACTORS, factors=factor)
+        one_of(("mean", "weighted", "median"), centre=self.centre)
+        one_of(("1", "2"), norm=str(self.norm))
+        at_least(0, epsilon=self.epsilon)
+        positive(floor=self.floor)
+
+    def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
+        """The mixture by the product of the chosen factors."""
+        weights = torch.ones(len(cohort.nodes), dtype=torch.float64)
+        for factor in self.factors.split("+"):
+            weights = weights * getattr(self, f"_{factor}")(cohort)
+        if not weights.sum() > 0:
+            weights = torch.ones_like(weights)
+        return cohort.mixed(weights / weights.sum()), None
+
+    def _distance(self, cohort: Cohort) -> Tensor:
+        clients, parameters = cohort.models.shape
+        distances = torch.zeros(clients, dtype=torch.float64)
+        shares = cohort.examples / cohort.examples.sum().clamp(min=1)
+        for models in cohort.models.split(max(1, (1 << 20) // clients), dim=1):
+            models = models.double()
+            centre = {
+                "mean": lambda m: m.mean(dim=0),
+                "weighted": lambda m: shares @ m,
+                "median": lambda m: m.quantile(0.5, dim=0),
+            }[self.centre](models)
+            distances += (models - centre).abs().pow(self.norm).sum(dim=1)
+        distances = distances.pow(1 / self.norm) + self.epsilon * distances.mean()
+        return 1 / distances if distances.all() else torch.ones(clients, dtype=torch.float64)
+
+    def _examples(self, cohort: Cohort) -> Tensor:
+        return cohort.examples
+
+    def _accuracy(self, cohort: Cohort) -> Tensor:
+        if "accuracy" not in cohort.metrics or cohort.metrics["accuracy"].isnan().any():
+            raise ValueError(
+                "IDA with the factor 'accuracy' needs the metric 'accuracy' in every reply; "
+                "report it from the client, or leave the factor out."
+            )
+        return 1 / cohort.metrics["accuracy"].clamp(min=self.floor)

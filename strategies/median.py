@@ -1,0 +1,23 @@
+"""The coordinate-wise median."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from corymb.strategies.rule import Cohort, SightedRule
+
+
+@dataclass(frozen=True)
+class Median(SightedRule[None]):
+    """Yin et al. 2018, Option I: the median of each coordinate; of an even number, the mean of the middle two."""
+
+    robust: ClassVar[bool] = True
+
+    def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
+        """Sort each coordinate and take the middle."""
+        clients = len(cohort.nodes)
+        ordered = cohort.models.sort(dim=0).values
+        return (ordered[(clients - 1) // 2].double() + ordered[clients // 2].double()) / 2, None
