@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -37,7 +36,12 @@ def make_client_app(
     Replies report `num-examples`, `loss`, `accuracy` (for class scores) and `seconds`.
     """
     app = ClientApp()
-    module = cache(model)  # built once in a process, filled anew for each message
+    built: list[nn.Module] = []  # once in a process, filled anew for each message; Ray pickles it, so no `cache`
+
+    def module() -> nn.Module:
+        if not built:
+            built.append(model())
+        return built[0]
 
     def prepared(message: Message, context: Context) -> tuple[nn.Module, TrainSettings, int]:
         configs = message.content.config_records.values()

@@ -60,7 +60,8 @@ class IDA(SightedRule[None]):
                 "median": lambda m: m.quantile(0.5, dim=0),
             }[self.centre](models)
             distances += (models - centre).abs().pow(self.norm).sum(dim=1)
-        distances = distances.pow(1 / self.norm) + self.epsilon * distances.mean()
+        distances = distances.pow(1 / self.norm)
+        distances += self.epsilon * distances.mean()
         return 1 / distances if distances.all() else torch.ones(clients, dtype=torch.float64)
 
     def _examples(self, cohort: Cohort) -> Tensor:

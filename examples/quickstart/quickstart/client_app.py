@@ -1,0 +1,29 @@
+"""What runs at a site: a model, its data, and Corymb does the rest."""
+
+from functools import cache
+
+import torch
+from corymb.client import make_client_app
+from flwr.app import Context
+from quickstart.model import make_model
+from sklearn.datasets import load_digits
+from torch.utils.data import TensorDataset
+
+
+@cache
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    pixels, labels = load_digits(return_X_y=True)
+    return torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels)
+
+
+def load_data(context: Context) -> tuple[TensorDataset, TensorDataset]:
+    """The site's share of the digits; a fifth of it is kept for evaluation."""
+    pixels, labels = digits()
+    site, sites = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    mine = torch.arange(site, len(labels), sites)
+    held_out = torch.arange(len(mine)) % 5 == 0
+    train, test = mine[~held_out], mine[held_out]
+    return TensorDataset(pixels[train], labels[train]), TensorDataset(pixels[test], labels[test])
+
+
+app = make_client_app(make_model, load_data)

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from corymb.protocol.flower import CLIENT_APP_RAISED, NODE_UNAVAILABLE, empty_run, inside_task, node_info, stamp
+from flwr.app import Message, RecordDict
+
+
+def test_what_we_use_of_flowers_private_parts_is_still_there() -> None:
+    assert version("flwr").startswith("1.41."), "run this test against each flwr version before allowing it"
+    inside_task(run_id=7, node_id=1)
+    message = Message(RecordDict(), 42, "train")
+    assert (message.metadata.run_id, message.metadata.src_node_id) == (7, 1)
+    stamp(message, "m-1")
+    assert Message(RecordDict(), reply_to=message).metadata.reply_to_message_id == "m-1"
+    assert empty_run(7).run_id == 7
+    node = node_info(42, "site")
+    assert (node.node_id, node.name) == (42, "site")
+    assert (CLIENT_APP_RAISED, NODE_UNAVAILABLE) == (2, 5)

@@ -1,0 +1,40 @@
+"""The repository's root is the package; nothing called `server` or `client` may reach site-packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_no_top_level_package_is_ours() -> None:
+    for name in ("server", "client", "strategies", "protocol", "simulations"):
+        assert "corymb" not in packages_distributions().get(name, [])
+
+
+def test_the_link_points_home() -> None:
+    assert (ROOT / ".links" / "corymb").resolve() == ROOT
+
+
+def test_the_wheel_holds_corymb_only_with_its_experiments(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"corymb"}
+    for name in ("py.typed", "cli.py", "simulations/experiments/demo.toml", "simulations/report.html.j2"):
+        assert f"corymb/{name}" in names
+
+
+def test_every_folder_that_is_named_exists() -> None:
+    tool = PROJECT["tool"]
+    for folder in tool["pytest"]["ini_options"]["testpaths"] + tool["hatch"]["build"]["targets"]["wheel"]["only-include"]:
+        assert (ROOT / folder).exists()
+    for package in tool["mypy"]["packages"]:
+        assert (ROOT / ".links" / package.replace(".", "/")).is_dir()
