@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from corymb.protocol.codec import to_arrays, to_state
+from corymb.server import FlowerStrategy, RoundRecord
+from corymb.simulations.grid import LocalGrid
+from corymb.strategies import IDA, RULES, FedAU, FedAvg, Median, Rule, TrimmedMean
+from corymb.tests.support import State, content, reply
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+numbers = st.floats(-1e3, 1e3, width=32)
+
+
+@st.composite
+def rounds(draw: st.DrawFn) -> tuple[dict[str, Tensor], list[tuple[dict[str, Tensor], int]]]:
+    """A model and the replies to it: float32 and float16 parameters, a 0-dim one, and an int64 buffer."""
+
+    def state() -> dict[str, Tensor]:
+        return {
+            "weight": torch.tensor(draw(st.lists(numbers, min_size=6, max_size=6))).reshape(2, 3),
+            "half": torch.tensor(draw(st.lists(st.floats(-10, 10, width=16), min_size=2, max_size=2))).half(),
+            "scale": torch.tensor(draw(numbers)),
+            "steps": torch.tensor(7),
+        }
+
+    clients = draw(st.integers(1, 7))
+    return state(), [(state(), draw(st.integers(1, 10_000))) for _ in range(clients)]
+
+
+class NoNodes(LocalGrid):
+    """A grid that only says who is there."""
+
+    def __init__(self, nodes: int) -> None:
+        super().__init__(lambda message, context: message, nodes)
+
+
+def aggregate(strategy: Strategy, origin: State, sent: list[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
+    """The model after one round of `sent`, through Flower's two methods."""
+    grid = NoNodes(len(sent))
+    strategy.configure_train(1, to_arrays(origin), ConfigRecord(), grid)
+    # Flower's own arrays, because its median takes replies apart.
+    replies = [
+        reply(1000 + i, RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": size})}))
+        for i, (state, size) in enumerate(sent)
+    ]
+    arrays, _ = strategy.aggregate_train(1, replies)
+    assert arrays is not None
+    return dict(arrays.to_torch_state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rule", "built_in"),
+    [
+        (FedAvg(), flower.FedAvg),
+        (TrimmedMean(0.2), lambda **options: flower.FedTrimmedAvg(beta=0.2, **options)),
+        (Median(), flower.FedMedian),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@settings(deadline=None)
+@given(one=rounds())
+def test_equal_to_flowers_own_except_where_that_is_wrong(
+    rule: Rule[Any], built_in: Callable[..., Strategy], one: tuple[Any, Any]
+) -> None:
+    """Flower turns the int64 buffer into float64 (6.999...) and a 0-dim float into float64; ours stay as they were."""
+    origin, sent = one
+    options = {"min_train_nodes": 1, "min_available_nodes": 1, "min_evaluate_nodes": 1}
+    ours = aggregate(FlowerStrategy(rule, min_available_nodes=1), origin, sent)
+    theirs = aggregate(built_in(**options), origin, sent)
+    for name in ("weight", "scale"):
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-3)
+    # float16 sums in Flower carry float16's rounding at each of up to seven steps.
+    np.testing.assert_allclose(ours["half"], theirs["half"], rtol=2e-2, atol=8e-2)
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {
+        name: tensor.dtype for name, tensor in origin.items()
+    }
+    assert ours["steps"].item() == 7
+
+
+def test_bfloat16_models_which_flower_cannot_send() -> None:
+    origin = {"w": torch.zeros(3).bfloat16()}
+    with pytest.raises(TypeError, match="BFloat16"):
+        ArrayRecord(origin)
+    strategy = FlowerStrategy(FedAvg(), min_available_nodes=1)
+    strategy.configure_train(1, to_arrays(origin), ConfigRecord(), NoNodes(2))
+    sent = [reply(1000 + i, content({"w": torch.full((3,), i + 1.0).bfloat16()})) for i in range(2)]
+    arrays, _ = strategy.aggregate_train(1, sent)
+    assert arrays is not None
+    assert torch.equal(to_state(arrays)["w"], torch.full((3,), 1.5).bfloat16())
+
+
+def learner(message: Message, context: Context) -> Message:
+    """A site that pulls the model towards its own number and reports how far it was."""
+    state = to_state(next(iter(message.content.array_records.values())))
+    target = 1 + float(context.node_config["partition-id"])
+    far = float((state["w"] - target).abs().mean())
+    if message.metadata.message_type == "evaluate":
+        return Message(RecordDict({"m": MetricRecord({"num-examples": 2, "loss": far})}), reply_to=message)
+    moved = {"w": state["w"] + 0.5 * (target - state["w"])}
+    return Message(content(moved, int(target), loss=far, accuracy=0.5), reply_to=message)
+
+
+def initial() -> ArrayRecord:
+    return to_arrays({"w": torch.zeros(5)})
+
+
+@pytest.mark.parametrize("rule", [kind() for kind in RULES.values()], ids=lambda rule: type(rule).__name__)
+def test_flowers_start_and_ours_give_the_same(rule: Rule[Any]) -> None:
+    """Five rounds over six sites, two of which are drawn out each time."""
+    results = []
+    for start in (Strategy.start, FlowerStrategy.start):
+        strategy = FlowerStrategy(rule, fraction_train=0.7, fraction_evaluate=0.5, seed=3)
+        results.append(start(strategy, LocalGrid(learner, 6), initial(), num_rounds=5))
+    stock, ours = results
+    assert torch.equal(to_state(stock.arrays)["w"], to_state(ours.arrays)["w"])
+    assert stock.train_metrics_clientapp == ours.train_metrics_clientapp
+    assert stock.evaluate_metrics_clientapp == ours.evaluate_metrics_clientapp
+    assert ours.evaluate_metrics_clientapp[5]["loss"] > 0
+
+
+class Shuffled(LocalGrid):
+    """Replies come in an order of their own: an id is only answered once its turn has come."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        order = sorted(self._waiting, key=lambda id_: hash((id_, 7)))
+        return super().pull_messages([id_ for id_ in message_ids if id_ == order[0]])
+
+
+def test_the_order_of_arrival_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corymb.server.arrivals.POLL_SECONDS", 0)
+    for kind in RULES.values():
+        models = [
+            to_state(FlowerStrategy(kind()).start(grid(learner, 9), initial(), num_rounds=4).arrays)["w"]
+            for grid in (LocalGrid, Shuffled)
+        ]
+        assert torch.equal(*models)
+
+
+def test_rounds_go_on_when_sites_fail() -> None:
+    def sometimes(message: Message, context: Context) -> Message:
+        site = int(context.node_config["partition-id"])
+        if site == 1:
+            raise RuntimeError("out of memory")
+        if site == 2:
+            return Message(Error(99, "no\nluck"), reply_to=message)
+        return learner(message, context)
+
+    records: list[RoundRecord] = []
+    strategy = FlowerStrategy(FedAvg(), on_round=records.append)
+    result = strategy.start(LocalGrid(sometimes, 4), initial(), num_rounds=2)
+    assert [len(record.admitted) for record in records] == [2, 2]
+    reasons = {v.node: (v.code, v.reason) for v in records[0].verdicts if v.reason}
+    assert reasons == {
+        "client-1": ("error", "client-1: error 2: RuntimeError: out of memory."),
+        "client-2": ("error", "client-2: error 99: no luck."),
+    }
+    assert to_state(result.arrays)["w"][0] > 0
+
+
+def test_a_round_without_replies_keeps_the_model_and_counts_for_the_rule() -> None:
+    def nobody(message: Message, context: Context) -> Message:
+        return Message(Error(5, "offline"), reply_to=message)
+
+    strategy = FlowerStrategy(FedAU())
+    result = strategy.start(LocalGrid(nobody, 3), initial(), num_rounds=2)
+    assert torch.equal(to_state(result.arrays)["w"], torch.zeros(5))
+    assert strategy.memory.open.tolist() == [2, 2, 2]
+    assert result.train_metrics_clientapp == {}
+
+
+def test_it_composes_with_flowers_differential_privacy() -> None:
+    inner = FlowerStrategy(FedAvg(), fraction_evaluate=0)
+    outer = flower.DifferentialPrivacyServerSideFixedClipping(
+        inner, noise_multiplier=0.0, clipping_norm=1e-3, num_sampled_clients=4
+    )
+    result = outer.start(LocalGrid(learner, 4), ArrayRecord({"w": torch.zeros(5)}), num_rounds=1)
+    moved = to_state(result.arrays)["w"].norm()
+    assert 0 < moved <= 1.001e-3
+
+
+def test_the_callers_values_are_not_changed() -> None:
+    arrays, config = initial(), ConfigRecord({"lr": 0.1})
+    FlowerStrategy(IDA()).start(LocalGrid(learner, 3), arrays, 2, train_config=config, evaluate_config=config)
+    assert dict(config) == {"lr": 0.1}
+    assert list(arrays) == ["w"]
+    assert torch.equal(to_state(arrays)["w"], torch.zeros(5))
+
+
+def test_server_metrics_are_kept_with_their_round() -> None:
+    records: list[RoundRecord] = []
+    strategy = FlowerStrategy(FedAvg(), on_round=records.append)
+    result = strategy.start(
+        LocalGrid(learner, 3),
+        initial(),
+        num_rounds=4,
+        evaluate_fn=lambda number, arrays: MetricRecord({"accuracy": number / 10}) if number % 2 == 0 else None,
+    )
+    assert list(result.evaluate_metrics_serverapp) == [0, 2, 4]
+    assert [record.server for record in records] == [{}, {"accuracy": 0.2}, {}, {"accuracy": 0.4}]
+
+
+def test_wrong_fractions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"fraction_train = 1.5 must lie in"):
+        FlowerStrategy(FedAvg(), fraction_train=1.5)
