@@ -125,8 +125,12 @@ class Experiment(Strict):
         titles = [rule.title for rule in self.rules]
         if twice := {title for title in titles if titles.count(title) > 1}:
             raise ValueError(f"the label {min(twice)!r} stands for two rules; give each a label of its own")
-        for rule in self.rules:
-            self.train_for(rule)
+        for place, rule in enumerate(self.rules):
+            try:
+                self.train_for(rule)
+            except ValidationError as error:
+                wrong = "; ".join(_told(e, (f"rules.{place}.train",)) for e in error.errors())
+                raise ValueError(wrong) from None
         return self
 
     def train_for(self, rule: RuleSettings) -> TrainSettings:
@@ -178,11 +182,12 @@ def _set(table: dict[str, Any], key: str, value: Any) -> None:
     table[last] = value
 
 
-def _told(error: Any) -> str:
+def _told(error: Any, within: tuple[str, ...] = ()) -> str:
     """One error of pydantic's, with its path."""
-    place = ".".join(str(part) for part in error["loc"]) or "experiment"
+    place = ".".join(str(part) for part in (*within, *error["loc"])) or "experiment"
     if error["type"] == "extra_forbidden":
-        near = get_close_matches(str(error["loc"][-1]), _keys(error["loc"]), 1)
+        keys = list(TrainSettings.model_fields) if within else _keys(error["loc"])
+        near = get_close_matches(str(error["loc"][-1]), keys, 1)
         return f"{place} is no known key" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = error["msg"].removeprefix("Value error, ").removesuffix(".")
     if error["type"] in ("value_error", "missing"):

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from corymb.client import TrainSettings, evaluate, make_client_app, train
+from corymb.client.batches import Examples, evaluation_batches, training_batches
+from corymb.client.device import choose_device
+from corymb.protocol.codec import to_arrays, to_state
+from corymb.simulations.grid import LocalGrid
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+INPUTS = torch.randn(23, 4, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(23) % 3
+DATA = TensorDataset(INPUTS, TARGETS)
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """The same examples as a dataset that gives them one by one."""
+
+    def __len__(self) -> int:
+        return len(TARGETS)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return INPUTS[row], TARGETS[row]
+
+
+def sizes(settings: TrainSettings, data: Examples = DATA) -> list[int]:
+    generator = torch.Generator().manual_seed(1)
+    return [len(targets) for _, targets in training_batches(data, settings, generator)]
+
+
+def test_batches() -> None:
+    assert sizes(TrainSettings(batch_size=10)) == [10, 10, 3]
+    assert sizes(TrainSettings(batch_size=10, epochs=2)) == [10, 10, 3] * 2
+    assert sizes(TrainSettings(batch_size=10, epochs=2, drop_last=True)) == [10] * 4
+    assert sizes(TrainSettings(batch_size=10, steps=5, drop_last=True)) == [10] * 5
+    assert sizes(TrainSettings(batch_size=50, steps=2, drop_last=True)) == [23] * 2
+    assert sizes(TrainSettings(steps=4), DataLoader(Rows(), batch_size=10)) == [10, 10, 3, 10]
+
+
+def test_each_pass_is_shuffled_and_complete() -> None:
+    settings = TrainSettings(batch_size=23, epochs=2)
+    generator = torch.Generator().manual_seed(1)
+    first, second = (inputs for inputs, _ in training_batches(DATA, settings, generator))
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort(dim=0).values, second.sort(dim=0).values)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.01}])
+def test_training_is_the_plain_loop(options: dict[str, float]) -> None:
+    settings = TrainSettings(batch_size=8, epochs=2, learning_rate=0.2, optimizer_options=options)
+    torch.manual_seed(0)
+    ours, plain = nn.Linear(4, 3), nn.Linear(4, 3)
+    plain.load_state_dict(ours.state_dict())
+    metrics = train(ours, training_batches(DATA, settings, torch.Generator().manual_seed(5)), settings)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.2, **options)
+    losses, hits = [], 0
+    for inputs, targets in training_batches(DATA, settings, torch.Generator().manual_seed(5)):
+        optimizer.zero_grad()
+        outputs = plain(inputs)
+        loss = nn.functional.cross_entropy(outputs, targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item() * len(targets))
+        hits += int((outputs.argmax(1) == targets).sum())
+    assert torch.equal(ours.weight, plain.weight)
+    assert metrics["loss"] == pytest.approx(sum(losses) / 46)
+    assert metrics["accuracy"] == pytest.approx(hits / 46)
+    assert metrics["seconds"] > 0
+
+
+def test_rows_one_by_one_are_the_same_examples() -> None:
+    settings = TrainSettings(batch_size=8)
+    for one, two in zip(
+        training_batches(DATA, settings, torch.Generator().manual_seed(2)),
+        training_batches(Rows(), settings, torch.Generator().manual_seed(2)),
+        strict=True,
+    ):
+        assert torch.equal(one[0], two[0])
+    module = nn.Linear(4, 3)
+    whole, rows = evaluate(module, evaluation_batches(DATA)), evaluate(module, evaluation_batches(Rows(), 5))
+    assert whole["loss"] == pytest.approx(rows["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad"])
+def test_any_torch_optimiser_learns(optimizer: str) -> None:
+    module = nn.Linear(4, 3)
+    settings = TrainSettings(optimizer=optimizer, learning_rate=0.05, epochs=30)
+    before = evaluate(module, evaluation_batches(DATA))["loss"]
+    train(module, training_batches(DATA, settings, torch.Generator()), settings)
+    assert evaluate(module, evaluation_batches(DATA))["loss"] < before
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_learns_and_keeps_float32_weights(precision: Any) -> None:
+    module = nn.Linear(4, 3)
+    settings = TrainSettings(precision=precision, epochs=20)
+    metrics = train(module, training_batches(DATA, settings, torch.Generator()), settings)
+    assert module.weight.dtype == torch.float32
+    assert metrics["loss"] < 1.3
+
+
+def test_schedules_run_over_rounds() -> None:
+    settings = TrainSettings(learning_rate=0.8, schedule="StepLR", schedule_options={"step_size": 2, "gamma": 0.5})
+    assert [settings.rate(number) for number in (5, 1, 2, 3, 4)] == [0.2, 0.8, 0.8, 0.4, 0.4]
+    assert TrainSettings(learning_rate=0.8).rate(100) == 0.8
+
+
+def test_settings_travel_in_flowers_flat_config() -> None:
+    settings = TrainSettings(steps=3, optimizer="Adam", optimizer_options={"eps": 1e-6}, seed=4)
+    flat = settings.flat()
+    assert flat == {
+        "train.steps": 3,
+        "train.optimizer": "Adam",
+        "train.optimizer_options.eps": 1e-6,
+        "train.seed": 4,
+    }
+    assert TrainSettings.read({"other": 1, **flat}) == settings
+    assert TrainSettings.read(flat, {"train.steps": 9}).steps == 9
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train.learning_rate": 0.0, "train.batch_sise": 3}, r"train\.learning_rate: .*train\.batch_sise"),
+        ({"train.epochs": 1, "train.steps": 1}, "exclude each other"),
+        ({"train.optimizer": "SDG"}, "no attribute 'SDG'"),
+        ({"train.optimizer_options.momentun": 0.9}, "momentun"),
+        ({"train.schedule": "StepLR"}, "step_size"),
+    ],
+)
+def test_wrong_settings_are_told(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSettings.read(wrong)
+
+
+def test_devices() -> None:
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="'warp' cannot be used here"):
+        choose_device("warp")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="'cuda' cannot be used here"):
+            choose_device("cuda")
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def ask(kind: str, config: dict[str, Any], *, data: Any = lambda context: (DATA, DATA), **options: Any) -> Message:
+    torch.manual_seed(0)
+    grid = LocalGrid(make_client_app(network, data, **options), 2, run_config={"train.epochs": 2})
+    record = RecordDict({"arrays": to_arrays(network().state_dict()), "config": ConfigRecord(config)})
+    (reply,) = grid.send_and_receive([Message(record, 1001, kind)])
+    return reply
+
+
+def test_the_app_trains_and_reports() -> None:
+    reply = ask("train", {"server-round": 1})
+    metrics = reply.content.metric_records["metrics"]
+    assert metrics["num-examples"] == 23
+    assert metrics.keys() == {"num-examples", "loss", "accuracy", "seconds"}
+    state = to_state(reply.content.array_records["arrays"])
+    assert state["1.num_batches_tracked"] == 2
+
+
+def test_the_same_round_gives_the_same_bits_and_another_does_not() -> None:
+    def weights(number: int) -> Tensor:
+        return to_state(ask("train", {"server-round": number}).content.array_records["arrays"])["0.weight"]
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_a_reply_outlives_the_next_message() -> None:
+    """The app fills one module again and again; what it sent must not change with it."""
+    grid = LocalGrid(make_client_app(network, lambda context: (DATA, None)), 2)
+    content = RecordDict({"arrays": to_arrays(network().state_dict())})
+    first, _ = (Message(content, node_id, "train") for node_id in grid.get_node_ids())
+    (reply,) = grid.send_and_receive([first])
+    kept = to_state(reply.content.array_records["arrays"])["0.weight"].clone()
+    grid.send_and_receive([Message(content, 1001, "train")])
+    assert torch.equal(to_state(reply.content.array_records["arrays"])["0.weight"], kept)
+
+
+def test_the_app_evaluates_what_it_is_sent() -> None:
+    metrics = ask("evaluate", {}).content.metric_records["metrics"]
+    torch.manual_seed(0)
+    expected = evaluate(network(), evaluation_batches(DATA))
+    assert metrics["num-examples"] == 23
+    assert metrics["accuracy"] == expected["accuracy"]
+    nothing = ask("evaluate", {}, data=lambda context: (DATA, None))
+    assert dict(nothing.content.metric_records["metrics"]) == {"num-examples": 0}
+
+
+def test_a_loss_of_ones_own_and_targets_that_are_no_classes() -> None:
+    numbers = TensorDataset(INPUTS, INPUTS[:, :3])
+    reply = ask("train", {}, data=lambda context: (numbers, None), loss=nn.functional.mse_loss)
+    assert "accuracy" not in reply.content.metric_records["metrics"]
+
+
+def test_a_message_may_change_the_settings() -> None:
+    reply = ask("train", {"train.learning_rate": -1.0})
+    assert reply.has_error()
+    assert "train.learning_rate" in reply.error.reason
+
+
+def test_context_is_what_the_data_function_gets() -> None:
+    seen = []
+
+    def data(context: Context) -> tuple[Examples, None]:
+        seen.append(context.node_config["partition-id"])
+        return DATA, None
+
+    ask("train", {}, data=data)
+    assert seen == [1]

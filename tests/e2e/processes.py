@@ -1,0 +1,173 @@
+"""Real Flower processes for tests: their environment, their certificates, and an end for each of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+BIN = Path(sys.executable).parent
+PEM = serialization.Encoding.PEM
+NO_PASSWORD = serialization.NoEncryption()
+
+
+class Processes:
+    """Starts commands of the environment in `folder`, each logging to a file there, and ends them all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = os.environ | {
+            "PATH": f"{BIN}:{os.environ['PATH']}",  # Flower finds its own commands there
+            "FLWR_HOME": str(folder / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        }
+        (folder / "flwr").mkdir()
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, name: str, *command: str) -> None:
+        """Start a process that stays, in a group of its own."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self._started.append(
+                subprocess.Popen(
+                    [str(BIN / command[0]), *command[1:]],
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+
+    def run(self, *command: str, timeout: float = 240) -> str:
+        """Run a command to its end; what it printed. Raises `AssertionError` with that when it fails."""
+        result = subprocess.run(
+            [str(BIN / command[0]), *command[1:]],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    def json(self, *command: str) -> Any:
+        """What a flwr command answers with `--format json`."""
+        return json.loads(self.run(*command, "--format", "json"))
+
+    def logs(self) -> str:
+        """The end of every log, for a failing test's message."""
+        return "\n".join(f"--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted(self.folder.glob("*.log")))
+
+    def end(self) -> None:
+        """Kill whatever was started, children included, and the SuperLink that `flwr run` leaves behind."""
+        for process in self._started:
+            _kill_group(process.pid)
+            process.wait()
+        marker = f"FLWR_HOME={self.folder / 'flwr'}".encode()
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and marker in (entry / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except OSError:
+                continue  # it ended by itself, or is not ours
+
+
+def _kill_group(pid: int) -> None:
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+@contextmanager
+def processes(folder: Path) -> Iterator[Processes]:
+    """Processes that are ended whatever happens."""
+    started = Processes(folder)
+    try:
+        yield started
+    except BaseException:
+        print(started.logs())
+        raise
+    finally:
+        started.end()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def until(condition: Any, seconds: float, what: str) -> Any:
+    """Wait until `condition()` is true and return it."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.5)
+    return value
+
+
+def write_certificates(folder: Path) -> None:
+    """`ca.crt`, and `server.pem` with `server.key` for 127.0.0.1."""
+    ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
+    server_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
+    ca = (
+        _certificate(ca_name, ca_name, ca_key.public_key())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .sign(ca_key, hashes.SHA256())
+    )
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
+    server = (
+        _certificate(server_name, ca_name, server_key.public_key())
+        .add_extension(names, critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    (folder / "ca.crt").write_bytes(ca.public_bytes(PEM))
+    (folder / "server.pem").write_bytes(server.public_bytes(PEM))
+    key = server_key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, NO_PASSWORD)
+    (folder / "server.key").write_bytes(key)
+
+
+def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=1))
+    )
+
+
+def write_site_key(path: Path) -> None:
+    """A SuperNode's key pair, `path` and `path.pub`, as ssh-keygen writes one."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    path.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, NO_PASSWORD))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_suffix(".pub").write_bytes(public)

@@ -1,0 +1,102 @@
+"""One unmodified app folder in Flower's simulation, in a deployment with TLS and node keys, and on LocalGrid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from corymb.server import Journal
+from corymb.tests.e2e.processes import (
+    Processes,
+    free_port,
+    processes,
+    until,
+    write_certificates,
+    write_site_key,
+)
+
+APP = str(Path(__file__).parent.parent.parent / "examples" / "quickstart")
+SITES = 3
+
+
+def assert_learnt(folder: Path, nodes: list[str] | None = None) -> None:
+    """Three rounds, all sites in each, and a model that is good in the end."""
+    journal = Journal(folder)
+    records = list(journal.rounds())
+    journal.close()
+    assert [len(record.admitted) for record in records] == [SITES] * 3
+    accuracies = [record.evaluate["accuracy"] for record in records]
+    assert accuracies[-1] > 0.9
+    assert accuracies[-1] > accuracies[0]
+    if nodes is not None:
+        assert [verdict.node for verdict in records[0].verdicts] == nodes
+
+
+def test_on_local_grid(tmp_path: Path) -> None:
+    with processes(tmp_path) as started:
+        journal = tmp_path / "journal"
+        started.run("corymb", "simulate", "--app", APP, "--nodes", "3", "--set", f"journal={journal}")
+        assert_learnt(journal, ["client-0", "client-1", "client-2"])
+
+
+def finished(started: Processes, *superlink: str) -> bool:
+    """Whether the run has ended well; its log fails the test when it has ended otherwise."""
+    (run,) = started.json("flwr", "list", *superlink)["runs"]
+    assert not run["status"].startswith("finished:") or run["status"] == "finished:completed", run
+    return bool(run["status"] == "finished:completed")
+
+
+@pytest.mark.timeout(400)
+def test_in_flowers_simulation(tmp_path: Path) -> None:
+    with processes(tmp_path) as started:
+        journal = tmp_path / "journal"
+        started.start(
+            "run", "flwr", "run", APP, "--stream", "-c", f'journal="{journal}"',
+            "--federation-config", f"num-supernodes={SITES} client-resources-num-cpus=1",
+        )  # fmt: skip
+        until((journal / "journal.sqlite").exists, 200, "the first line of the journal")
+        until(lambda: finished(started), 200, "the end of the run")
+        assert_learnt(journal)
+
+
+@pytest.mark.timeout(500)
+def test_in_a_deployment_with_tls_and_node_keys(tmp_path: Path) -> None:
+    with processes(tmp_path) as started:
+        write_certificates(tmp_path)
+        port, ca, journal = free_port(), str(tmp_path / "ca.crt"), tmp_path / "journal"
+        (tmp_path / "flwr" / "config.toml").write_text(
+            f'[superlink]\ndefault = "deployment"\n'
+            f'[superlink.deployment]\naddress = "127.0.0.1:{port}"\nroot-certificates = "{ca}"\n'
+        )
+        started.start(
+            "superlink", "flower-superlink",
+            "--ssl-ca-certfile", ca,
+            "--ssl-certfile", str(tmp_path / "server.pem"), "--ssl-keyfile", str(tmp_path / "server.key"),
+            "--enable-supernode-auth", "--disable-runtime-dependency-installation",
+            "--database", str(tmp_path / "state.db"), "--host", "127.0.0.1", "--port", str(port),
+        )  # fmt: skip
+        until(lambda: "startup complete" in started.logs() or can_list(started), 90, "the start of the SuperLink")
+        for site in range(SITES):
+            key = tmp_path / f"site-{site}"
+            write_site_key(key)
+            started.run("flwr", "supernode", "register", str(key) + ".pub", "deployment", "--name", f"site-{site}")
+            started.start(
+                f"site-{site}", "flower-supernode",
+                "--superlink", f"127.0.0.1:{port}", "--root-certificates", ca,
+                "--auth-supernode-private-key", str(key),
+                "--node-config", f'partition-id={site} num-partitions={SITES} name="site-{site}"',
+                "--host", "127.0.0.1", "--port", str(free_port()),
+            )  # fmt: skip
+        started.start("run", "flwr", "run", APP, "deployment", "--stream", "-c", f'journal="{journal}"')
+        until((journal / "journal.sqlite").exists, 200, "the first line of the journal")
+        until(lambda: finished(started, "deployment"), 300, "the end of the run")
+        assert_learnt(journal, [f"site-{site}" for site in range(SITES)])
+
+
+def can_list(started: Processes) -> bool:
+    """Whether the SuperLink answers."""
+    try:
+        started.run("flwr", "list", "deployment", "--format", "json", timeout=30)
+    except AssertionError:
+        return False
+    return True
