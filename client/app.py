@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -16,14 +16,12 @@ from corymb.client.device import choose_device
 from corymb.client.settings import TrainSettings
 from corymb.client.trainer import Loss, evaluate, train
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, ROUND
+from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, ROUND, of_kind
 
 Data = Callable[[Context], tuple[Examples, Examples | None]]
 
 
-def make_client_app(
-    model: Callable[[], nn.Module], data: Data, loss: Loss = nn.functional.cross_entropy
-) -> ClientApp:
+def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.functional.cross_entropy) -> ClientApp:
     """A ClientApp that trains and evaluates `model()` on what `data(context)` returns.
 
     `data` gives the site's training and evaluation examples (the latter may be None): datasets of
@@ -44,17 +42,17 @@ def make_client_app(
         return built[0]
 
     def prepared(message: Message, context: Context) -> tuple[nn.Module, TrainSettings, int]:
-        configs = message.content.config_records.values()
+        configs = of_kind(message.content, ConfigRecord)
         settings = TrainSettings.read(context.run_config, *configs)
         server_round = _round(configs)
         device = choose_device(settings.device)
         _seed_torch(_seed(settings.seed, context, server_round), device)
-        arrays = _only(message.content.array_records)
+        arrays = _only(of_kind(message.content, ArrayRecord))
         filled = module()
         filled.load_state_dict(to_state(arrays))
         return filled.to(device), settings, server_round
 
-    @app.train()  # type: ignore[untyped-decorator]
+    @app.train()
     def _train(message: Message, context: Context) -> Message:
         filled, settings, server_round = prepared(message, context)
         examples, _ = data(context)
@@ -66,7 +64,7 @@ def make_client_app(
         content = RecordDict({ARRAYS: to_arrays(state), METRICS: _metrics(count(examples), metrics)})
         return Message(content, reply_to=message)
 
-    @app.evaluate()  # type: ignore[untyped-decorator]
+    @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
         filled, settings, _ = prepared(message, context)
         _, examples = data(context)
@@ -82,14 +80,14 @@ def _metrics(examples: int, metrics: Mapping[str, float]) -> MetricRecord:
     return MetricRecord({EXAMPLES: examples, **metrics})
 
 
-def _only(records: Mapping[str, ArrayRecord]) -> ArrayRecord:
+def _only(records: list[ArrayRecord]) -> ArrayRecord:
     if len(records) != 1:
         raise ValueError(f"The message carries {len(records)} ArrayRecords; send the model in one.")
-    return next(iter(records.values()))
+    return records[0]
 
 
-def _round(configs: Any) -> int:
-    return next((int(config[ROUND]) for config in configs if ROUND in config), 1)
+def _round(configs: list[ConfigRecord]) -> int:
+    return next((int(cast(int, config[ROUND])) for config in configs if ROUND in config), 1)
 
 
 def _seed(seed: int, context: Context, *parts: object) -> int:

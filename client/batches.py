@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from corymb.client.settings import TrainSettings
 
-Batch = tuple[Tensor, Tensor]  # inputs [B, ...], targets [B, ...]
+Batch = tuple[Tensor, ...]  # inputs [B, ...] and targets [B, ...]
 Examples = Dataset[Batch] | DataLoader[Batch]
 
 
@@ -31,9 +31,7 @@ def training_batches(data: Examples, settings: TrainSettings, generator: torch.G
         yield from _passes(data, settings, generator, settings.epochs or 1)
 
 
-def _passes(
-    data: Examples, settings: TrainSettings, generator: torch.Generator, epochs: int | None
-) -> Iterator[Batch]:
+def _passes(data: Examples, settings: TrainSettings, generator: torch.Generator, epochs: int | None) -> Iterator[Batch]:
     passed = 0
     while epochs is None or passed < epochs:
         passed += 1

@@ -69,11 +69,11 @@ def train(
             value = loss(outputs, targets)
         optimizer.zero_grad()
         if half:
-            scaler.scale(value).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(value).backward()
             scaler.step(optimizer)
             scaler.update()
         else:
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             optimizer.step()
         tally.add(outputs, targets, value)
     return tally.metrics() | {"seconds": time.perf_counter() - started}

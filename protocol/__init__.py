@@ -1,0 +1,1 @@
+"""What server and sites say to each other: record names, the codec, and the shim to what Flower keeps private."""

@@ -47,7 +47,7 @@ class Array(flwr.app.Array):
         self.__dict__["stype"] = NPY
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]  # a plain attribute in the parent
+    def data(self) -> bytes:
         """The .npy bytes, made anew at each call so that no second copy of the model stays in memory."""
         buffer = BytesIO()
         np.save(buffer, self.numpy(copy=False), allow_pickle=False)

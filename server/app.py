@@ -75,7 +75,7 @@ def model_factory(reference: str) -> Callable[[], nn.Module]:
     return factory
 
 
-@app.main()  # type: ignore[untyped-decorator]
+@app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes."""
     settings = ServerSettings.read(context.run_config)
@@ -94,9 +94,7 @@ def main(grid: Grid, context: Context) -> None:
         journal=journal,
     )
     try:
-        strategy.start(
-            grid, to_arrays(module.state_dict()), settings.num_server_rounds, timeout=settings.timeout
-        )
+        strategy.start(grid, to_arrays(module.state_dict()), settings.num_server_rounds, timeout=settings.timeout)
     finally:
         if journal is not None:
             journal.close()

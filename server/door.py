@@ -13,7 +13,7 @@ from torch import Tensor
 
 from corymb.protocol.codec import DTYPES, CodecError, to_tensor
 from corymb.protocol.flower import NODE_UNAVAILABLE
-from corymb.protocol.records import EXAMPLES
+from corymb.protocol.records import EXAMPLES, of_kind
 from corymb.strategies import Layout, Reply, Report
 
 BLOCK = 1 << 18  # numbers per check: scratch memory stays small
@@ -61,12 +61,11 @@ class Door:
         """The reply to a training message, checked cheapest first; nothing large is allocated."""
         try:
             report = self._report(node, message)
-            arrays = _only(message, "array_records", ArrayRecord)
+            arrays = _only(message, ArrayRecord)
             self._check_claims(arrays)
             # Integer buffers are kept from the server's model, so theirs are not even decoded.
             state = {
-                entry.name: _decoded(entry.name, arrays)
-                for entry in (*self.layout.parameters, *self.layout.buffers)
+                entry.name: _decoded(entry.name, arrays) for entry in (*self.layout.parameters, *self.layout.buffers)
             }
             for name, tensor in state.items():
                 if not _is_finite(tensor):
@@ -86,7 +85,7 @@ class Door:
         if message.has_error():
             code = Code.OFFLINE if message.error.code == NODE_UNAVAILABLE else Code.ERROR
             raise _Refused(code, f"error {message.error.code}: {_short(message.error.reason)}")
-        metrics: Mapping[str, Any] = _only(message, "metric_records", MetricRecord)
+        metrics: Mapping[str, Any] = _only(message, MetricRecord)
         examples = metrics.get(self.examples_key)
         if not (
             isinstance(examples, (int, float))
@@ -120,14 +119,12 @@ class Door:
                     f"tensor {name!r} has the shape {_short(list(array.shape))}, not {list(entry.shape)}",
                 )
             if DTYPES.get(array.dtype) != entry.dtype:
-                raise _Refused(
-                    Code.DTYPE, f"tensor {name!r} has the dtype {_short(array.dtype)}, not {entry.dtype}"
-                )
+                raise _Refused(Code.DTYPE, f"tensor {name!r} has the dtype {_short(array.dtype)}, not {entry.dtype}")
 
 
-def _only(message: Message, records: str, kind: type[Any]) -> Any:
+def _only(message: Message, kind: type[Any]) -> Any:
     try:
-        found = list(getattr(message.content, records).values())
+        found = of_kind(message.content, kind)
     except Exception as error:  # a message that cannot even be read is the sender's fault
         raise _Refused(Code.RECORDS, f"its content cannot be read: {_short(error)}") from None
     if len(found) != 1:

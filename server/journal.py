@@ -95,14 +95,12 @@ class Journal:
     def rounds(self) -> Iterator[RoundRecord]:
         """Every committed round, in order."""
         rows = self._database.execute("SELECT * FROM verdicts ORDER BY round, node")
-        verdicts = {
-            number: [Verdict(*row[1:-1], json.loads(row[-1])) for row in group]
-            for number, group in groupby(rows, key=itemgetter(0))
-        }
+        verdicts = {number: [_verdict(*row[1:]) for row in group] for number, group in groupby(rows, key=itemgetter(0))}
         for number, seconds, *metrics in self._database.execute(
             "SELECT round, seconds, train, evaluate, server FROM rounds ORDER BY round"
         ):
-            yield RoundRecord(number, verdicts.get(number, []), *map(json.loads, metrics), seconds)
+            train, evaluate, server = map(json.loads, metrics)
+            yield RoundRecord(number, verdicts.get(number, []), train, evaluate, server, seconds)
 
     def model(self) -> dict[str, Tensor]:
         """The newest committed model. Raises `LookupError` before the first round."""
@@ -156,3 +154,6 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
+def _verdict(node: str, code: str, reason: str, examples: int, weight: float | None, metrics: str) -> Verdict:
+    return Verdict(node, code, reason, examples, weight, json.loads(metrics))

@@ -23,10 +23,7 @@ def connected(grid: Grid) -> dict[str, int]:
     """
     nodes = [(node.name, node.node_id) for node in grid.get_nodes()]
     count = Counter(name for name, _ in nodes)
-    return {
-        name if name and count[name] == 1 else f"{name or 'node'}-{node_id}": node_id
-        for name, node_id in nodes
-    }
+    return {name if name and count[name] == 1 else f"{name or 'node'}-{node_id}": node_id for name, node_id in nodes}
 
 
 def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:

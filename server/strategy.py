@@ -71,7 +71,7 @@ class FlowerStrategy(Strategy):
         self.memory = rule.initial()
         self.known: set[str] = set()
         self._asked: dict[str, Message] = {}
-        self._arrays: ArrayRecord | None = None  # the model as it was last sent, and, taken apart, `_origin`
+        self._arrays = ArrayRecord()  # the model as it was last sent, and, taken apart, `_origin`
 
     def summary(self) -> None:
         """Log the rule and how nodes are chosen."""
@@ -104,9 +104,7 @@ class FlowerStrategy(Strategy):
         self._take(arrays)
         nodes = connected(grid) if self.fraction_evaluate else {}
         chosen = sample(nodes, self.fraction_evaluate, self.seed, server_round, "evaluate")
-        return self._messages(
-            MessageType.EVALUATE, server_round, config, {name: nodes[name] for name in chosen}
-        )
+        return self._messages(MessageType.EVALUATE, server_round, config, {name: nodes[name] for name in chosen})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The mean metrics of `replies`, weighed by examples."""
@@ -164,15 +162,12 @@ class FlowerStrategy(Strategy):
         self._origin = self._layout.flatten(state)
         self._arrays = arrays
 
-    def _messages(
-        self, kind: str, server_round: int, config: ConfigRecord, nodes: Mapping[str, int]
-    ) -> list[Message]:
+    def _messages(self, kind: str, server_round: int, config: ConfigRecord, nodes: Mapping[str, int]) -> list[Message]:
         config = config.copy()
         config[ROUND] = server_round
         content = RecordDict({self.arrayrecord_key: self._arrays, self.configrecord_key: config})
         self._asked = {
-            name: Message(content, node_id, kind, group_id=str(server_round))
-            for name, node_id in nodes.items()
+            name: Message(content, node_id, kind, group_id=str(server_round)) for name, node_id in nodes.items()
         }
         return list(self._asked.values())
 
@@ -190,7 +185,7 @@ class FlowerStrategy(Strategy):
         """
         by_message = {message.metadata.message_id: name for name, message in self._asked.items()}
         by_node = {message.metadata.dst_node_id: name for name, message in self._asked.items()}
-        named = {}
+        named: dict[str, Message] = {}
         for reply in replies:
             source = reply.metadata.src_node_id
             name = by_message.get(reply.metadata.reply_to_message_id) or by_node.get(source, f"node-{source}")
@@ -200,9 +195,7 @@ class FlowerStrategy(Strategy):
     def _aggregate(self, record: RoundRecord, replies: Named) -> ArrayRecord | None:
         """Door and rule: the next model, or None when it is still the same. Fills in `record`."""
         heard: dict[str, Report | Rejection] = {}
-        outcome = self.rule.aggregate(
-            self._origin, self._admitted(replies, heard), self.memory, frozenset(self.known)
-        )
+        outcome = self.rule.aggregate(self._origin, self._admitted(replies, heard), self.memory, frozenset(self.known))
         self.memory = outcome.memory
         record.verdicts = verdicts(self._asked, heard, outcome.weights)
         record.train = mean_metrics(report for report in heard.values() if isinstance(report, Report))

@@ -105,8 +105,9 @@ def _key(ticket: Ticket) -> str:
 def _advance(progress: Progress, bar: TaskID, record: RoundRecord) -> None:
     progress.start_task(bar)
     accuracy = f"accuracy {record.server['accuracy']:.3f}, " if "accuracy" in record.server else ""
-    measured = {"measured": f"{accuracy}{len(record.admitted)} clients"} if accuracy else {}
-    progress.update(bar, completed=record.round, **measured)
+    if accuracy:
+        progress.update(bar, measured=f"{accuracy}{len(record.admitted)} clients")
+    progress.update(bar, completed=record.round)
 
 
 @contextmanager

@@ -46,9 +46,15 @@ class Source:
 
 
 def load(
-    source: str, *, label: str | None = None, positive_above: float | None = None, test_fraction: float = 0.2
+    source: str,
+    *,
+    label: str | None = None,
+    positive_above: float | None = None,
+    test_fraction: float = 0.2,
+    mean: float = 0.0,
+    deviation: float = 1.0,
 ) -> Source:
-    """Read `source`: "digits", or the path of a file or folder.
+    """Read `source` ("digits", or the path of a file or folder); inputs become `(input - mean) / deviation`.
 
     A folder holds idx files (MNIST's names, gzipped or not), `train` and `test` files of one kind, or one
     table per site (.csv or .data; the file's name is the site's). A file is .npz (`x_train`, `y_train`,
@@ -57,8 +63,15 @@ def load(
     third of the rows are dropped, then rows with gaps, and the rest is standardised. `positive_above` makes
     the label binary. Where no test set comes along, `test_fraction` of each site is set aside.
 
+    Pixels are read as 0 to 1.
+
     Raises `ValueError` for a path that is not there or holds nothing known.
     """
+    read = _read(source, label, positive_above, test_fraction)
+    return Source(*(replace(part, inputs=(part.inputs - mean) / deviation) for part in (read.train, read.test)))
+
+
+def _read(source: str, label: str | None, positive_above: float | None, test_fraction: float) -> Source:
     if source == DIGITS:
         return _split(_digits(), test_fraction)
     path = Path(source).expanduser()
@@ -138,9 +151,7 @@ def _tables(path: Path, label: str | None, positive_above: float | None, test_fr
     rows = Rows.together([table for _, table in sites]).complete().standardised()
     names = tuple(sites[origin][0] for origin in rows.origins)
     labels = rows.labels if positive_above is None else rows.labels > positive_above
-    examples = Examples(
-        torch.tensor(rows.inputs, dtype=torch.float32), torch.tensor(labels.astype(np.int64)), names
-    )
+    examples = Examples(torch.tensor(rows.inputs, dtype=torch.float32), torch.tensor(labels.astype(np.int64)), names)
     return _split(examples if len(sites) > 1 else replace(examples, sites=None), test_fraction)
 
 

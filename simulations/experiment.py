@@ -28,6 +28,8 @@ class DataSettings(Strict):
     label: str | None = None
     positive_above: float | None = None
     test_fraction: float = Field(0.2, gt=0, lt=1)
+    mean: float = 0.0
+    deviation: float = Field(1.0, gt=0)
 
 
 class PartitionSettings(Strict):

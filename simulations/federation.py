@@ -97,9 +97,7 @@ def participation_of(
     if settings.probability is not None:
         probabilities = np.full(clients, settings.probability)
     else:
-        probabilities = class_correlated(
-            population.labels, rng, settings.alpha, settings.mean, settings.minimum
-        )
+        probabilities = class_correlated(population.labels, rng, settings.alpha, settings.mean, settings.minimum)
     if settings.kind == "bernoulli":
         return Bernoulli(probabilities, rng), probabilities
     if settings.kind == "markov":
@@ -166,7 +164,7 @@ def run(
     )
     app = ServerApp()
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()
     def _main(grid: Grid, context: Context) -> None:
         initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
         strategy.start(grid, initial, experiment.rounds, evaluate_fn=evaluate_fn)

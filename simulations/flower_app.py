@@ -62,9 +62,7 @@ def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any]) -> None:
 def _component(folder: Path, components: Mapping[str, str], key: str, kind: type[Any]) -> Any:
     reference = components.get(key)
     if not reference:
-        raise ValueError(
-            f"The app in {str(folder)!r} has no {kind.__name__}: set {key} in [tool.flwr.app.components]."
-        )
+        raise ValueError(f"The app in {str(folder)!r} has no {kind.__name__}: set {key} in [tool.flwr.app.components].")
     module, _, name = reference.partition(":")
     try:
         component = getattr(import_module(module), name)

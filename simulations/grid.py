@@ -13,7 +13,6 @@ from flwr.serverapp import Grid
 from corymb.protocol.flower import (
     CLIENT_APP_RAISED,
     NODE_UNAVAILABLE,
-    Node,
     empty_run,
     inside_task,
     node_info,
@@ -77,7 +76,12 @@ class LocalGrid(Grid):
         return Context(RUN_ID, SERVER_ID, {}, RecordDict(), dict(self._run_config))
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A message; Flower deprecates this in favour of the constructor."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -86,7 +90,7 @@ class LocalGrid(Grid):
         """The ids of all nodes, online or not."""
         return list(self._ids)
 
-    def get_nodes(self) -> list[Node]:
+    def get_nodes(self) -> list[Any]:
         """All nodes, online or not."""
         return list(self._nodes)
 
@@ -142,4 +146,5 @@ def _delivered(message: Message) -> Message:
     content = message.content.copy()
     for name, record in content.items():
         content[name] = record.copy()
-    return Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]  # as grids make them
+    delivered: Message = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]  # as grids do
+    return delivered

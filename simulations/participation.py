@@ -132,4 +132,5 @@ def probabilities_of(
 ) -> Probabilities:
     """`mean * C * <distribution, willing>` for each node, within [`minimum`, 1]."""
     classes = distributions.shape[1]
-    return np.clip(mean * classes * (distributions @ willing), minimum, 1.0)
+    probabilities: Probabilities = np.clip(mean * classes * (distributions @ willing), minimum, 1.0)
+    return probabilities

@@ -49,7 +49,8 @@ def by_site(sites: tuple[str, ...]) -> tuple[list[Rows], list[str]]:
 def label_distributions(labels: Labels, parts: list[Rows], classes: int) -> NDArray[np.float64]:
     """The share of each class at each client, `[N, C]`."""
     counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
-    return counts / counts.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = counts / counts.sum(axis=1, keepdims=True)
+    return shares
 
 
 def _none_empty(parts: list[Rows]) -> list[Rows]:

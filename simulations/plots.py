@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,7 +16,7 @@ from corymb.simulations.federation import Population
 from corymb.simulations.results import Run
 
 mpl.use("Agg")
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 11,
@@ -30,8 +31,14 @@ def draw_all(runs: list[Run], population: Population, folder: Path) -> dict[str,
     seed = runs[0].seed
     firsts = [run for run in runs if run.seed == seed]
     pictures: dict[str, tuple[str, Callable[[], Figure]]] = {
-        "accuracy.png": ("Test accuracy per round: mean over seeds, band from least to most", lambda: accuracy(runs)),
-        "participation.png": (f"Who took part in each round (seed {seed})", lambda: participation(firsts[0], population)),
+        "accuracy.png": (
+            "Test accuracy per round: mean over seeds, band from least to most",
+            lambda: accuracy(runs),
+        ),
+        "participation.png": (
+            f"Who took part in each round (seed {seed})",
+            lambda: participation(firsts[0], population),
+        ),
         "weights.png": (
             f"How much each client counted (seed {seed}, share of the round's largest)",
             lambda: weights(firsts, population),
@@ -115,7 +122,14 @@ def labels(population: Population) -> Figure:
     bottom = np.zeros(len(sizes))
     colours = mpl.colormaps["tab20" if counts.shape[1] > 10 else "tab10"]
     for label in range(counts.shape[1]):
-        axes.bar(range(len(sizes)), counts[:, label], bottom=bottom, color=colours(label % colours.N), width=0.9, label=label)
+        axes.bar(
+            range(len(sizes)),
+            counts[:, label],
+            bottom=bottom,
+            color=colours(label % colours.N),
+            width=0.9,
+            label=label,
+        )
         bottom += counts[:, label]
     if len(sizes) <= 10:
         axes.set_xticks(range(len(sizes)), population.names)

@@ -39,7 +39,9 @@ class Run:
 
 def collect(experiment: Experiment, folder: Path) -> list[Run]:
     """The runs in `folder`, rule by rule."""
-    return [_collect(experiment, folder, index, seed) for index in range(len(experiment.rules)) for seed in experiment.seeds]
+    return [
+        _collect(experiment, folder, index, seed) for index in range(len(experiment.rules)) for seed in experiment.seeds
+    ]
 
 
 def _collect(experiment: Experiment, folder: Path, index: int, seed: int) -> Run:

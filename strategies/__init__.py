@@ -60,9 +60,7 @@ RULES: dict[str, type[Rule[Any]]] = {
 
 def known_rules() -> dict[str, type[Rule[Any]]]:
     """Every rule by name: our own table, then what installed packages add."""
-    return RULES | {
-        point.name: point.load() for point in entry_points(group="corymb.rules") if point.name not in RULES
-    }
+    return RULES | {point.name: point.load() for point in entry_points(group="corymb.rules") if point.name not in RULES}
 
 
 def make_rule(name: str, **parameters: Any) -> Rule[Any]:

@@ -73,9 +73,7 @@ class FedAU(BlindRule[Attendance]):
         interval = 1.0 if row is None else float(memory.mean[row])
         return interval * report.examples if self.by_examples else interval
 
-    def scale(
-        self, total: float, reports: Collection[Report], known: Collection[str], memory: Attendance
-    ) -> float:
+    def scale(self, total: float, reports: Collection[Report], known: Collection[str], memory: Attendance) -> float:
         """The server's rate over the population, absent sites included."""
         population = float(self.population or len(known))
         if self.by_examples:

@@ -49,7 +49,7 @@ class IDA(SightedRule[None]):
         return cohort.mixed(weights / weights.sum()), None
 
     def _distance(self, cohort: Cohort) -> Tensor:
-        clients, parameters = cohort.models.shape
+        clients = len(cohort.nodes)
         distances = torch.zeros(clients, dtype=torch.float64)
         shares = cohort.examples / cohort.examples.sum().clamp(min=1)
         for models in cohort.models.split(max(1, (1 << 20) // clients), dim=1):

@@ -75,13 +75,7 @@ class Layout:
                 )
             last = name.rpartition(".")[2]
             is_buffer = name in buffers if buffers is not None else last in STATISTICS
-            role = (
-                Role.INTEGER
-                if not tensor.is_floating_point()
-                else Role.BUFFER
-                if is_buffer
-                else Role.PARAMETER
-            )
+            role = Role.INTEGER if not tensor.is_floating_point() else Role.BUFFER if is_buffer else Role.PARAMETER
             start, ends[role] = ends[role], ends[role] + tensor.numel()
             entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, role, start, ends[role]))
         return cls(tuple(entries))
@@ -116,9 +110,7 @@ class Layout:
 
     def flatten(self, state: Mapping[str, Tensor]) -> Model:
         """Take `state` (of this layout) apart; the result never shares memory with it."""
-        variances = [
-            torch.full((prod(entry.shape),), entry.name.endswith("running_var")) for entry in self.buffers
-        ]
+        variances = [torch.full((prod(entry.shape),), entry.name.endswith("running_var")) for entry in self.buffers]
         return Model(
             joined(self.parts(state), self.dtype, copy=True),
             self.buffers_of(state),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Report:
     """What one reply says about itself. All that a blind rule may look at.
@@ -34,8 +35,6 @@ class Reply:
     buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @classmethod
-    def of(
-        cls, node: str, vector: Tensor, examples: int = 1, metrics: Mapping[str, float] | None = None
-    ) -> Reply:
+    def of(cls, node: str, vector: Tensor, examples: int = 1, metrics: Mapping[str, float] | None = None) -> Reply:
         """A reply whose whole model is `vector [P]`."""
         return cls(Report(node, examples, metrics or {}), (vector,))

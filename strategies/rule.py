@@ -15,7 +15,17 @@ from corymb.strategies.fold import Fold
 from corymb.strategies.layout import Model, joined
 from corymb.strategies.reply import Reply, Report
 
-__all__ = ["BlindRule", "Cohort", "Electorate", "ElectingRule", "Outcome", "Reply", "Report", "Rule", "SightedRule"]
+__all__ = [
+    "BlindRule",
+    "Cohort",
+    "ElectingRule",
+    "Electorate",
+    "Outcome",
+    "Reply",
+    "Report",
+    "Rule",
+    "SightedRule",
+]
 
 M = TypeVar("M")  # memory: None, or a frozen dataclass of scalars, strings, tuples and tensors
 
@@ -40,9 +50,7 @@ class Rule(ABC, Generic[M]):
         return None  # type: ignore[return-value]  # right for every rule whose memory is None
 
     @abstractmethod
-    def aggregate(
-        self, origin: Model, replies: Iterable[Reply], memory: M, known: Collection[str] = ()
-    ) -> Outcome[M]:
+    def aggregate(self, origin: Model, replies: Iterable[Reply], memory: M, known: Collection[str] = ()) -> Outcome[M]:
         """Turn the replies to `origin` into the next model; written once per kind of rule.
 
         `replies` may be empty, holds at most one reply per node and is read once. `known` names all
@@ -76,9 +84,7 @@ class BlindRule(Rule[M]):
         return memory
 
     @final
-    def aggregate(
-        self, origin: Model, replies: Iterable[Reply], memory: M, known: Collection[str] = ()
-    ) -> Outcome[M]:
+    def aggregate(self, origin: Model, replies: Iterable[Reply], memory: M, known: Collection[str] = ()) -> Outcome[M]:
         """See `Rule.aggregate`."""
         fold = Fold(origin)
         reports, weights = [], {}
@@ -106,9 +112,7 @@ class SightedRule(Rule[M]):
         """The next parameters `[P]`, and the next memory. The cohort has at least one reply."""
 
     @final
-    def aggregate(
-        self, origin: Model, replies: Iterable[Reply], memory: M, known: Collection[str] = ()
-    ) -> Outcome[M]:
+    def aggregate(self, origin: Model, replies: Iterable[Reply], memory: M, known: Collection[str] = ()) -> Outcome[M]:
         """See `Rule.aggregate`."""
         replies = list(replies)
         if not replies:
@@ -116,9 +120,7 @@ class SightedRule(Rule[M]):
         cohort = Cohort.of(origin, replies)
         vector, memory = self.mix(cohort, memory)
         buffers = _buffers(origin, replies, self.robust)
-        return Outcome(
-            origin.moved(vector.to(origin.parameters.dtype), buffers), memory, cohort.weights_of(vector)
-        )
+        return Outcome(origin.moved(vector.to(origin.parameters.dtype), buffers), memory, cohort.weights_of(vector))
 
 
 def _buffers(origin: Model, replies: list[Reply], robust: bool) -> Tensor:

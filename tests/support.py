@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from torch import Tensor
+
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import inside_task, stamp
 from corymb.strategies import Model, Reply, Rule
-from flwr.app import Message, MetricRecord, RecordDict
-from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 State = Mapping[str, Tensor]

@@ -34,7 +34,9 @@ def test_the_wheel_holds_corymb_only_with_its_experiments(tmp_path: Path) -> Non
 
 def test_every_folder_that_is_named_exists() -> None:
     tool = PROJECT["tool"]
-    for folder in tool["pytest"]["ini_options"]["testpaths"] + tool["hatch"]["build"]["targets"]["wheel"]["only-include"]:
+    for folder in (
+        tool["pytest"]["ini_options"]["testpaths"] + tool["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    ):
         assert (ROOT / folder).exists()
     for package in tool["mypy"]["packages"]:
         assert (ROOT / ".links" / package.replace(".", "/")).is_dir()

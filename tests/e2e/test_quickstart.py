@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from corymb.server import Journal
 from corymb.tests.e2e.processes import (
     Processes,
@@ -75,7 +76,11 @@ def test_in_a_deployment_with_tls_and_node_keys(tmp_path: Path) -> None:
             "--enable-supernode-auth", "--disable-runtime-dependency-installation",
             "--database", str(tmp_path / "state.db"), "--host", "127.0.0.1", "--port", str(port),
         )  # fmt: skip
-        until(lambda: "startup complete" in started.logs() or can_list(started), 90, "the start of the SuperLink")
+        until(
+            lambda: "startup complete" in started.logs() or can_list(started),
+            90,
+            "the start of the SuperLink",
+        )
         for site in range(SITES):
             key = tmp_path / f"site-{site}"
             write_site_key(key)

@@ -2,8 +2,16 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from corymb.protocol.flower import CLIENT_APP_RAISED, NODE_UNAVAILABLE, empty_run, inside_task, node_info, stamp
 from flwr.app import Message, RecordDict
+
+from corymb.protocol.flower import (
+    CLIENT_APP_RAISED,
+    NODE_UNAVAILABLE,
+    empty_run,
+    inside_task,
+    node_info,
+    stamp,
+)
 
 
 def test_what_we_use_of_flowers_private_parts_is_still_there() -> None:

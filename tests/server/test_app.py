@@ -3,14 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, Message
+from torch import nn
+
+from corymb.protocol.codec import to_state
 from corymb.server import Journal
 from corymb.server.app import ServerSettings, app, model_factory, rule_from
 from corymb.simulations.grid import LocalGrid
 from corymb.strategies import FedAU, FedAvg
 from corymb.tests.support import content
-from corymb.protocol.codec import to_state
-from flwr.app import Context, Message
-from torch import nn
 
 
 def small() -> nn.Module:

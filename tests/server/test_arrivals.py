@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, Message, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
 from corymb.protocol.codec import to_arrays
 from corymb.server import FlowerStrategy
 from corymb.server.arrivals import arrivals
@@ -15,9 +19,6 @@ from corymb.server.roster import connected, sample, wait_for
 from corymb.simulations.grid import LocalGrid
 from corymb.strategies import FedAvg
 from corymb.tests.support import content
-from flwr.app import Context, Message, RecordDict
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def echo(message: Message, context: Context) -> Message:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import flwr.app
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal
 from corymb.server.door import Door, Rejection
 from corymb.simulations.grid import LocalGrid
 from corymb.strategies import RULES, FedAvg, Layout, Reply
 from corymb.tests.support import content, reply
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
-from hypothesis import given
-from hypothesis import strategies as st
 
 SIZE = 1_000_000  # 4 MB of float32, so that a copy too many would show
 HOSTILE = 3
@@ -51,8 +53,16 @@ def without(name: str) -> RecordDict:
 
 
 ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
-    "a NaN model": (lambda: content(good() | {"b": torch.tensor([1, float("nan"), 1])}), "not finite", "tensor 'b'"),
-    "an infinite model": (lambda: content(good() | {"w": torch.full((SIZE,), torch.inf)}), "not finite", "tensor 'w'"),
+    "a NaN model": (
+        lambda: content(good() | {"b": torch.tensor([1, float("nan"), 1])}),
+        "not finite",
+        "tensor 'b'",
+    ),
+    "an infinite model": (
+        lambda: content(good() | {"w": torch.full((SIZE,), torch.inf)}),
+        "not finite",
+        "tensor 'w'",
+    ),
     "an infinite weight": (lambda: content(good(), float("inf")), "examples", "is inf"),
     "a NaN weight": (lambda: content(good(), float("nan")), "examples", "is nan"),
     "a negative weight": (lambda: content(good(), -499), "examples", "is -499"),
@@ -66,9 +76,21 @@ ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
     "one tensor more": (lambda: content(good() | {"x\n": torch.ones(1)}), "names", "not in the model"),
     "a truncated array": (lambda: with_array("w", truncated()), "bytes", "carries 3999000 bytes"),
     "a header of 4 TiB": (lambda: with_array("w", huge()), "bytes", "1099511627776"),
-    "garbage": (lambda: with_array("w", Array("float32", (SIZE,), "numpy.ndarray", b"?" * 99)), "bytes", "no .npy"),
-    "no metrics": (lambda: RecordDict({"arrays": to_arrays(good())}), "records", "0 records of the type MetricRecord"),
-    "no model": (lambda: RecordDict({"metrics": MetricRecord({"num-examples": 1})}), "records", "ArrayRecord"),
+    "garbage": (
+        lambda: with_array("w", Array("float32", (SIZE,), "numpy.ndarray", b"?" * 99)),
+        "bytes",
+        "no .npy",
+    ),
+    "no metrics": (
+        lambda: RecordDict({"arrays": to_arrays(good())}),
+        "records",
+        "0 records of the type MetricRecord",
+    ),
+    "no model": (
+        lambda: RecordDict({"metrics": MetricRecord({"num-examples": 1})}),
+        "records",
+        "ArrayRecord",
+    ),
     "two models": (lambda: RecordDict({**content(good()), "more": ArrayRecord()}), "records", "2 records"),
 }
 
@@ -135,7 +157,7 @@ def test_memory_stays_flat_whatever_a_header_claims() -> None:
     door = Door(Layout.of(good()))
     for name in ("a header of 4 TiB", "a truncated array", "garbage", "a wrong shape", "an infinite model"):
         message = reply(1000, ATTACKS[name][0]())
-        assert peak_growth(lambda message=message: door.admit("x", message)) < 4 * SIZE, name
+        assert peak_growth(partial(door.admit, "x", message)) < 4 * SIZE, name
 
 
 def test_a_good_reply_is_admitted_without_a_copy() -> None:
@@ -162,5 +184,3 @@ def test_what_a_site_writes_cannot_break_the_log() -> None:
     assert isinstance(verdict, Rejection)
     assert len(verdict.reason) < 300
     assert verdict.reason.isprintable()
-
-

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from corymb.server.journal import Journal, sha256
 from corymb.server.record import RoundRecord, Verdict
 from corymb.strategies.fedau import Attendance
-from safetensors.torch import load_file
 
 STATE = {"w": torch.arange(6.0).reshape(2, 3).t(), "n": torch.tensor(3), "h": torch.ones(2).bfloat16()}
 

@@ -1,22 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from corymb.protocol.codec import to_arrays, to_state
-from corymb.server import FlowerStrategy, RoundRecord
-from corymb.simulations.grid import LocalGrid
-from corymb.strategies import IDA, RULES, FedAU, FedAvg, Median, Rule, TrimmedMean
-from corymb.tests.support import State, content, reply
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from corymb.protocol.codec import to_arrays, to_state
+from corymb.server import FlowerStrategy, RoundRecord
+from corymb.simulations.grid import LocalGrid
+from corymb.strategies import IDA, RULES, FedAU, FedAvg, Median, Rule, TrimmedMean
+from corymb.tests.support import State, content, reply
 
 numbers = st.floats(-1e3, 1e3, width=32)
 
@@ -50,7 +51,10 @@ def aggregate(strategy: Strategy, origin: State, sent: list[tuple[dict[str, Tens
     strategy.configure_train(1, to_arrays(origin), ConfigRecord(), grid)
     # Flower's own arrays, because its median takes replies apart.
     replies = [
-        reply(1000 + i, RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": size})}))
+        reply(
+            1000 + i,
+            RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": size})}),
+        )
         for i, (state, size) in enumerate(sent)
     ]
     arrays, _ = strategy.aggregate_train(1, replies)
@@ -125,7 +129,7 @@ def test_flowers_start_and_ours_give_the_same(rule: Rule[Any]) -> None:
     assert torch.equal(to_state(stock.arrays)["w"], to_state(ours.arrays)["w"])
     assert stock.train_metrics_clientapp == ours.train_metrics_clientapp
     assert stock.evaluate_metrics_clientapp == ours.evaluate_metrics_clientapp
-    assert ours.evaluate_metrics_clientapp[5]["loss"] > 0
+    assert float(cast(float, ours.evaluate_metrics_clientapp[5]["loss"])) > 0
 
 
 class Shuffled(LocalGrid):

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import gzip
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from corymb.simulations.data import load
-from corymb.simulations.partition import by_site, dirichlet, iid, label_distributions, shards
 from hypothesis import given
 from hypothesis import strategies as st
+
+from corymb.simulations.data import load
+from corymb.simulations.partition import by_site, dirichlet, iid, label_distributions, shards
 
 
 def test_digits() -> None:
@@ -112,12 +114,12 @@ def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
 @given(st.integers(1, 30), st.integers(0, 1000), st.floats(0.01, 100))
 def test_every_partition_uses_every_row_once_and_leaves_nobody_empty(clients: int, seed: int, alpha: float) -> None:
     labels = np.random.default_rng(seed).integers(0, 4, 60)
-    for partition in (iid, shards, lambda *args: dirichlet(*args, alpha=alpha)):
+    for partition in (iid, shards, partial(dirichlet, alpha=alpha)):
         parts = partition(labels, clients, np.random.default_rng(seed))
         assert sorted(np.concatenate(parts)) == list(range(60))
         assert min(map(len, parts)) > 0
-        assert_same = partition(labels, clients, np.random.default_rng(seed))
-        assert all((a == b).all() for a, b in zip(parts, assert_same, strict=True))
+        again = partition(labels, clients, np.random.default_rng(seed))
+        assert all((a == b).all() for a, b in zip(parts, again, strict=True))
 
 
 def test_alpha_says_how_mixed_the_clients_are() -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
 from corymb.server.journal import sha256
 from corymb.simulations.campaign import run_all
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
@@ -17,9 +20,6 @@ from corymb.simulations.federation import population_of, run
 from corymb.simulations.plots import _smooth
 from corymb.simulations.report import write_report
 from corymb.simulations.results import collect, prepare, scores, write
-from rich.console import Console
-from safetensors.torch import load_file
-
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -45,9 +45,18 @@ BASE = 'rounds = 2\nrules = ["fedavg"]\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('rounds = 2\nrules = ["fedavgg"]', r"rules\.0: There is no rule 'fedavgg'; the known rules are fedau"),
-        ('rounds = 2\n[[rules]]\nname = "fedau"\nparameters = { cutof = 3 }', "no parameter 'cutof'; its parameters"),
-        ('rounds = 2\n[[rules]]\nname = "fedau"\ntrain = { step = 3 }', r"rules\.0\.train\.step is no known key \(did you mean 'steps'"),
+        (
+            'rounds = 2\nrules = ["fedavgg"]',
+            r"rules\.0: There is no rule 'fedavgg'; the known rules are fedau",
+        ),
+        (
+            'rounds = 2\n[[rules]]\nname = "fedau"\nparameters = { cutof = 3 }',
+            "no parameter 'cutof'; its parameters",
+        ),
+        (
+            'rounds = 2\n[[rules]]\nname = "fedau"\ntrain = { step = 3 }',
+            r"rules\.0\.train\.step is no known key \(did you mean 'steps'",
+        ),
         (BASE + "roundz = 3", r"roundz is no known key \(did you mean 'rounds'\?\)"),
         (BASE + "[partition]\nalfa = 3", r"partition\.alfa is no known key \(did you mean 'alpha'\?\)"),
         (BASE + "[partition]\nalpha = 0", r"partition\.alpha = 0: input should be greater than 0"),
@@ -84,7 +93,10 @@ def test_what_ships_is_valid(path: Path) -> None:
 
 def test_data_that_does_not_fit_is_told_before_anything_runs(tmp_path: Path) -> None:
     for changes, message in (
-        ({"partition": {"clients": 2000}}, "partition.clients = 2000 needs 2000 examples or more and there are 1438"),
+        (
+            {"partition": {"clients": 2000}},
+            "partition.clients = 2000 needs 2000 examples or more and there are 1438",
+        ),
         ({"partition": {"kind": "site"}}, "has no sites"),
         ({"data": {"source": "nowhere"}}, "no data at 'nowhere'"),
     ):
@@ -159,7 +171,7 @@ def test_scores() -> None:
             self.rule, self.final_accuracy = rule, final_accuracy
 
     runs: Any = [Fake("a", 0.5), Fake("a", 0.7), Fake("b", 0.9)]
-    assert scores(runs)["a"] == (pytest.approx(0.6), pytest.approx(0.1414, abs=1e-4))
+    assert scores(runs)["a"] == pytest.approx((0.6, 0.1414), abs=1e-4)
     assert scores(runs)["b"] == (0.9, 0.0)
 
 
@@ -210,7 +222,11 @@ def test_sites_of_their_own(tmp_path: Path) -> None:
     for name, size in (("basel", 30), ("zurich", 60)):
         rows = [",".join(f"{x:.3f}" for x in rng.normal(size=3)) + f",{rng.integers(0, 3)}" for _ in range(size)]
         (tmp_path / f"processed.{name}.data").write_text("\n".join(rows))
-    settings = {**SMALL, "data": {"source": str(tmp_path), "positive_above": 0}, "partition": {"kind": "site"}}
+    settings = {
+        **SMALL,
+        "data": {"source": str(tmp_path), "positive_above": 0},
+        "partition": {"kind": "site"},
+    }
     experiment = Experiment(**settings)
     assert population_of(experiment, 0).names == ["basel", "zurich"]
     run(experiment, experiment.rules[0], 0, tmp_path / "journal")
@@ -227,7 +243,10 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "--rules", "fedavg,nonsense"], "the known rules are fedau, fedavg, ida, median, trimmed_mean"),
+        (
+            ["compare", "--rules", "fedavg,nonsense"],
+            "the known rules are fedau, fedavg, ida, median, trimmed_mean",
+        ),
         (["simulate", "--set", "partition.alpha=0"], "partition.alpha = 0: input should be greater than 0"),
         (["simulate", "--set", "trian.steps=3"], "did you mean 'train'?"),
         (["simulate", "--set", "data.source=nowhere"], "There is no data at 'nowhere'"),

@@ -3,32 +3,36 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
 from corymb.protocol.codec import to_state
 from corymb.simulations.grid import LocalGrid
 from corymb.simulations.participation import Bernoulli
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-from flwr.serverapp.strategy import FedAvg
-
 
 app = ClientApp()
 
 
-@app.train()  # type: ignore[untyped-decorator]
+@app.train()
 def train(message: Message, context: Context) -> Message:
     arrays = message.content.array_records["arrays"]
     state = arrays.to_torch_state_dict(keep_input=False)  # takes its own message apart
     visits = int(context.state.metric_records.get("visits", MetricRecord({"n": 0}))["n"]) + 1  # type: ignore[arg-type]
     context.state["visits"] = MetricRecord({"n": visits})
-    moved = {name: tensor + context.node_config["partition-id"] for name, tensor in state.items()}
-    metrics = MetricRecord({"num-examples": 1, "visits": visits, "partitions": context.node_config["num-partitions"]})
+    moved = {name: tensor + int(context.node_config["partition-id"]) for name, tensor in state.items()}
+    metrics = MetricRecord(
+        {"num-examples": 1, "visits": visits, "partitions": int(context.node_config["num-partitions"])}
+    )
     return Message(RecordDict({"arrays": ArrayRecord(moved), "metrics": metrics}), reply_to=message)
 
 
-@app.evaluate()  # type: ignore[untyped-decorator]
+@app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    return Message(RecordDict({"m": MetricRecord({"num-examples": 1, "lr": context.run_config["lr"]})}), reply_to=message)
+    return Message(
+        RecordDict({"m": MetricRecord({"num-examples": 1, "lr": float(context.run_config["lr"])})}), reply_to=message
+    )
 
 
 def messages(grid: LocalGrid, kind: str = "train") -> list[Message]:
@@ -40,8 +44,8 @@ def test_flowers_fedavg_runs_on_it() -> None:
     grid = LocalGrid(app, 4, run_config={"lr": 0.5})
     server = ServerApp()
 
-    @server.main()  # type: ignore[untyped-decorator]
-    def main(grid: LocalGrid, context: Context) -> None:
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
         assert context.run_config == {"lr": 0.5}
         result = FedAvg().start(grid, ArrayRecord({"w": torch.zeros(2)}), num_rounds=3)
         assert to_state(result.arrays)["w"].tolist() == [4.5, 4.5]  # three times the mean of 0, 1, 2, 3

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
+
 from corymb.simulations.participation import (
     Always,
     Bernoulli,
@@ -17,7 +19,6 @@ from corymb.simulations.participation import (
     probabilities_of,
 )
 from corymb.tests.support import golden
-from numpy.testing import assert_allclose
 
 GOLDEN = golden("fedau")
 P = np.array([0.02, 0.1, 0.3, 0.5, 0.95])
@@ -63,7 +64,10 @@ def test_a_cycle_is_one_run_of_rounds() -> None:
 def test_class_correlated_probabilities_as_worked() -> None:
     case = GOLDEN["participation_prob"]
     p = probabilities_of(
-        np.array(case["class_dist_per_client"]), np.array(case["class_participation_q"]), case["mean"], case["min"]
+        np.array(case["class_dist_per_client"]),
+        np.array(case["class_participation_q"]),
+        case["mean"],
+        case["min"],
     )
     assert_allclose(p, case["p"], rtol=1e-12)
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor
+
 from corymb.strategies import (
     RULES,
     BlindRule,
@@ -19,10 +25,6 @@ from corymb.strategies import (
     make_rule,
 )
 from corymb.strategies.memory import packed, unpacked
-from hypothesis import given
-from hypothesis import strategies as st
-from safetensors.torch import load, save
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,13 @@ class Plurality(ElectingRule):
         return ballots.sum(dim=0).argmax(dim=1)
 
 
-ALL = [*RULES.values(), Plurality]
+ALL: list[type[Rule[Any]]] = [*RULES.values(), Plurality]
 rules = pytest.mark.parametrize("rule", [kind() for kind in ALL], ids=lambda rule: type(rule).__name__)
 
 
 def cohort(seed: int, clients: int, size: int = 7) -> tuple[Model, list[Reply]]:
     generator = torch.Generator().manual_seed(seed)
-    origin = Model(
-        torch.randn(size, generator=generator), torch.randn(3, generator=generator), {"n": torch.tensor(5)}
-    )
+    origin = Model(torch.randn(size, generator=generator), torch.randn(3, generator=generator), {"n": torch.tensor(5)})
     replies = [
         Reply.of(f"site-{i}", torch.randn(size, generator=generator), 1 + i * 7, {"accuracy": 0.5})
         for i in range(clients)
@@ -125,7 +125,7 @@ def test_how_a_model_is_cut_into_pieces_does_not_matter(rule: Rule[Any], cuts: l
     pieces = [
         Reply(
             r.report,
-            tuple(r.parts[0][a:b] for a, b in zip(edges, edges[1:], strict=False)),
+            tuple(r.parts[0][a:b] for a, b in pairwise(edges)),
             r.buffers,
         )
         for r in replies

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corymb.strategies import FedAU, FedAvg, Model, Reply, Report
+from numpy.testing import assert_allclose
+
+from corymb.strategies import FedAU, FedAvg, Model, Reply, Report, Rule
 from corymb.strategies.fedau import Attendance
 from corymb.tests.support import after, golden, vector
-from numpy.testing import assert_allclose
 
 GOLDEN = golden("fedau")
 
@@ -81,9 +82,7 @@ def test_six_rounds(rule: Any, name: str) -> None:
         rounds["history"], rounds["deltas"], rounds["x_after_each_round"][name], strict=True
     ):
         replies = [
-            Reply.of(node, origin + delta)
-            for node, there, delta in zip(nodes, came, deltas, strict=True)
-            if there
+            Reply.of(node, origin + delta) for node, there, delta in zip(nodes, came, deltas, strict=True) if there
         ]
         outcome = rule.aggregate(Model(origin), replies, memory, nodes)
         origin, memory = outcome.model.parameters, outcome.memory
@@ -96,8 +95,9 @@ def test_quadratic_federation_finds_the_optimum_that_averaging_misses() -> None:
     nodes = [f"site-{i}" for i in range(10)]
     rounds, rng = 8000, np.random.default_rng(0)
     came = rng.random((rounds, 10)) < online
-    found = {}
-    for rule in (FedAU(cutoff=50, server_rate=0.1), FedAvg(by_examples=False)):
+    found: dict[type, Any] = {}
+    both: list[Rule[Any]] = [FedAU(cutoff=50, server_rate=0.1), FedAvg(by_examples=False)]
+    for rule in both:
         origin, memory = vector(0.0), rule.initial()
         trail = []
         for present in came:
@@ -121,7 +121,9 @@ def test_a_newcomer_counts_once_and_the_population_grows_with_it() -> None:
     assert outcome.weights == {"b": 0.5}
 
 
-@pytest.mark.parametrize("wrong", [{"cutoff": 0}, {"population": 0}, {"server_rate": 0.0}, {"server_rate": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"cutoff": 0}, {"population": 0}, {"server_rate": 0.0}, {"server_rate": float("nan")}]
+)
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         FedAU(**wrong)

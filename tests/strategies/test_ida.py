@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from numpy.testing import assert_allclose
+
 from corymb.strategies import IDA, Model, Reply
 from corymb.tests.support import golden, vector
-from numpy.testing import assert_allclose
 
 GOLDEN = golden("ida")
 
@@ -77,7 +78,9 @@ def test_accuracy_must_be_reported_where_it_is_used() -> None:
         IDA("accuracy").aggregate(Model(vector(0.0)), [Reply.of("a", vector(1.0))], None)
 
 
-@pytest.mark.parametrize("wrong", [{"factors": "distanse"}, {"centre": "mode"}, {"norm": 3}, {"floor": 0.0}, {"epsilon": -1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"factors": "distanse"}, {"centre": "mode"}, {"norm": 3}, {"floor": 0.0}, {"epsilon": -1.0}]
+)
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         IDA(**wrong)

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from corymb.strategies import FedAvg, Layout, Median, Reply, Report
-from corymb.strategies.layout import Model, Role
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from corymb.strategies import FedAvg, Layout, Median, Reply, Report
+from corymb.strategies.layout import Model, Role
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 
@@ -63,7 +64,7 @@ def test_split_gives_each_parameter_its_view() -> None:
 
 
 def test_complex_parameters_are_refused() -> None:
-    with pytest.raises(TypeError, match="'w' has dtype torch.complex64"):
+    with pytest.raises(TypeError, match=r"'w' has dtype torch\.complex64"):
         Layout.of({"w": torch.zeros(1, dtype=torch.complex64)})
 
 

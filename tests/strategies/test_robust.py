@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from corymb.strategies import Median, Reply, TrimmedMean
-from corymb.tests.support import after, vector
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from scipy.stats import trim_mean
+
+from corymb.strategies import Median, Reply, TrimmedMean
+from corymb.tests.support import after, vector
 
 columns = st.integers(1, 9).flatmap(
     lambda clients: st.lists(

@@ -3,11 +3,12 @@
 from functools import cache
 
 import torch
-from corymb.client import make_client_app
 from flwr.app import Context
-from quickstart.model import make_model
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
+
+from corymb.client import make_client_app
+from quickstart.model import make_model
 
 
 @cache

@@ -1,0 +1,115 @@
+"""How much memory does the server need for 50 replies of a 10M-parameter model, and how much does Flower's FedAvg?
+
+Each strategy runs in a process of its own, two rounds on a LocalGrid whose clients read their replies, ready-made
+.npy bytes, from files: what the process grows by is the server's. "Base" is its resident memory when the
+federation starts, with the initial model in it; the figure is the highest resident memory after that, minus base,
+in models (40 MB of float32). The bar is 3.
+
+    python benchmarks/streaming_memory.py [--replies 50] [--parameters 10000000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as flower
+
+from corymb.server import FlowerStrategy
+from corymb.simulations.grid import LocalGrid
+from corymb.strategies import FedAU, FedAvg
+
+BAR = 3.0
+LAYERS = 5
+FILES = 4  # replies differ, but need not all do so
+STRATEGIES = {
+    "Corymb FedAvg": lambda: FlowerStrategy(FedAvg(), fraction_evaluate=0),
+    "Corymb FedAU": lambda: FlowerStrategy(FedAU(), fraction_evaluate=0),
+    "Flower FedAvg": lambda: flower.FedAvg(fraction_evaluate=0.0),
+}
+
+
+def status(field: str) -> int:
+    """A line of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def serve(name: str, folder: Path, replies: int, parameters: int) -> None:
+    """Run one strategy and print what it took."""
+    shape = (parameters // LAYERS,)
+
+    def client(message: Message, context: Context) -> Message:
+        partition = int(context.node_config["partition-id"])
+        arrays = ArrayRecord()
+        for layer in range(LAYERS):
+            data = (folder / f"{partition % FILES}-{layer}.npy").read_bytes()
+            arrays[f"layer{layer}"] = Array("float32", shape, "numpy.ndarray", data)
+        metrics = MetricRecord({"num-examples": 10 + partition})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    grid = LocalGrid(client, replies)
+    strategy = STRATEGIES[name]()
+    # One small round first: what torch and Flower load at their first use belongs to neither model.
+    small = LocalGrid(lambda message, context: Message(message.content, reply_to=message), 2)
+    warm = FlowerStrategy(FedAvg(), fraction_evaluate=0)
+    warm.start(small, ArrayRecord({"w": torch.zeros(9)}), num_rounds=1)
+
+    def initial() -> ArrayRecord:
+        zeros = np.zeros(shape, dtype=np.float32)
+        return ArrayRecord({f"layer{layer}": Array(zeros) for layer in range(LAYERS)})
+
+    handed_over = [initial()]
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    base = status("VmRSS")
+    result = strategy.start(grid, handed_over.pop(), num_rounds=2)
+    peak = status("VmHWM") - base
+    first = result.arrays["layer0"].numpy()[:3].tolist()
+    print(json.dumps({"base": base, "peak": peak, "first": first}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replies", type=int, default=50)
+    parser.add_argument("--parameters", type=int, default=10_000_000)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.folder, options.replies, options.parameters)
+        return
+    size = 4 * options.parameters
+    models = {}
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        for file in range(FILES):
+            for layer in range(LAYERS):
+                numbers = rng.standard_normal(options.parameters // LAYERS, dtype=np.float32)
+                np.save(Path(folder) / f"{file}-{layer}.npy", numbers)
+        for name in STRATEGIES:
+            command = [sys.executable, __file__, "--serve", name, "--folder", folder]
+            command += ["--replies", str(options.replies), "--parameters", str(options.parameters)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            found = json.loads(output.stdout.splitlines()[-1])
+            models[name] = found["peak"] / size
+            print(
+                f"{name:14} base {found['base'] / 2**20:6.0f} MiB, peak base + {found['peak'] / 2**20:6.0f} MiB "
+                f"= {models[name]:6.2f} models"
+            )
+    worst = max(value for name, value in models.items() if name.startswith("Corymb"))
+    print(
+        f"Corymb's worst {worst:.2f} models (bar: {BAR}); "
+        f"Flower's FedAvg {models['Flower FedAvg'] / worst:.0f} times that"
+    )
+    sys.exit(worst >= BAR)
+
+
+if __name__ == "__main__":
+    main()
