@@ -15,8 +15,8 @@ from corymb.protocol.codec import DTYPES, CodecError, to_tensor
 from corymb.protocol.flower import NODE_UNAVAILABLE
 from corymb.protocol.records import EXAMPLES, of_kind
 from corymb.strategies import Layout, Reply, Report
+from corymb.strategies.fold import BLOCK
 
-BLOCK = 1 << 18  # numbers per check: scratch memory stays small
 MOST_EXAMPLES = 2**53  # beyond it a float cannot count
 
 

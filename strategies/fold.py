@@ -10,7 +10,7 @@ from torch import Tensor
 from corymb.strategies.layout import Model
 from corymb.strategies.reply import Reply
 
-BLOCK = 1 << 18  # parameters per step: scratch memory stays in the cache
+BLOCK = 1 << 15  # numbers per step: scratch memory stays in the cache
 
 
 class Fold:
