@@ -8,7 +8,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -84,33 +83,32 @@ def participation(run: Run, population: Population) -> Figure:
 
 
 def weights(runs: list[Run], population: Population) -> Figure:
-    """A heat map per rule."""
-    rows = {name: row for row, name in enumerate(population.names)}
-    figure = Figure(figsize=(8, 2.1 * len(runs) + 0.4), layout="constrained")
-    every: NDArray[np.object_] = figure.subplots(len(runs), 1, sharex=True, squeeze=False)
-    for axes, run in zip(every[:, 0], runs, strict=True):
-        shown = np.full((len(rows), len(run.records)), np.nan)
-        for column, record in enumerate(run.records):
-            known = {v.node: v.weight for v in record.admitted if v.weight is not None}
-            largest = max(map(abs, known.values()), default=0)
-            for node, weight in known.items():
-                shown[rows[node], column] = weight / largest if largest else 0
-        _heat(axes, shown, run.rule)
+    """A heat map per rule that gives weights; one that works on each coordinate by itself has none to show."""
+    maps = {run.rule: _weight_map(run, population) for run in runs}
+    maps = {rule: shown for rule, shown in maps.items() if not np.isnan(shown).all()}
+    figure = Figure(figsize=(8, 2.1 * max(1, len(maps)) + 0.4), layout="constrained")
+    if not maps:
+        figure.text(0.5, 0.5, "No rule of this experiment gives weights.", ha="center", color="grey")
+        return figure
+    every: NDArray[np.object_] = figure.subplots(len(maps), 1, sharex=True, squeeze=False)
+    for axes, (rule, shown) in zip(every[:, 0], maps.items(), strict=True):
+        axes.set(title=rule, ylabel="client")
+        image = axes.imshow(shown, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=_extent(shown))
+        figure.colorbar(image, ax=axes, shrink=0.8)
     every[-1, 0].set_xlabel("round")
     return figure
 
 
-def _heat(axes: Axes, shown: NDArray[np.float64], rule: str) -> None:
-    axes.set(title=rule, ylabel="client")
-    if np.isnan(shown).all():
-        axes.set_yticks([])
-        note = "this rule gives no weights: it works on each coordinate by itself"
-        axes.text(0.5, 0.5, note, ha="center", va="center", transform=axes.transAxes, color="grey")
-        return
-    image = axes.imshow(
-        shown, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=1, extent=_extent(shown)
-    )
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+def _weight_map(run: Run, population: Population) -> NDArray[np.float64]:
+    """Each client's weight in each round `[N, rounds]` as a share of the round's largest; NaN where there is none."""
+    rows = {name: row for row, name in enumerate(population.names)}
+    shown = np.full((len(rows), len(run.records)), np.nan)
+    for column, record in enumerate(run.records):
+        known = {v.node: v.weight for v in record.admitted if v.weight is not None}
+        largest = max(map(abs, known.values()), default=0)
+        for node, weight in known.items():
+            shown[rows[node], column] = weight / largest if largest else 0
+    return shown
 
 
 def labels(population: Population) -> Figure:

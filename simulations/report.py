@@ -37,7 +37,7 @@ def write_report(experiment: Experiment, runs: list[Run], folder: Path) -> Path:
                 "settings": str(rule.make()),
                 "best": rule.title == best,
             }
-            for rule in experiment.rules
+            for rule in sorted(experiment.rules, key=lambda rule: -results[rule.title][0])
         ],
         pictures=[
             {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}
