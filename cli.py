@@ -40,7 +40,7 @@ def rules() -> None:
             f"{field.name} = {field.default!r}" if field.default is not MISSING else field.name
             for field in fields(rule)
         )
-        paper = (rule.__doc__ or "").strip().splitlines()[0]
+        paper = (rule.__doc__ or "").strip().partition(":")[0]  # "Author year, Algorithm: the idea"
         table.add_row(name, rule.kind, parameters or "-", paper, ", ".join(rule.privacy_modes))
     console.print(table)
 

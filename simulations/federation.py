@@ -22,7 +22,7 @@ from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.simulations.data import Source, load
 from corymb.simulations.experiment import DataSettings, Experiment, ParticipationSettings, RuleSettings
-from corymb.simulations.grid import LocalGrid
+from corymb.simulations.grid import LocalGrid, client_names
 from corymb.simulations.models import make_model
 from corymb.simulations.participation import (
     Always,
@@ -79,7 +79,7 @@ def population_of(experiment: Experiment, seed: int) -> Population:
             parts = shards(labels, clients, rng, settings.shards_per_client)
         else:
             parts = dirichlet(labels, clients, rng, settings.alpha)
-        names = [f"client-{i:0{len(str(clients - 1))}d}" for i in range(clients)]
+        names = client_names(clients)
     classes = source_of(experiment.data).classes
     return Population(names, parts, label_distributions(labels, parts, classes))
 

@@ -46,7 +46,7 @@ class LocalGrid(Grid):
         run_config: Mapping[str, Any] | None = None,
         participation: Participation | None = None,
     ) -> None:
-        names = [f"client-{i:0{len(str(nodes - 1))}d}" for i in range(nodes)] if isinstance(nodes, int) else nodes
+        names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
             raise ValueError("A federation of 0 nodes cannot run; give at least one.")
         inside_task(RUN_ID, SERVER_ID)
@@ -139,6 +139,11 @@ class LocalGrid(Grid):
             config: UserConfig = {"partition-id": node_id - FIRST_NODE_ID, "num-partitions": len(self._ids)}
             self._contexts[node_id] = Context(RUN_ID, node_id, config, RecordDict(), dict(self._run_config))
         return self._contexts[node_id]
+
+
+def client_names(count: int) -> list[str]:
+    """`client-00`, `client-01`, ...: their order by name is their order by number."""
+    return [f"client-{i:0{len(str(count - 1))}d}" for i in range(count)]
 
 
 def _delivered(message: Message) -> Message:
