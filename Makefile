@@ -16,8 +16,8 @@ setup: .venv/installed  ## create .venv and install what constraints.txt pins
 demo: .venv/installed  ## run the default experiment and write runs/demo/report.html
 	$(BIN)/corymb simulate
 
-test: .venv/installed  ## run all tests but the nightly ones
-	$(BIN)/python -m pytest -m "not nightly"
+test: .venv/installed  ## run all tests
+	$(BIN)/python -m pytest
 
 check: .venv/installed  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -25,8 +25,7 @@ check: .venv/installed  ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-nightly: .venv/installed  ## run the slow tests and the benchmarks
-	$(BIN)/python -m pytest -m nightly
+nightly: .venv/installed  ## run the benchmarks
 	$(BIN)/python benchmarks/streaming_memory.py
 	$(BIN)/python benchmarks/grid_overhead.py
 

@@ -78,7 +78,7 @@ def compare(
     """Run several rules on the same data, participation and seeds, and rank them."""
     from corymb.simulations.commands import simulate_experiment
 
-    extra = {"rules": rules.split(",")} if rules else {}
+    extra = {"rules": [rule.strip() for rule in rules.split(",")]} if rules else {}
     simulate_experiment(
         Path(experiment), changes or [], out, jobs, console, extra | ({"seeds": seeds} if seeds else {})
     )
@@ -88,6 +88,6 @@ def main() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
     try:
         app()
-    except ValueError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

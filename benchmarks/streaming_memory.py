@@ -15,12 +15,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy import Strategy
 
 from corymb.server import FlowerStrategy
 from corymb.simulations.grid import LocalGrid
@@ -30,7 +32,7 @@ BAR = 3.0
 LAYERS = 5
 FILES = 4  # replies differ, but need not all do so
 ROUNDS = 2
-STRATEGIES = {
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "Corymb FedAvg": lambda: FlowerStrategy(FedAvg(), fraction_evaluate=0),
     "Corymb FedAU": lambda: FlowerStrategy(FedAU(), fraction_evaluate=0),
     "Flower FedAvg": lambda: flower.FedAvg(fraction_evaluate=0.0),

@@ -46,10 +46,11 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
         settings = TrainSettings.read(context.run_config, *configs)
         server_round = _round(configs)
         device = choose_device(settings.device)
-        _seed_torch(_seed(settings.seed, context, server_round), device)
         arrays = _only(of_kind(message.content, ArrayRecord))
         filled = module()
         filled.load_state_dict(to_state(arrays))
+        # After the module, whose making draws random numbers, but only in the process's first message.
+        _seed_torch(_seed(settings.seed, context, server_round), device)
         return filled.to(device), settings, server_round
 
     @app.train()

@@ -36,15 +36,25 @@ def _passes(data: Examples, settings: TrainSettings, generator: torch.Generator,
     while epochs is None or passed < epochs:
         passed += 1
         if isinstance(data, DataLoader):
-            yield from data
+            yield from _not_empty(data)
             continue
         examples = count(data)
+        if not examples:
+            raise ValueError("The site has no examples to train on; give it some, or leave it out.")
         order = torch.randperm(examples, generator=generator)
         whole = examples - examples % settings.batch_size
         if settings.drop_last and whole:
             order = order[:whole]
         for rows in order.split(settings.batch_size):
             yield _take(data, rows)
+
+
+def _not_empty(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    batch = None
+    for batch in loader:
+        yield batch
+    if batch is None:
+        raise ValueError("The DataLoader gives no batch; give it more examples, or drop_last=False.")
 
 
 def evaluation_batches(data: Examples, size: int = 1024) -> Iterator[Batch]:

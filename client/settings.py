@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal
@@ -38,15 +39,20 @@ class TrainSettings(BaseModel):
     def _check(self) -> TrainSettings:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"epochs = {self.epochs} and steps = {self.steps} exclude each other; give one")
-        parameter = torch.nn.Parameter(torch.zeros(1))
+        parameter = torch.nn.Parameter(torch.zeros(1, 1))
+        parameter.grad = torch.zeros(1, 1)
         try:
             optimizer = getattr(torch.optim, self.optimizer)(
                 [parameter], lr=self.learning_rate, **self.optimizer_options
             )
-            if self.schedule is not None:
-                getattr(torch.optim.lr_scheduler, self.schedule)(optimizer, **self.schedule_options)
-        except (AttributeError, TypeError) as error:
-            raise ValueError(f"torch.optim cannot make this optimiser or schedule: {error}") from None
+            scheduler = self.schedule and getattr(torch.optim.lr_scheduler, self.schedule)(
+                optimizer, **self.schedule_options
+            )
+            optimizer.step()
+            if scheduler:
+                scheduler.step()
+        except Exception as error:  # torch raises whatever it likes
+            raise ValueError(f"torch.optim cannot use this optimiser or schedule: {error}") from None
         return self
 
     @classmethod
@@ -61,7 +67,7 @@ class TrainSettings(BaseModel):
             for key, value in config.items()
             if key.startswith(PREFIX)
         }
-        return _parsed(tuple(sorted(merged.items())))
+        return _parsed(json.dumps(merged, sort_keys=True))
 
     def flat(self) -> dict[str, Any]:
         """The inverse of `read`: what to put into a run config."""
@@ -75,14 +81,13 @@ class TrainSettings(BaseModel):
         """The learning rate in a round, from 1."""
         if self.schedule is None:
             return self.learning_rate
-        options = tuple(sorted(self.schedule_options.items()))
-        return _schedule(self.schedule, self.learning_rate, options).of(server_round)
+        return _schedule(self.schedule, self.learning_rate, json.dumps(self.schedule_options)).of(server_round)
 
 
 @lru_cache(maxsize=256)
-def _parsed(items: tuple[tuple[str, Any], ...]) -> TrainSettings:
+def _parsed(settings: str) -> TrainSettings:
     nested: dict[str, Any] = {}
-    for key, value in items:
+    for key, value in json.loads(settings).items():
         outer, _, inner = key.partition(".")
         if inner:
             nested.setdefault(outer, {})[inner] = value
@@ -101,7 +106,7 @@ class _Rates:
     def __init__(self, schedule: str, initial: float, options: dict[str, Any]) -> None:
         self._optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=initial)
         self._scheduler = getattr(torch.optim.lr_scheduler, schedule)(self._optimizer, **options)
-        self._rates = [initial]
+        self._rates = [float(self._optimizer.param_groups[0]["lr"])]  # a schedule may begin elsewhere
 
     def of(self, server_round: int) -> float:
         while len(self._rates) < server_round:
@@ -112,5 +117,5 @@ class _Rates:
 
 
 @lru_cache(maxsize=256)
-def _schedule(schedule: str, initial: float, options: tuple[tuple[str, Any], ...]) -> _Rates:
-    return _Rates(schedule, initial, dict(options))
+def _schedule(schedule: str, initial: float, options: str) -> _Rates:
+    return _Rates(schedule, initial, json.loads(options))

@@ -17,6 +17,7 @@ In an app's pyproject.toml:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class ServerSettings(BaseModel):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ServerSettings:
         """From a run config. Raises `ValueError` naming everything that is wrong."""
+        ours = [field.alias or name for name, field in cls.model_fields.items()]
+        for key in config.keys() - set(ours):
+            if "." not in key and (near := get_close_matches(key.replace("_", "-"), ours, 1, cutoff=0.85)):
+                raise ValueError(f"The run config has a key {key!r}; did you mean {near[0]!r}?")
         try:
             return cls(**config)
         except ValidationError as error:

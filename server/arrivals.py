@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-POLL_SECONDS = 0.2  # between two looks at a grid that had nothing new
+POLL_SECONDS = 0.2  # between two looks at a grid that had nothing new, at first
+SLOWEST_POLL_SECONDS = 3.0
+TRIES = 3  # at a reply that cannot be received
 
 
-def arrivals(grid: Grid, asked: Mapping[str, str], timeout: float) -> Iterator[tuple[str, Message]]:
+def arrivals(grid: Grid, asked: Mapping[str, str], timeout: float) -> Iterator[tuple[str, Message | Exception]]:
     """Yield `(node, reply)` for the messages in `asked {message id: node}` until all came or `timeout` seconds passed.
 
-    Errors are replies too. The node is the one that was asked: an error made by the SuperLink names another.
+    Errors are replies too. The node is the one that was asked: an error made by the SuperLink names
+    another. A reply that a grid fails to receive, because of the network or because its bytes are no
+    message, comes as the exception after some tries, so that one site's reply cannot end the round.
+
+    A grid that waits inside a pull for an upload that has begun, as Flower's does, is waited for.
     """
     pending = dict(asked)
+    failed: Counter[str] = Counter()
     deadline = time.monotonic() + timeout
+    pause = POLL_SECONDS
     while pending:
         found = False
         for message_id in list(pending):
-            for reply in grid.pull_messages([message_id]):
+            try:
+                replies = list(grid.pull_messages([message_id]))
+            except Exception as error:
+                failed[message_id] += 1
+                if failed[message_id] >= TRIES:
+                    yield pending.pop(message_id), error
+                continue
+            if replies:
                 found = True
-                yield pending.pop(message_id), reply
-                del reply  # before the next one is pulled
-                break
+                yield pending.pop(message_id), replies.pop()
             if time.monotonic() > deadline:
                 return
+        pause = POLL_SECONDS if found else min(1.5 * pause, SLOWEST_POLL_SECONDS)
         if pending and not found:
-            time.sleep(min(POLL_SECONDS, max(0.0, deadline - time.monotonic())))
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             if time.monotonic() >= deadline:
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from math import isfinite
+from itertools import islice
 from typing import Any
 
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -18,6 +18,9 @@ from corymb.strategies import Layout, Reply, Report
 from corymb.strategies.fold import BLOCK
 
 MOST_EXAMPLES = 2**53  # beyond it a float cannot count
+MOST_METRICS = 100
+LARGEST_METRIC = 1e100
+LARGEST_NUMBER = 1e20  # of a model: its products with any weight stay finite, and nothing trained comes near
 
 
 class Code(StrEnum):
@@ -31,7 +34,7 @@ class Code(StrEnum):
     SHAPE = "shape"
     DTYPE = "dtype"
     BYTES = "bytes"  # the bytes are not what the header says
-    NOT_FINITE = "not finite"
+    NOT_FINITE = "not finite"  # or too large to be a trained number
     SILENT = "silent"  # no answer in time
 
 
@@ -57,10 +60,11 @@ class Door:
     layout: Layout
     examples_key: str = EXAMPLES
 
-    def admit(self, node: str, message: Message) -> Reply | Rejection:
+    def admit(self, node: str, message: Message | Exception) -> Reply | Rejection:
         """The reply to a training message, checked cheapest first; nothing large is allocated."""
         try:
             report = self._report(node, message)
+            assert isinstance(message, Message)  # `_report` refused anything else
             arrays = _only(message, ArrayRecord)
             self._check_claims(arrays)
             # Integer buffers are kept from the server's model, so theirs are not even decoded.
@@ -68,31 +72,30 @@ class Door:
                 entry.name: _decoded(entry.name, arrays) for entry in (*self.layout.parameters, *self.layout.buffers)
             }
             for name, tensor in state.items():
-                if not _is_finite(tensor):
-                    raise _Refused(Code.NOT_FINITE, f"tensor {name!r} holds NaN or infinity")
+                if not _is_bounded(tensor):
+                    raise _Refused(
+                        Code.NOT_FINITE, f"tensor {name!r} holds NaN, infinity or numbers beyond {LARGEST_NUMBER:g}"
+                    )
             return Reply(report, self.layout.parts(state), self.layout.buffers_of(state))
-        except _Refused as refused:
-            return _rejection(node, refused)
+        except Exception as error:
+            return _rejection(node, error)
 
-    def hear(self, node: str, message: Message) -> Report | Rejection:
+    def hear(self, node: str, message: Message | Exception) -> Report | Rejection:
         """The reply to an evaluation message, which carries metrics only."""
         try:
             return self._report(node, message)
-        except _Refused as refused:
-            return _rejection(node, refused)
+        except Exception as error:
+            return _rejection(node, error)
 
-    def _report(self, node: str, message: Message) -> Report:
+    def _report(self, node: str, message: Message | Exception) -> Report:
+        if isinstance(message, Exception):
+            raise _Refused(Code.BYTES, f"its reply cannot be received: {type(message).__name__}: {_short(message)}")
         if message.has_error():
             code = Code.OFFLINE if message.error.code == NODE_UNAVAILABLE else Code.ERROR
             raise _Refused(code, f"error {message.error.code}: {_short(message.error.reason)}")
         metrics: Mapping[str, Any] = _only(message, MetricRecord)
         examples = metrics.get(self.examples_key)
-        if not (
-            isinstance(examples, (int, float))
-            and isfinite(examples)
-            and examples == int(examples)
-            and 0 <= examples <= MOST_EXAMPLES
-        ):
+        if not (isinstance(examples, (int, float)) and 0 <= examples <= MOST_EXAMPLES and examples == int(examples)):
             raise _Refused(
                 Code.EXAMPLES,
                 f"the metric {self.examples_key!r} is {_short(examples)}, not a whole number from 0 to 2^53",
@@ -101,8 +104,10 @@ class Door:
         numbers = {
             name: float(value)
             for name, value in metrics.items()
-            if isinstance(value, (int, float)) and abs(value) < 1e300 and name != self.examples_key
+            if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC and name != self.examples_key
+            if name.isprintable() and len(name) < 100
         }
+        numbers = dict(islice(numbers.items(), MOST_METRICS))
         return Report(node, int(examples), numbers)
 
     def _check_claims(self, arrays: ArrayRecord) -> None:
@@ -123,10 +128,7 @@ class Door:
 
 
 def _only(message: Message, kind: type[Any]) -> Any:
-    try:
-        found = of_kind(message.content, kind)
-    except Exception as error:  # a message that cannot even be read is the sender's fault
-        raise _Refused(Code.RECORDS, f"its content cannot be read: {_short(error)}") from None
+    found = of_kind(message.content, kind)
     if len(found) != 1:
         raise _Refused(Code.RECORDS, f"it carries {len(found)} records of the type {kind.__name__}, not one")
     return found[0]
@@ -139,12 +141,22 @@ def _decoded(name: str, arrays: ArrayRecord) -> Tensor:
         raise _Refused(Code.BYTES, _short(error)) from None
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return all(bool(piece.isfinite().all()) for piece in tensor.reshape(-1).split(BLOCK))
+def _is_bounded(tensor: Tensor) -> bool:
+    for piece in tensor.reshape(-1).split(BLOCK):
+        if piece.numel():
+            least, most = piece.aminmax()  # both are NaN where one number is
+            if not (least >= -LARGEST_NUMBER and most <= LARGEST_NUMBER):
+                return False
+    return True
 
 
-def _rejection(node: str, refused: _Refused) -> Rejection:
-    return Rejection(node, refused.code, f"{node}: {refused}.")
+def _rejection(node: str, error: Exception) -> Rejection:
+    if isinstance(error, _Refused):
+        return Rejection(node, error.code, f"{node}: {error}.")
+    # Whatever else its content makes us stumble over is the sender's fault, and costs its reply only.
+    return Rejection(
+        node, Code.RECORDS, f"{node}: its content cannot be read: {type(error).__name__}: {_short(error)}."
+    )
 
 
 def _short(value: object) -> str:

@@ -92,6 +92,12 @@ class Journal:
         self._forget(record.round - KEPT)
         return digest
 
+    def require_empty(self) -> None:
+        """Raise `ValueError` if a run has been written here: two runs in one journal would be neither."""
+        (rounds,) = self._database.execute("SELECT COUNT(*) FROM rounds").fetchone()
+        if rounds:
+            raise ValueError(f"The journal in {self.folder} already holds {rounds} rounds; give a folder of its own.")
+
     def rounds(self) -> Iterator[RoundRecord]:
         """Every committed round, in order."""
         rows = self._database.execute("SELECT * FROM verdicts ORDER BY round, node")

@@ -50,7 +50,7 @@ def verdicts(
 
 def _verdict(node: str, heard: Report | Rejection | None, weights: Mapping[str, float]) -> Verdict:
     if heard is None:
-        return Verdict(node, "silent", f"{node}: no reply in time.")
+        return Verdict(node, "silent", f"{node}: no reply in time, or it could not be sent.")
     if isinstance(heard, Rejection):
         return Verdict(node, heard.code, heard.reason)
     return Verdict(node, "admitted", "", heard.examples, weights.get(node), heard.metrics)
@@ -63,7 +63,7 @@ def mean_metrics(reports: Iterable[Report]) -> dict[str, float]:
     for name in sorted({name for report in reports for name in report.metrics}):
         having = [report for report in reports if name in report.metrics]
         total = sum(report.examples for report in having)
-        means[name] = fsum(report.metrics[name] * report.examples for report in having) / total
+        means[name] = fsum(report.metrics[name] * (report.examples / total) for report in having)
     return means
 
 

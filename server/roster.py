@@ -27,14 +27,17 @@ def connected(grid: Grid) -> dict[str, int]:
 
 
 def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
-    """The connected nodes once there are `enough`. Raises `TimeoutError` after `timeout` seconds."""
+    """The connected nodes once there are `enough`.
+
+    Raises `TimeoutError` after `timeout` seconds, at once for a grid that is `complete`: nobody will join it.
+    """
     started = time.monotonic()
     reminded = -REMIND_SECONDS
     while len(nodes := connected(grid)) < enough:
         waited = time.monotonic() - started
-        if waited > timeout:
+        if waited > timeout or getattr(grid, "complete", False):
             raise TimeoutError(
-                f"Only {len(nodes)} of the {enough} nodes needed connected within {timeout:g} s; "
+                f"Only {len(nodes)} of the {enough} nodes needed connected within {waited:.0f} s; "
                 "start the missing ones or lower min_available_nodes."
             )
         if waited - reminded >= REMIND_SECONDS:

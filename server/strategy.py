@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -18,10 +19,10 @@ from corymb.server.door import Code, Door, Rejection
 from corymb.server.journal import Journal
 from corymb.server.record import RoundRecord, as_metrics, mean_metrics, verdicts
 from corymb.server.roster import connected, sample, wait_for
-from corymb.strategies import Layout, Reply, Report, Rule
+from corymb.strategies import Layout, Model, Reply, Report, Rule
 
 log = logging.getLogger("flwr.corymb")  # under Flower's logger, so that its handlers show it
-Named = Iterable[tuple[str, Message]]
+Named = Iterable[tuple[str, Message | Exception]]
 
 
 class FlowerStrategy(Strategy):
@@ -72,6 +73,9 @@ class FlowerStrategy(Strategy):
         self.known: set[str] = set()
         self._asked: dict[str, Message] = {}
         self._arrays = ArrayRecord()  # the model as it was last sent, and, taken apart, `_origin`
+        self._origin = Model(torch.zeros(0))
+        self._layout = Layout(())
+        self._door = Door(self._layout)
 
     def summary(self) -> None:
         """Log the rule and how nodes are chosen."""
@@ -93,6 +97,8 @@ class FlowerStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The model and mean metrics after `replies` to `configure_train`; None where nothing changed."""
+        if not self._arrays:
+            raise RuntimeError("aggregate_train needs the round's model: call configure_train before it.")
         record = RoundRecord(server_round)
         arrays = self._aggregate(record, self._in_order(replies))
         return arrays, as_metrics(record.train)
@@ -122,6 +128,8 @@ class FlowerStrategy(Strategy):
     ) -> Result:
         """Flower's round loop, with replies folded as they arrive. Arguments and result as in Flower's."""
         self.summary()
+        if self.journal is not None:
+            self.journal.require_empty()
         self._take(initial_arrays)
         del initial_arrays  # what is sent from here on shares the memory of the model taken apart
         self._arrays = to_arrays(self._layout.restore(self._origin))
@@ -173,10 +181,9 @@ class FlowerStrategy(Strategy):
 
     def _push(self, grid: Grid, messages: list[Message]) -> dict[str, str]:
         """Send `messages`; `{message id: node}` of those that the grid took."""
-        if messages:
-            grid.push_messages(messages)
+        taken = set(grid.push_messages(messages)) if messages else set()
         asked = {message.metadata.message_id: name for name, message in self._asked.items()}
-        return {message_id: name for message_id, name in asked.items() if message_id}
+        return {message_id: name for message_id, name in asked.items() if message_id in taken}
 
     def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
         """`replies` that came together, with their nodes, in the order of the nodes' names.
@@ -204,6 +211,9 @@ class FlowerStrategy(Strategy):
                 log.info("\t│ %s (%s)", verdict.reason, verdict.code)
         if outcome.model is self._origin:
             return None
+        if not outcome.model.parameters.isfinite().all():
+            log.warning("\t│ The rule's model is not finite; the round keeps the model before it.")
+            return None
         self._origin = outcome.model
         self._arrays = to_arrays(self._layout.restore(outcome.model))
         return self._arrays
@@ -221,6 +231,9 @@ class FlowerStrategy(Strategy):
 
     def _hear(self, replies: Named) -> dict[str, float]:
         heard = [self._door.hear(node, message) for node, message in replies]
+        for verdict in heard:
+            if isinstance(verdict, Rejection) and verdict.code != Code.OFFLINE:
+                log.info("\t│ %s (evaluation: %s)", verdict.reason, verdict.code)
         return mean_metrics(report for report in heard if isinstance(report, Report))
 
     def _finish(self, record: RoundRecord, num_rounds: int) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from corymb.server import RoundRecord
 from corymb.simulations.experiment import Experiment, RuleSettings
-from corymb.simulations.federation import participation_of, population_of, run
+from corymb.simulations.federation import run
 
 Ticket = tuple[RuleSettings, int]  # one run: a rule and a seed
 Tell = Callable[[RoundRecord], None]
@@ -26,22 +27,16 @@ Tell = Callable[[RoundRecord], None]
 
 def journal_folder(folder: Path, rule: RuleSettings, seed: int) -> Path:
     """Where a run keeps its journal."""
-    return folder / "journals" / f"{rule.title.replace('/', '-').replace(' ', '-')}-seed{seed}"
+    return folder / "journals" / f"{rule.slug}-seed{seed}"
 
 
 def run_all(experiment: Experiment, folder: Path, console: Console, jobs: int = 1) -> None:
-    """Run every rule with every seed, `jobs` at a time in processes of their own when there are more than one.
-
-    Raises `ValueError` before the first run when the data does not fit the experiment.
-    """
-    for seed in experiment.seeds:  # so that a wrong path or too many clients stop nothing half-way
-        population = population_of(experiment, seed)
-        participation_of(experiment.participation, population, seed)
+    """Run every rule with every seed, `jobs` at a time in processes of their own when there are more than one."""
     tickets = [(rule, seed) for rule in experiment.rules for seed in experiment.seeds]
     with _progress(console) as progress:
         bars = {
             _key(ticket): progress.add_task(
-                f"{ticket[0].title} seed {ticket[1]}", total=experiment.rounds, measured="", start=False
+                escape(f"{ticket[0].title} seed {ticket[1]}"), total=experiment.rounds, measured="", start=False
             )
             for ticket in tickets
         }

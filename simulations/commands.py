@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from corymb.simulations.campaign import run_all
 from corymb.simulations.experiment import parse_change, read
+from corymb.simulations.federation import check
 from corymb.simulations.flower_app import load_app, run_app
 from corymb.simulations.report import write_report
 from corymb.simulations.results import collect, prepare, scores, write
@@ -29,6 +31,7 @@ def simulate_experiment(
     """Run the experiment in `path`, print its table and write its folder."""
     experiment = read(path, dict(map(parse_change, changes)) | dict(extra or {}))
     folder = out or Path("runs") / experiment.name
+    check(experiment)  # before an earlier run's results make way
     prepare(folder)
     run_all(experiment, folder, console, jobs)
     runs = collect(experiment, folder)
@@ -41,9 +44,9 @@ def simulate_experiment(
     table.add_column("test accuracy %", justify="right")
     for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -item[1][0]):
         style = "bold" if rule == best else ""
-        table.add_row(rule, f"{100 * mean:.2f} ± {100 * deviation:.2f}", style=style)
+        table.add_row(escape(rule), f"{100 * mean:.2f} ± {100 * deviation:.2f}", style=style)
     console.print(table)
-    console.print(f"Report: {report}", soft_wrap=True)
+    console.print(f"Report: {report}", soft_wrap=True, markup=False)
 
 
 def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console) -> None:

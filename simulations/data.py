@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,10 @@ from corymb.simulations.tables import TABLES, Rows, read_parquet, read_table
 DIGITS = "digits"
 
 
+class UnknownData(ValueError):
+    """There is nothing at a path, or nothing that we read."""
+
+
 @dataclass(frozen=True)
 class Examples:
     """`inputs [n, ...]` float32, `targets [n]` int64, and for each the site that it comes from, if any."""
@@ -22,6 +27,12 @@ class Examples:
     inputs: Tensor
     targets: Tensor
     sites: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(f"there are {len(self.inputs)} inputs for {len(self.targets)} labels")
+        if len(self.targets) and self.targets.min() < 0:
+            raise ValueError(f"the label {int(self.targets.min())} is negative; count classes from 0")
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -67,7 +78,17 @@ def load(
 
     Raises `ValueError` for a path that is not there or holds nothing known.
     """
-    read = _read(source, label, positive_above, test_fraction)
+    try:
+        read = _read(source, label, positive_above, test_fraction)
+    except UnknownData:
+        raise
+    except Exception as error:  # files are written by others
+        raise ValueError(f"The data at {source!r} cannot be read: {str(error) or type(error).__name__}.") from error
+    if not len(read.train) or not len(read.test):
+        raise ValueError(
+            f"The data at {source!r} gives {len(read.train)} examples to train and {len(read.test)} to test on; "
+            "give more, or a larger test_fraction."
+        )
     return Source(*(replace(part, inputs=(part.inputs - mean) / deviation) for part in (read.train, read.test)))
 
 
@@ -76,7 +97,7 @@ def _read(source: str, label: str | None, positive_above: float | None, test_fra
         return _split(_digits(), test_fraction)
     path = Path(source).expanduser()
     if not path.exists():
-        raise ValueError(f"There is no data at {source!r}; give the path of a file or folder, or {DIGITS!r}.")
+        raise UnknownData(f"There is no data at {source!r}; give the path of a file or folder, or {DIGITS!r}.")
     kinds = sorted({_kind(file) for file in (path.iterdir() if path.is_dir() else [path])})
     if "idx" in kinds:
         return _idx(path if path.is_dir() else path.parent)
@@ -86,7 +107,7 @@ def _read(source: str, label: str | None, positive_above: float | None, test_fra
         return _parquet(path, label, test_fraction)
     if set(kinds) & set(TABLES):
         return _tables(path, label, positive_above, test_fraction)
-    raise ValueError(
+    raise UnknownData(
         f"The data at {source!r} is of no known kind (found: {', '.join(kinds) or 'nothing'}); "
         "give idx, npz, csv, data or parquet files."
     )
@@ -125,6 +146,7 @@ def _npz(path: Path, test_fraction: float) -> Source:
 
         def examples(suffix: str) -> Examples:
             inputs, targets = (arrays[f"{name}{suffix}"] for name in "xy")
+            _require_classes(targets)
             return Examples(torch.tensor(inputs, dtype=torch.float32), torch.tensor(targets, dtype=torch.int64))
 
         if "x_train" in arrays:
@@ -151,8 +173,14 @@ def _tables(path: Path, label: str | None, positive_above: float | None, test_fr
     rows = Rows.together([table for _, table in sites]).complete().standardised()
     names = tuple(sites[origin][0] for origin in rows.origins)
     labels = rows.labels if positive_above is None else rows.labels > positive_above
+    _require_classes(labels)
     examples = Examples(torch.tensor(rows.inputs, dtype=torch.float32), torch.tensor(labels.astype(np.int64)), names)
     return _split(examples if len(sites) > 1 else replace(examples, sites=None), test_fraction)
+
+
+def _require_classes(labels: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> None:
+    if (labels != np.floor(labels)).any():
+        raise ValueError("its labels are no whole numbers; set data.positive_above to make them binary")
 
 
 def _split(examples: Examples, test_fraction: float) -> Source:

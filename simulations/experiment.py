@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -85,6 +86,11 @@ class RuleSettings(Strict):
         return make_rule(self.name, **self.parameters)
 
     @property
+    def slug(self) -> str:
+        """What its folder is called."""
+        return re.sub(r"[^A-Za-z0-9.=]+", "-", self.title)
+
+    @property
     def title(self) -> str:
         """What tables and plots call it."""
         return self.label or self.name
@@ -109,7 +115,7 @@ class Experiment(Strict):
     partition: PartitionSettings = PartitionSettings()
     participation: ParticipationSettings = ParticipationSettings()
     model: ModelSettings = ModelSettings()
-    train: TrainSettings = TrainSettings(epochs=None)
+    train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @field_validator("seeds", mode="before")
@@ -120,13 +126,17 @@ class Experiment(Strict):
     @field_validator("rules", mode="before")
     @classmethod
     def _names(cls, rules: Any) -> Any:
+        if not isinstance(rules, list):
+            raise ValueError(f'{rules!r} is no list; write rules = ["fedavg", "fedau"]')
         return [{"name": rule} if isinstance(rule, str) else rule for rule in rules]
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
-        titles = [rule.title for rule in self.rules]
-        if twice := {title for title in titles if titles.count(title) > 1}:
+        slugs = [rule.slug for rule in self.rules]
+        if twice := {slug for slug in slugs if slugs.count(slug) > 1}:
             raise ValueError(f"the label {min(twice)!r} stands for two rules; give each a label of its own")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds = {self.seeds} must be different numbers from 0 on")
         for place, rule in enumerate(self.rules):
             try:
                 self.train_for(rule)
@@ -139,7 +149,10 @@ class Experiment(Strict):
         """Local training under `rule`."""
         if not rule.train:
             return self.train
-        return TrainSettings(**{**self.train.model_dump(exclude_defaults=True), **rule.train})
+        base = self.train.model_dump(exclude_defaults=True)
+        if rule.train.keys() & {"epochs", "steps"}:  # one takes the place of the other
+            base = {key: value for key, value in base.items() if key not in ("epochs", "steps")}
+        return TrainSettings(**{**base, **rule.train})
 
 
 def read(path: Path, changes: dict[str, Any] | None = None) -> Experiment:
@@ -153,7 +166,7 @@ def read(path: Path, changes: dict[str, Any] | None = None) -> Experiment:
         raise ValueError(f"There is no experiment {str(path)!r}; give a TOML file or a shipped one: {shipped}.")
     try:
         table = tomllib.loads(found.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The experiment {found.name} is not valid TOML: {error}.") from None
     for key, value in (changes or {}).items():
         _set(table, key, value)
@@ -201,6 +214,4 @@ def _keys(place: tuple[str | int, ...]) -> list[str]:
     model: Any = Experiment
     for part in place[:-1]:
         model = RuleSettings if isinstance(part, int) else model.model_fields[part].annotation
-        if part == "rules":
-            continue
     return list(model.model_fields)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, evaluate, make_client_app
 from corymb.client.batches import evaluation_batches
+from corymb.client.device import choose_device
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.simulations.data import Source, load
@@ -34,6 +36,7 @@ from corymb.simulations.participation import (
     class_correlated,
 )
 from corymb.simulations.partition import by_site, dirichlet, iid, label_distributions, shards
+from corymb.strategies import Layout
 
 Parts = list[NDArray[np.int64]]
 
@@ -105,6 +108,27 @@ def participation_of(
     return Cyclic(probabilities, rng, settings.cycle), probabilities
 
 
+def model_of(experiment: Experiment) -> nn.Module:
+    """A new model for the experiment's data."""
+    source = source_of(experiment.data)
+    shape = tuple(source.train.inputs.shape[1:])
+    return make_model(experiment.model.kind, shape, source.classes, **experiment.model.options)
+
+
+def check(experiment: Experiment) -> None:
+    """Raise `ValueError` for data, clients, participation, a model or a device that cannot be, before any run."""
+    module = model_of(experiment).eval()
+    try:
+        with torch.no_grad():
+            nn.functional.cross_entropy(module(source_of(experiment.data).test.inputs[:2]), torch.zeros(2).long())
+    except Exception as error:
+        raise ValueError(f"The model {experiment.model.kind!r} does not fit the data: {error}.") from error
+    for rule in experiment.rules:
+        choose_device(experiment.train_for(rule).device)
+    for seed in experiment.seeds:
+        participation_of(experiment.participation, population_of(experiment, seed), seed)
+
+
 def run(
     experiment: Experiment,
     rule: RuleSettings,
@@ -121,10 +145,7 @@ def run(
     population = population_of(experiment, seed)
     participation, _ = participation_of(experiment.participation, population, seed)
 
-    def make() -> nn.Module:
-        shape, options = tuple(source.train.inputs.shape[1:]), experiment.model.options
-        return make_model(experiment.model.kind, shape, source.classes, **options)
-
+    make = partial(model_of, experiment)
     datasets = [
         TensorDataset(source.train.inputs[rows], source.train.targets[rows])
         for rows in map(torch.from_numpy, population.parts)
@@ -132,6 +153,11 @@ def run(
 
     def data(context: Context) -> tuple[TensorDataset, None]:
         return datasets[int(context.node_config["partition-id"])], None
+
+    def watch(record: RoundRecord) -> None:
+        grid.require_answers()  # in the first round already, not after the last
+        if on_round is not None:
+            on_round(record)
 
     settings = experiment.train_for(rule).model_copy(update={"seed": seed})
     grid = LocalGrid(
@@ -160,14 +186,16 @@ def run(
         min_available_nodes=1,
         seed=seed,
         journal=journal,
-        on_round=on_round,
+        on_round=watch,
+        buffers=[entry.name for entry in Layout.of_module(module).buffers],
     )
     app = ServerApp()
 
     @app.main()
     def _main(grid: Grid, context: Context) -> None:
         initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
-        strategy.start(grid, initial, experiment.rounds, evaluate_fn=evaluate_fn)
+        # Clients run while their replies are pulled: no clock may decide who counts.
+        strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
 
     try:
         app(grid=grid, context=grid.server_context())

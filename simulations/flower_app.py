@@ -32,10 +32,11 @@ def load_app(folder: Path) -> FlowerApp:
     if not project.is_file():
         raise ValueError(f"The folder {str(folder)!r} has no pyproject.toml; give the folder of a Flower app.")
     try:
-        app = tomllib.loads(project.read_text()).get("tool", {}).get("flwr", {}).get("app")
+        tool: Any = tomllib.loads(project.read_text()).get("tool", {})
+        app = tool.get("flwr", {}).get("app")
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"The file {project} is not valid TOML: {error}.") from None
-    if app is None:
+    if not isinstance(app, dict):
         raise ValueError(f"The file {project} has no table [tool.flwr.app]; it describes no Flower app.")
     components = app.get("components", {})
     if str(folder.resolve()) not in sys.path:
@@ -57,6 +58,7 @@ def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any]) -> None:
         raise ValueError(f"The app has no config key {min(unknown)!r}; [tool.flwr.app.config] holds {has}.")
     grid = LocalGrid(app.client_app, nodes, run_config={**app.config, **changes})
     app.server_app(grid=grid, context=grid.server_context())
+    grid.require_answers()
 
 
 def _component(folder: Path, components: Mapping[str, str], key: str, kind: type[Any]) -> Any:
@@ -66,8 +68,9 @@ def _component(folder: Path, components: Mapping[str, str], key: str, kind: type
     module, _, name = reference.partition(":")
     try:
         component = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"The {kind.__name__} {reference!r} cannot be imported: {error}.") from error
+    except Exception as error:  # the app's own code runs here
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"The {kind.__name__} {reference!r} cannot be imported ({what}).") from error
     if not isinstance(component, kind):
         raise ValueError(f"{reference!r} is a {type(component).__name__}, not a {kind.__name__}.")
     return component

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -38,6 +39,8 @@ class LocalGrid(Grid):
     offline answers with the error that a SuperLink gives for it.
     """
 
+    complete = True  # nobody joins later, so nobody need be waited for
+
     def __init__(
         self,
         client_app: Callable[[Message, Context], Message],
@@ -61,6 +64,8 @@ class LocalGrid(Grid):
         self._waiting: dict[str, Message] = {}
         self._numbers = count(1)
         self._run = empty_run(RUN_ID)
+        self.answered = 0  # messages
+        self.failures: Counter[str] = Counter()  # exceptions of the app; each is logged once
 
     def set_run(self, run: Any) -> None:
         """Take `run` as this grid's."""
@@ -121,14 +126,26 @@ class LocalGrid(Grid):
         """Push `messages` and pull all replies; a client in process is never late."""
         return self.pull_messages(self.push_messages(messages))
 
+    def require_answers(self) -> None:
+        """Raise `ValueError` when clients were asked and the app raised at every one."""
+        if self.failures and not self.answered:
+            reason, times = self.failures.most_common(1)[0]
+            raise ValueError(f"Every client failed, {times} times with: {' '.join(reason.split())}")
+
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
         if self._online[node_id - FIRST_NODE_ID]:
             try:
                 reply = self._app(_delivered(message), self._context(node_id))
+                if not isinstance(reply, Message):
+                    raise TypeError(f"The client app returned a {type(reply).__name__}, not a Message.")
+                self.answered += 1
             except Exception as error:
-                log.warning("The client app raised at %s", self._nodes[node_id - FIRST_NODE_ID].name, exc_info=True)
-                reply = Message(Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+                reason = f"{type(error).__name__}: {error}"
+                if reason not in self.failures:
+                    log.warning("The client app raised at %s", self._nodes[node_id - FIRST_NODE_ID].name, exc_info=True)
+                self.failures[reason] += 1
+                reply = Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
         else:
             reply = Message(Error(NODE_UNAVAILABLE, "The node is offline."), reply_to=message)
         stamp(reply, f"reply-{message.metadata.message_id}")

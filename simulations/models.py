@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,13 +47,15 @@ def make_model(kind: str, shape: tuple[int, ...], classes: int, **options: Any) 
         factory = MODELS[kind]
     elif ":" in kind:
         module, _, name = kind.partition(":")
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.append(here)  # a command does not look in the current folder by itself
         try:
             factory = getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"The model {kind!r} cannot be imported: {error}.") from None
+        except Exception as error:  # its own code runs here
+            raise ValueError(f"The model {kind!r} cannot be imported ({type(error).__name__}: {error}).") from error
     else:
         raise ValueError(f"There is no model {kind!r}; choose {', '.join(MODELS)} or 'module:factory'.")
     try:
         return factory(shape, classes, **options)
-    except TypeError as error:
-        raise ValueError(f"The model {kind!r} cannot be made: {error}.") from None
+    except Exception as error:
+        raise ValueError(f"The model {kind!r} cannot be made ({type(error).__name__}: {error}).") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -97,9 +98,13 @@ class Trace(Participation):
 
     def __init__(self, path: Path, nodes: int) -> None:
         try:
-            table = np.loadtxt(path, delimiter=",", ndmin=2)
-        except FileNotFoundError:
-            raise ValueError(f"There is no trace file {path}; give the path of one.") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an empty file, which is told below
+                table = np.loadtxt(path, delimiter=",", ndmin=2)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The trace file {path} cannot be read ({error}); give lines of 0 and 1.") from None
+        if not table.size:
+            raise ValueError(f"The trace file {path} is empty; give a line of 0 and 1 per round.")
         if table.shape[1] != nodes:
             raise ValueError(f"The trace {path} has {table.shape[1]} columns for {nodes} clients; give one per client.")
         self._table: Online = table > 0

@@ -16,7 +16,11 @@ from corymb.server import Journal, RoundRecord
 from corymb.simulations.campaign import journal_folder
 from corymb.simulations.experiment import Experiment
 
-FILES = ("config.toml", "rounds.jsonl", "clients.jsonl", "summary.json", "model.safetensors", "report.html")
+SUMMARY = "summary.json"
+FILES = {
+    "config.toml", "rounds.jsonl", "clients.jsonl", SUMMARY, "model.safetensors", "report.html", "journals",
+    "accuracy.png", "participation.png", "weights.png", "labels.png",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,14 @@ def _collect(experiment: Experiment, folder: Path, index: int, seed: int) -> Run
 
 def prepare(folder: Path) -> None:
     """Make `folder`, without the results of an earlier run in it. Raises `ValueError` for a folder of other things."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"There is a file at {folder}; give a folder with --out.")
     if folder.exists():
-        others = [f.name for f in folder.iterdir() if f.name not in (*FILES, "journals") and f.suffix != ".png"]
-        if others or not folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        others = names - FILES
+        if names and "journals" not in names:  # a run begins with them
+            others = names
+        if others:
             raise ValueError(f"The folder {folder} holds {min(others)}, which is no result; give another with --out.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
@@ -104,7 +113,7 @@ def write(experiment: Experiment, runs: list[Run], folder: Path) -> None:
             for run in runs
         ],
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _round_row(run: Run, record: RoundRecord) -> dict[str, Any]:

@@ -59,6 +59,10 @@ def read_table(path: Path, label: str | None) -> tuple[Floats, Floats]:
         raise ValueError(f"The table {path} is empty; give rows of numbers.")
     names = None if all(_is_number(cell) for cell in lines[0]) else lines.pop(0)
     target = _label_column(path, names, label)
+    if not lines or len({len(line) for line in lines}) > 1:
+        raise ValueError(
+            f"the rows of {path.name} have {sorted({len(line) for line in lines})} cells; give all the same"
+        )
     try:
         cells = np.array([[float(c) if c not in ("", "?") else np.nan for c in line] for line in lines])
     except ValueError as error:

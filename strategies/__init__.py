@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from corymb.strategies.fedau import FedAU
 from corymb.strategies.fedavg import FedAvg
@@ -77,7 +79,16 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
         if parameter not in known:
             has = f"its parameters are {', '.join(known)}" if known else "it has none"
             raise ValueError(f"Rule {name!r} has no parameter {parameter!r}; {has}.")
+    types = get_type_hints(rules[name])
+    wrong = []
+    for parameter, value in parameters.items():
+        try:
+            TypeAdapter(types[parameter]).validate_python(value, strict=True)
+        except ValidationError as error:
+            wrong.append(f"{parameter}: {error.errors()[0]['msg']}")
     try:
-        return rules[name](**parameters)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"Rule {name!r} cannot be made with {parameters}: {error}.") from None
+        if not wrong:
+            return rules[name](**parameters)
+    except (TypeError, ValueError) as error:
+        wrong.append(str(error).removesuffix("."))
+    raise ValueError(f"Rule {name!r} cannot be made with {parameters}: {'; '.join(wrong)}.")

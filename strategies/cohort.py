@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from corymb.strategies.fold import mixed
 from corymb.strategies.layout import Model, joined
 from corymb.strategies.reply import Reply
+
+COLUMNS = 1 << 20  # numbers in a block of coordinates
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,12 @@ class Cohort:
     _mixture: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def of(cls, origin: Model, replies: Sequence[Reply]) -> Cohort:
-        """Gather `replies`, at least one, around the round's `origin`."""
-        replies = sorted(replies, key=lambda reply: reply.report.node)
+    def of(cls, origin: Model, replies: list[Reply]) -> Cohort:
+        """Gather `replies`, at least one and in order, around the round's `origin`; empties the list as it goes."""
         reports = [reply.report for reply in replies]
         models = torch.empty(len(replies), origin.parameters.numel(), dtype=origin.parameters.dtype)
-        for row, reply in zip(models, replies, strict=True):
-            row.copy_(joined(reply.parts, row.dtype))
+        for row in models:
+            row.copy_(joined(replies.pop(0).parts, row.dtype))  # so that no model is there twice
         names = sorted(set().union(*(report.metrics for report in reports)))
         return cls(
             origin.parameters,
@@ -56,6 +57,11 @@ class Cohort:
         vector = mixed(self.origin, self.models, weights)
         self._mixture[:] = [vector, weights]
         return vector
+
+    def by_columns(self, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """`work(models [K, p]) -> [p]` on blocks of coordinates, put together as `[P]`; scratch memory stays small."""
+        width = max(1, COLUMNS // len(self.nodes))
+        return torch.cat([work(block) for block in self.models.split(width, dim=1)])
 
     def weights_of(self, vector: Tensor) -> dict[str, float]:
         """The weights that made `vector`, by node; empty when `mixed` did not make it."""

@@ -45,8 +45,8 @@ class Attendance:
 class FedAU(BlindRule[Attendance]):
     """Wang & Ji 2024, FedAU (Algorithm 2): a site counts as many times as rounds pass between its visits.
 
-    `cutoff` (K in the paper) closes an interval that has grown so long; None never does, 1 averages over
-    all sites. `population` (N) is the number of sites that the step is divided by, by default those that
+    `cutoff` (K in the paper) closes an interval that has grown so long; None or 0 never does, 1 averages
+    over all sites. `population` (N) is the number of sites that the step is divided by, by default those that
     the server knows. `server_rate` is the paper's global learning rate. `by_examples` aims at the
     objective weighed by examples instead of by site; a site not heard yet is taken as an average one.
     """
@@ -58,7 +58,7 @@ class FedAU(BlindRule[Attendance]):
 
     def __post_init__(self) -> None:
         if self.cutoff is not None:
-            at_least(1, cutoff=self.cutoff)
+            at_least(0, cutoff=self.cutoff)
         if self.population is not None:
             at_least(1, population=self.population)
         positive(server_rate=self.server_rate)
@@ -92,7 +92,7 @@ class FedAU(BlindRule[Attendance]):
             came[memory.rows[report.node]] = True
             examples[memory.rows[report.node]] = report.examples
         waited = memory.open + 1
-        closes = came if self.cutoff is None else came | (waited == self.cutoff)
+        closes = came if not self.cutoff else came | (waited == self.cutoff)
         mean = (memory.closed * memory.mean + waited) / (memory.closed + 1)
         return Attendance(
             memory.nodes,

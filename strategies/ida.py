@@ -68,9 +68,10 @@ class IDA(SightedRule[None]):
         return cohort.examples
 
     def _accuracy(self, cohort: Cohort) -> Tensor:
-        if "accuracy" not in cohort.metrics or cohort.metrics["accuracy"].isnan().any():
+        if "accuracy" not in cohort.metrics:
             raise ValueError(
-                "IDA with the factor 'accuracy' needs the metric 'accuracy' in every reply; "
+                "IDA with the factor 'accuracy' needs the metric 'accuracy' and no reply has it; "
                 "report it from the client, or leave the factor out."
             )
-        return 1 / cohort.metrics["accuracy"].clamp(min=self.floor)
+        # A site that does not report one counts nothing: the floor would give it the most.
+        return (1 / cohort.metrics["accuracy"].clamp(min=self.floor)).nan_to_num(nan=0.0)

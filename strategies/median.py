@@ -19,5 +19,9 @@ class Median(SightedRule[None]):
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """Sort each coordinate and take the middle."""
         clients = len(cohort.nodes)
-        ordered = cohort.models.sort(dim=0).values
-        return (ordered[(clients - 1) // 2].double() + ordered[clients // 2].double()) / 2, None
+
+        def median(models: Tensor) -> Tensor:
+            ordered = models.sort(dim=0).values.double()
+            return (ordered[(clients - 1) // 2] + ordered[clients // 2]) / 2
+
+        return cohort.by_columns(median), None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Generic, NamedTuple, TypeVar, final
 
 import torch
@@ -56,10 +56,6 @@ class Rule(ABC, Generic[M]):
         `replies` may be empty, holds at most one reply per node and is read once. `known` names all
         sites of the federation, absent ones included. Nothing that is passed in is changed.
         """
-
-    def __str__(self) -> str:
-        settings = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields(self))
-        return f"{type(self).__name__}({settings})"
 
 
 class BlindRule(Rule[M]):
@@ -114,18 +110,18 @@ class SightedRule(Rule[M]):
     @final
     def aggregate(self, origin: Model, replies: Iterable[Reply], memory: M, known: Collection[str] = ()) -> Outcome[M]:
         """See `Rule.aggregate`."""
-        replies = list(replies)
-        if not replies:
+        ordered = sorted(replies, key=lambda reply: reply.report.node)
+        del replies
+        if not ordered:
             return Outcome(origin, memory, {})
-        cohort = Cohort.of(origin, replies)
+        buffers = _buffers(origin, ordered, self.robust)
+        cohort = Cohort.of(origin, ordered)
         vector, memory = self.mix(cohort, memory)
-        buffers = _buffers(origin, replies, self.robust)
         return Outcome(origin.moved(vector.to(origin.parameters.dtype), buffers), memory, cohort.weights_of(vector))
 
 
 def _buffers(origin: Model, replies: list[Reply], robust: bool) -> Tensor:
     """The float buffers `[B]` of a round: their mean by size, or their median where the rule is robust."""
-    replies = sorted(replies, key=lambda reply: reply.report.node)
     rows = torch.stack([reply.buffers.double() for reply in replies])
     examples = torch.tensor([float(reply.report.examples) for reply in replies], dtype=torch.float64)
     if robust:

@@ -14,7 +14,7 @@ from corymb.strategies.rule import Cohort, SightedRule
 class TrimmedMean(SightedRule[None]):
     """Yin et al. 2018, Option II: per coordinate, drop the `trim` share at either end and average the rest.
 
-    `trim` is in [0, 0.5); `floor(trim * K)` values go at each end, so fewer hostile sites than that do no harm.
+    `trim` is in [0, 0.5); `floor(trim * K)` values go at each end, so up to that many hostile sites do no harm.
     """
 
     robust: ClassVar[bool] = True
@@ -28,5 +28,8 @@ class TrimmedMean(SightedRule[None]):
         """The mean of the middle of each coordinate, summed in float64."""
         clients = len(cohort.nodes)
         cut = int(self.trim * clients)
-        middle = cohort.models.sort(dim=0).values[cut : clients - cut]
-        return middle.double().mean(dim=0), None
+
+        def middle(models: Tensor) -> Tensor:
+            return models.sort(dim=0).values[cut : clients - cut].double().mean(dim=0)
+
+        return cohort.by_columns(middle), None

@@ -43,6 +43,13 @@ def test_batches() -> None:
     assert sizes(TrainSettings(steps=4), DataLoader(Rows(), batch_size=10)) == [10, 10, 3, 10]
 
 
+def test_nothing_to_train_on_is_told_and_does_not_hang() -> None:
+    nothing = TensorDataset(INPUTS[:0], TARGETS[:0])
+    for data in (nothing, DataLoader(Rows(), batch_size=50, drop_last=True)):
+        with pytest.raises(ValueError, match="give it"):
+            sizes(TrainSettings(steps=2), data)
+
+
 def test_each_pass_is_shuffled_and_complete() -> None:
     settings = TrainSettings(batch_size=23, epochs=2)
     generator = torch.Generator().manual_seed(1)
@@ -109,6 +116,11 @@ def test_schedules_run_over_rounds() -> None:
     settings = TrainSettings(learning_rate=0.8, schedule="StepLR", schedule_options={"step_size": 2, "gamma": 0.5})
     assert [settings.rate(number) for number in (5, 1, 2, 3, 4)] == [0.2, 0.8, 0.8, 0.4, 0.4]
     assert TrainSettings(learning_rate=0.8).rate(100) == 0.8
+    warm = TrainSettings(learning_rate=0.1, schedule="LinearLR", schedule_options={"start_factor": 0.1})
+    assert warm.rate(1) == pytest.approx(0.01)
+    steps = TrainSettings(schedule="MultiStepLR", schedule_options={"milestones": [1]})
+    assert steps.rate(2) == pytest.approx(0.01)
+    assert TrainSettings.read({"train.optimizer": "Adam", "train.optimizer_options.betas": [0.5, 0.9]})
 
 
 def test_settings_travel_in_flowers_flat_config() -> None:
@@ -132,6 +144,8 @@ def test_settings_travel_in_flowers_flat_config() -> None:
         ({"train.optimizer": "SDG"}, "no attribute 'SDG'"),
         ({"train.optimizer_options.momentun": 0.9}, "momentun"),
         ({"train.schedule": "StepLR"}, "step_size"),
+        ({"train.schedule": "ReduceLROnPlateau"}, "metrics"),
+        ({"train.optimizer": "LBFGS"}, "closure"),
     ],
 )
 def test_wrong_settings_are_told(wrong: dict[str, Any], message: str) -> None:
@@ -176,6 +190,22 @@ def test_the_same_round_gives_the_same_bits_and_another_does_not() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_random_numbers_do_not_depend_on_who_came_first() -> None:
+    """Dropout draws from torch's generator, and so does making the module, in a process's first message."""
+
+    def weights(order: list[int]) -> dict[int, Tensor]:
+        grid = LocalGrid(make_client_app(network, lambda context: (DATA, None)), 2)
+        content = RecordDict({"arrays": to_arrays(state)})
+        replies = [grid.send_and_receive([Message(content, node_id, "train")])[0] for node_id in order]
+        return {
+            reply.metadata.src_node_id: to_state(reply.content.array_records["arrays"])["0.weight"] for reply in replies
+        }
+
+    state = network().state_dict()
+    one, two = weights([1000, 1001]), weights([1001, 1000])
+    assert all(torch.equal(one[node], two[node]) for node in one)
 
 
 def test_a_reply_outlives_the_next_message() -> None:

@@ -49,5 +49,7 @@ def test_rules_come_from_the_config() -> None:
 def test_everything_wrong_is_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"model: .*; num-server-rounds: .*; seed: "):
         ServerSettings.read({"num-server-rounds": 0, "seed": "x"})
+    with pytest.raises(ValueError, match="'num-server-round'; did you mean 'num-server-rounds'"):
+        ServerSettings.read({"model": "x:y", "num-server-round": 9})
     with pytest.raises(ValueError, match="'nowhere:make' cannot be imported"):
         model_factory("nowhere:make")

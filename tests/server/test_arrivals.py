@@ -74,6 +74,7 @@ class Growing(LocalGrid):
     """Nodes register one by one, as in the first seconds of a deployment."""
 
     there = 0
+    complete = False
 
     def get_nodes(self) -> list[Any]:
         self.there += 1

@@ -52,6 +52,13 @@ def without(name: str) -> RecordDict:
     return content(state)
 
 
+def Raw(examples: Any) -> RecordDict:
+    """A content whose metrics Flower's own checks never saw."""
+    sent = content(good())
+    sent["metrics"].__dict__["_data"]["num-examples"] = examples
+    return sent
+
+
 ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
     "a NaN model": (
         lambda: content(good() | {"b": torch.tensor([1, float("nan"), 1])}),
@@ -63,6 +70,8 @@ ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
         "not finite",
         "tensor 'w'",
     ),
+    "a finite model too large": (lambda: content(good() | {"w": torch.full((SIZE,), 1e37)}), "not finite", "1e.20"),
+    "a weight beyond floats": (lambda: Raw(10**400), "examples", "whole number"),
     "an infinite weight": (lambda: content(good(), float("inf")), "examples", "is inf"),
     "a NaN weight": (lambda: content(good(), float("nan")), "examples", "is nan"),
     "a negative weight": (lambda: content(good(), -499), "examples", "is -499"),
@@ -158,6 +167,9 @@ def test_memory_stays_flat_whatever_a_header_claims() -> None:
     for name in ("a header of 4 TiB", "a truncated array", "garbage", "a wrong shape", "an infinite model"):
         message = reply(1000, ATTACKS[name][0]())
         assert peak_growth(partial(door.admit, "x", message)) < 4 * SIZE, name
+    federated = federation(ATTACKS["a header of 4 TiB"][0])
+    strategy = FlowerStrategy(FedAvg(), fraction_evaluate=0)
+    assert peak_growth(lambda: strategy.start(federated, to_arrays(good()), num_rounds=1)) < 10 * 4 * SIZE
 
 
 def test_a_good_reply_is_admitted_without_a_copy() -> None:
@@ -167,6 +179,22 @@ def test_a_good_reply_is_admitted_without_a_copy() -> None:
     assert admitted.parts[0].data_ptr() == state["w"].data_ptr()
     assert admitted.report.examples == 5
     assert admitted.report.metrics == {"accuracy": 0.5}  # a bad metric drops the metric, not the update
+
+
+def test_metrics_are_bounded() -> None:
+    names = {f"metric-{i}": 1.0 for i in range(5000)} | {"fake\n\x1b[31mline": 1.0, "x" * 101: 1.0, "huge": 9e298}
+    report = Door(Layout.of({})).hear("a", reply(1000, content({}, 1, **names)))
+    assert not isinstance(report, Rejection)
+    assert len(report.metrics) == 100
+    assert all(name.startswith("metric-") for name in report.metrics)
+
+
+def test_what_nobody_thought_of_costs_its_reply_only() -> None:
+    sent = content({"w": torch.zeros(3)})
+    sent.array_records["arrays"]["w"].__dict__["shape"] = None
+    verdict = Door(Layout.of({"w": torch.zeros(3)})).admit("a", reply(1000, sent))
+    assert isinstance(verdict, Rejection)
+    assert verdict.code == "records"
 
 
 @given(st.binary(max_size=200), st.sampled_from(("float32", "int64", "nonsense")), st.integers(-1, 3))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, cast
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.server import FlowerStrategy, RoundRecord
+from corymb.server import FlowerStrategy, Journal, RoundRecord
+from corymb.server.journal import sha256
 from corymb.simulations.grid import LocalGrid
 from corymb.strategies import IDA, RULES, FedAU, FedAvg, Median, Rule, TrimmedMean
 from corymb.tests.support import State, content, reply
@@ -76,7 +79,10 @@ def aggregate(strategy: Strategy, origin: State, sent: list[tuple[dict[str, Tens
 def test_equal_to_flowers_own_except_where_that_is_wrong(
     rule: Rule[Any], built_in: Callable[..., Strategy], one: tuple[Any, Any]
 ) -> None:
-    """Flower turns the int64 buffer into float64 (6.999...) and a 0-dim float into float64; ours stay as they were."""
+    """Flower turns the int64 buffer into float64 (6.999...) and a 0-dim float into float64; ours stay as they were.
+
+    No float buffers here: Flower gives them to the rule, and we do not.
+    """
     origin, sent = one
     options = {"min_train_nodes": 1, "min_available_nodes": 1, "min_evaluate_nodes": 1}
     ours = aggregate(FlowerStrategy(rule, min_available_nodes=1), origin, sent)
@@ -136,7 +142,7 @@ class Shuffled(LocalGrid):
     """Replies come in an order of their own: an id is only answered once its turn has come."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        order = sorted(self._waiting, key=lambda id_: hash((id_, 7)))
+        order = sorted(self._waiting, key=lambda id_: crc32(id_.encode()))
         return super().pull_messages([id_ for id_ in message_ids if id_ == order[0]])
 
 
@@ -211,6 +217,66 @@ def test_server_metrics_are_kept_with_their_round() -> None:
     )
     assert list(result.evaluate_metrics_serverapp) == [0, 2, 4]
     assert [record.server for record in records] == [{}, {"accuracy": 0.2}, {}, {"accuracy": 0.4}]
+
+
+def test_a_reply_that_the_grid_cannot_receive_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Flower's grid, which takes bytes apart inside the pull and raises whatever they provoke."""
+    monkeypatch.setattr("corymb.server.arrivals.POLL_SECONDS", 0)
+
+    class Breaking(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            if "message-2" in message_ids:
+                raise TypeError("unhashable type: 'list'")
+            return super().pull_messages(message_ids)
+
+    records: list[RoundRecord] = []
+    FlowerStrategy(FedAvg(), fraction_evaluate=0, on_round=records.append).start(Breaking(learner, 4), initial(), 1)
+    assert len(records[0].admitted) == 3
+    assert records[0].verdicts[1].reason == (
+        "client-1: its reply cannot be received: TypeError: unhashable type: 'list'."
+    )
+
+
+def test_messages_that_the_grid_refused_are_not_waited_for() -> None:
+    class Refusing(LocalGrid):
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            ids = super().push_messages(messages)
+            return ["", *ids[1:]]
+
+    records: list[RoundRecord] = []
+    FlowerStrategy(FedAvg(), fraction_evaluate=0, on_round=records.append).start(Refusing(learner, 3), initial(), 1)
+    assert [v.code for v in records[0].verdicts] == ["silent", "admitted", "admitted"]
+
+
+def test_a_model_that_overflows_is_not_taken() -> None:
+    origin = {"w": torch.full((2,), 1e4).half()}
+    strategy = FlowerStrategy(FedAU(server_rate=1e38), min_available_nodes=1)
+    strategy.configure_train(1, to_arrays(origin), ConfigRecord(), NoNodes(1))
+    arrays, metrics = strategy.aggregate_train(
+        1, [reply(1000, content({"w": torch.full((2,), -6e4).half()}, loss=1.0))]
+    )
+    assert arrays is None
+    assert metrics == {"loss": 1.0}
+
+
+def test_aggregating_before_configuring_says_so() -> None:
+    with pytest.raises(RuntimeError, match="call configure_train before it"):
+        FlowerStrategy(FedAvg()).aggregate_train(1, [])
+
+
+def test_a_journal_serves_one_run(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    FlowerStrategy(FedAvg(), journal=journal).start(LocalGrid(learner, 2), initial(), 2)
+    digest = journal.model_sha256()
+    with pytest.raises(ValueError, match="already holds 2 rounds"):
+        FlowerStrategy(FedAvg(), journal=journal).start(LocalGrid(learner, 2), initial(), 2)
+    assert sha256(tmp_path / "model-000002.safetensors") == digest
+    journal.close()
+
+
+def test_waiting_ends_at_once_where_nobody_can_join() -> None:
+    with pytest.raises(TimeoutError, match="Only 2 of the 5 nodes needed"):
+        FlowerStrategy(FedAvg(), min_available_nodes=5).start(LocalGrid(learner, 2), initial(), 1)
 
 
 def test_wrong_fractions_are_refused() -> None:

@@ -43,6 +43,9 @@ def test_npz(tmp_path: Path) -> None:
     assert len(load(str(tmp_path / "two.npz")).test) == 4
     with pytest.raises(ValueError, match="holds inputs; name its arrays"):
         load(str(tmp_path / "bad.npz"))
+    np.savez(tmp_path / "uneven.npz", x=x, y=y[:40])
+    with pytest.raises(ValueError, match="50 inputs for 40 labels"):
+        load(str(tmp_path / "uneven.npz"))
 
 
 SITES = {
@@ -75,6 +78,16 @@ def test_csv_with_names(tmp_path: Path) -> None:
     assert abs(float(source.train.inputs.std()) - 1) < 0.2
     with pytest.raises(ValueError, match="no column 'illness'; it has disease, age, height"):
         load(str(path), label="illness")
+    for text, message in (
+        ("age,label\n", "the rows of"),
+        ("1,2,3\n4,5\n", "the rows of"),
+        ("1,0\n2,0.5\n3,1\n", "no whole numbers"),
+        ("1,0\n2,-1\n3,1\n", "negative"),
+        ("1,0\n2,1\n", "to test on"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(str(path))
     path.write_text("age,label\n1,2\nold,3\n")
     with pytest.raises(ValueError, match="a cell that is no number"):
         load(str(path))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from corymb.server.journal import sha256
 from corymb.simulations.campaign import run_all
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
-from corymb.simulations.federation import population_of, run
+from corymb.simulations.federation import check, population_of, run
 from corymb.simulations.plots import _smooth
 from corymb.simulations.report import write_report
 from corymb.simulations.results import collect, prepare, scores, write
@@ -66,6 +66,9 @@ BASE = 'rounds = 2\nrules = ["fedavg"]\n'
         ("rounds = ", "not valid TOML"),
         ('rounds = 2\nrules = ["ida", "ida"]', "stands for two rules"),
         (BASE + "seeds = []", "seeds"),
+        (BASE + "seeds = [1, 1]", "different numbers"),
+        ("rounds = 2\nrules = 'fedavg'", "no list"),
+        ('rounds = 2\nrules = [{name = "ida", label = "a b"}, {name = "ida", label = "a-b"}]', "stands for two rules"),
         (BASE + 'name = "../up"', "name"),
     ],
 )
@@ -91,7 +94,7 @@ def test_what_ships_is_valid(path: Path) -> None:
     assert read(path).name == path.stem
 
 
-def test_data_that_does_not_fit_is_told_before_anything_runs(tmp_path: Path) -> None:
+def test_data_that_does_not_fit_is_told_before_anything_runs() -> None:
     for changes, message in (
         (
             {"partition": {"clients": 2000}},
@@ -99,10 +102,13 @@ def test_data_that_does_not_fit_is_told_before_anything_runs(tmp_path: Path) -> 
         ),
         ({"partition": {"kind": "site"}}, "has no sites"),
         ({"data": {"source": "nowhere"}}, "no data at 'nowhere'"),
+        ({"model": {"kind": "nothing"}}, "no model 'nothing'"),
+        ({"model": {"kind": "mlp", "options": {"hidden": -1}}}, "'mlp' cannot be made"),
+        ({"model": {"kind": "torch.nn:Identity"}}, "cannot be made|does not fit"),
+        ({"train": {"device": "warp"}}, "'warp' cannot be used here"),
     ):
         with pytest.raises(ValueError, match=message):
-            run_all(Experiment(**{**SMALL, **changes}), tmp_path, Console(quiet=True))
-    assert list(tmp_path.iterdir()) == []
+            check(Experiment(**{**SMALL, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +220,42 @@ def test_results_are_not_written_over_other_things(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds thesis\.docx, which is no result"):
         prepare(tmp_path)
     assert (tmp_path / "thesis.docx").exists()
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "labels.png").write_text("mine, with a name like ours")
+    with pytest.raises(ValueError, match="is no result"):
+        prepare(pictures)
+    with pytest.raises(ValueError, match="There is a file at"):
+        prepare(tmp_path / "thesis.docx")
+
+
+def test_a_mistake_leaves_earlier_results_alone(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo" / "journals").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "summary.json").write_text("{}")
+    assert corymb("simulate", "--set", "data.source=nowhere", cwd=tmp_path).returncode == 2
+    assert (tmp_path / "runs" / "demo" / "summary.json").exists()
+
+
+def test_a_run_whose_clients_all_fail_is_no_run(tmp_path: Path) -> None:
+    module = """
+from torch import nn
+
+
+class Broken(nn.Linear):
+    def __init__(self, shape, classes):
+        super().__init__(64, classes)
+
+    def forward(self, inputs):
+        if self.training:
+            raise RuntimeError("out of order")
+        return super().forward(inputs.flatten(1))
+"""
+    (tmp_path / "broken.py").write_text(module)
+    changes = ["rounds=3", "model.kind=broken:Broken", "participation.kind=always", "evaluate.every=3"]
+    result = corymb("simulate", *(f"--set={change}" for change in changes), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Every client failed" in result.stderr
+    assert result.stderr.count("Traceback") == 1
 
 
 def test_sites_of_their_own(tmp_path: Path) -> None:
@@ -254,6 +296,8 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
         (["simulate", "nowhere.toml"], "There is no experiment 'nowhere.toml'"),
         (["simulate", "--app", "."], "has no ServerApp: set serverapp"),
         (["simulate", "--app", "nowhere"], "has no pyproject.toml"),
+        (["simulate", "--out", "pyproject.toml"], "There is a file at pyproject.toml"),
+        (["simulate", "[/x]"], "There is no experiment '[/x]'"),
     ],
 )
 def test_a_mistake_at_the_command_line_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:

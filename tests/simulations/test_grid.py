@@ -100,6 +100,15 @@ def test_an_exception_of_the_app_is_an_error_reply() -> None:
     assert (reply.error.code, reply.error.reason) == (2, "KeyError: 'lr'")
 
 
+def test_an_app_that_forgets_to_return_is_told() -> None:
+    grid = LocalGrid(lambda message, context: None, 2)  # type: ignore[arg-type,return-value]
+    assert [reply.error.code for reply in grid.send_and_receive(messages(grid))] == [2, 2]
+    with pytest.raises(
+        ValueError, match="Every client failed, 2 times with: TypeError: The client app returned a None"
+    ):
+        grid.require_answers()
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="0 nodes"):
         LocalGrid(app, 0)

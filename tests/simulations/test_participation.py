@@ -90,5 +90,5 @@ def test_a_trace_is_followed_and_starts_over(tmp_path: Path) -> None:
     assert history(trace, 3).tolist() == [[True, False, True], [False, False, True], [True, False, True]]
     with pytest.raises(ValueError, match="3 columns for 4 clients"):
         Trace(path, 4)
-    with pytest.raises(ValueError, match="no trace file"):
+    with pytest.raises(ValueError, match="cannot be read"):
         Trace(tmp_path / "nowhere.csv", 4)

@@ -185,8 +185,10 @@ def test_unknown_names_list_the_known_ones() -> None:
         make_rule("fedavgg")
     with pytest.raises(ValueError, match="no parameter 'cutof'; its parameters are cutoff, population"):
         make_rule("fedau", cutof=3)
-    with pytest.raises(ValueError, match="cannot be made"):
-        make_rule("fedau", cutoff="many")
+    for wrong in ({"cutoff": "many"}, {"cutoff": 2.5}, {"by_examples": "no"}, {"population": 2.5}, {"cutoff": -1}):
+        with pytest.raises(ValueError, match=f"'fedau' cannot be made with .*{next(iter(wrong))}"):
+            make_rule("fedau", **wrong)
+    assert make_rule("fedau", server_rate=1) == make_rule("fedau")
 
 
 def test_every_rule_has_a_name() -> None:

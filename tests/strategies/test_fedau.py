@@ -122,7 +122,7 @@ def test_a_newcomer_counts_once_and_the_population_grows_with_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"cutoff": 0}, {"population": 0}, {"server_rate": 0.0}, {"server_rate": float("nan")}]
+    "wrong", [{"cutoff": -1}, {"population": 0}, {"server_rate": 0.0}, {"server_rate": float("nan")}]
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

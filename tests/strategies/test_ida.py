@@ -74,8 +74,10 @@ def test_edge_cases() -> None:
 
 
 def test_accuracy_must_be_reported_where_it_is_used() -> None:
+    silent, reporting = Reply.of("a", vector(1.0)), Reply.of("b", vector(3.0), 1, {"accuracy": 0.5})
     with pytest.raises(ValueError, match="needs the metric 'accuracy'"):
-        IDA("accuracy").aggregate(Model(vector(0.0)), [Reply.of("a", vector(1.0))], None)
+        IDA("accuracy").aggregate(Model(vector(0.0)), [silent], None)
+    assert IDA("accuracy").aggregate(Model(vector(0.0)), [silent, reporting], None).weights == {"a": 0.0, "b": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -42,4 +42,4 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=clock,
     )
     seconds = [after - before for before, after in pairwise(finished)]
-    Path(context.run_config["out"]).write_text(json.dumps(seconds))
+    Path(str(context.run_config["out"])).write_text(json.dumps(seconds))
