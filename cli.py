@@ -61,6 +61,8 @@ def simulate(
     from corymb.simulations.commands import simulate_app, simulate_experiment
 
     if app_folder is not None:
+        if out is not None or jobs != 1:
+            raise ValueError("--out and --jobs belong to experiments; an app (--app) writes what it writes.")
         simulate_app(app_folder, nodes, changes or [], console)
     else:
         simulate_experiment(Path(experiment), changes or [], out, jobs, console)

@@ -137,6 +137,8 @@ class Experiment(Strict):
             raise ValueError(f"the label {min(twice)!r} stands for two rules; give each a label of its own")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds = {self.seeds} must be different numbers from 0 on")
+        if self.train.seed:
+            raise ValueError(f"train.seed = {self.train.seed} has no effect here; set seeds")
         for place, rule in enumerate(self.rules):
             try:
                 self.train_for(rule)

@@ -296,6 +296,8 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
         (["simulate", "nowhere.toml"], "There is no experiment 'nowhere.toml'"),
         (["simulate", "--app", "."], "has no ServerApp: set serverapp"),
         (["simulate", "--app", "nowhere"], "has no pyproject.toml"),
+        (["simulate", "--app", ".", "--out", "x"], "--out and --jobs belong to experiments"),
+        (["simulate", "--set", "train.seed=3"], "set seeds"),
         (["simulate", "--out", "pyproject.toml"], "There is a file at pyproject.toml"),
         (["simulate", "[/x]"], "There is no experiment '[/x]'"),
     ],
