@@ -11,7 +11,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -74,7 +74,6 @@ def aggregate(strategy: Strategy, origin: State, sent: list[tuple[dict[str, Tens
     ],
     ids=lambda value: type(value).__name__,
 )
-@settings(deadline=None)
 @given(one=rounds())
 def test_equal_to_flowers_own_except_where_that_is_wrong(
     rule: Rule[Any], built_in: Callable[..., Strategy], one: tuple[Any, Any]
