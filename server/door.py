@@ -72,7 +72,7 @@ class Door:
                 entry.name: _decoded(entry.name, arrays) for entry in (*self.layout.parameters, *self.layout.buffers)
             }
             for name, tensor in state.items():
-                if not _is_bounded(tensor):
+                if not is_bounded(tensor, LARGEST_NUMBER):
                     raise _Refused(
                         Code.NOT_FINITE, f"tensor {name!r} holds NaN, infinity or numbers beyond {LARGEST_NUMBER:g}"
                     )
@@ -141,11 +141,12 @@ def _decoded(name: str, arrays: ArrayRecord) -> Tensor:
         raise _Refused(Code.BYTES, _short(error)) from None
 
 
-def _is_bounded(tensor: Tensor) -> bool:
+def is_bounded(tensor: Tensor, bound: float) -> bool:
+    """Whether no number lies beyond `bound`, or is none; looked at in blocks, without memory of its own."""
     for piece in tensor.reshape(-1).split(BLOCK):
         if piece.numel():
             least, most = piece.aminmax()  # both are NaN where one number is
-            if not (least >= -LARGEST_NUMBER and most <= LARGEST_NUMBER):
+            if not (least >= -bound and most <= bound):
                 return False
     return True
 

@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, ROUND
 from corymb.server.arrivals import arrivals
-from corymb.server.door import Code, Door, Rejection
+from corymb.server.door import Code, Door, Rejection, is_bounded
 from corymb.server.journal import Journal
 from corymb.server.record import RoundRecord, as_metrics, mean_metrics, verdicts
 from corymb.server.roster import connected, sample, wait_for
@@ -211,7 +211,7 @@ class FlowerStrategy(Strategy):
                 log.info("\t│ %s (%s)", verdict.reason, verdict.code)
         if outcome.model is self._origin:
             return None
-        if not outcome.model.parameters.isfinite().all():
+        if not is_bounded(outcome.model.parameters, torch.finfo(torch.float32).max):
             log.warning("\t│ The rule's model is not finite; the round keeps the model before it.")
             return None
         self._origin = outcome.model
