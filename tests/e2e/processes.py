@@ -68,9 +68,21 @@ class Processes:
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    def json(self, *command: str) -> Any:
-        """What a flwr command answers with `--format json`."""
-        return json.loads(self.run(*command, "--format", "json"))
+    def succeeds(self, *command: str) -> bool:
+        """Whether a command runs to a good end: on a busy machine a SuperLink's answer may come too late for one."""
+        try:
+            self.run(*command, timeout=60)
+        except (AssertionError, subprocess.TimeoutExpired):
+            return False
+        return True
+
+    def status(self, *superlink: str) -> str:
+        """The status of the only run, as Flower puts it; "" while the SuperLink does not answer."""
+        try:
+            (run,) = json.loads(self.run("flwr", "list", *superlink, "--format", "json", timeout=60))["runs"]
+        except (AssertionError, subprocess.TimeoutExpired, ValueError, KeyError):
+            return ""
+        return str(run["status"])
 
     def logs(self) -> str:
         """The end of every log, for a failing test's message."""
