@@ -20,7 +20,7 @@ from corymb.strategies.fold import BLOCK
 MOST_EXAMPLES = 2**53  # beyond it a float cannot count
 MOST_METRICS = 100
 LARGEST_METRIC = 1e100
-LARGEST_NUMBER = 1e20  # of a model: its products with any weight stay finite, and nothing trained comes near
+LARGEST_NUMBER = 1e20  # of a model: times MOST_EXAMPLES it is finite in float32, and nothing trained comes near
 
 
 class Code(StrEnum):
