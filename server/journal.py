@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS rounds (
     train TEXT NOT NULL,
     evaluate TEXT NOT NULL,
     server TEXT NOT NULL,
+    rule TEXT NOT NULL,
     model TEXT NOT NULL,
     model_sha256 TEXT NOT NULL,
     memory TEXT NOT NULL
@@ -40,6 +41,7 @@ CREATE TABLE IF NOT EXISTS verdicts (
     PRIMARY KEY (round, node)
 ) STRICT, WITHOUT ROWID;
 """
+MEASURED = ("train", "evaluate", "server", "rule")
 KEPT = 2  # models of the newest rounds
 
 
@@ -61,7 +63,7 @@ class Journal:
         self._database.executescript(SCHEMA)
 
     def write(self, record: RoundRecord, state: Mapping[str, Tensor], memory: object) -> str:
-        """Commit a finished round with the model and the rule's memory after it; the model's SHA-256.
+        """Commit a finished round with the model, and the memory of rule and step, after it; the model's SHA-256.
 
         The files are in place before the row that names them is committed, so a crash leaves the
         journal at the round before. Models older than the last two are removed.
@@ -75,10 +77,10 @@ class Journal:
         row = asdict(record)
         with self._database as database:
             database.execute(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     record.round, record.seconds,
-                    *(json.dumps(row[name]) for name in ("train", "evaluate", "server")),
+                    *(json.dumps(row[name]) for name in MEASURED),
                     model, digest, json.dumps(plain),
                 ),
             )  # fmt: skip
@@ -103,10 +105,10 @@ class Journal:
         rows = self._database.execute("SELECT * FROM verdicts ORDER BY round, node")
         verdicts = {number: [_verdict(*row[1:]) for row in group] for number, group in groupby(rows, key=itemgetter(0))}
         for number, seconds, *metrics in self._database.execute(
-            "SELECT round, seconds, train, evaluate, server FROM rounds ORDER BY round"
+            f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds ORDER BY round"
         ):
-            train, evaluate, server = map(json.loads, metrics)
-            yield RoundRecord(number, verdicts.get(number, []), train, evaluate, server, seconds)
+            measured = dict(zip(MEASURED, map(json.loads, metrics), strict=True))
+            yield RoundRecord(number, verdicts.get(number, []), **measured, seconds=seconds)
 
     def model(self) -> dict[str, Tensor]:
         """The newest committed model. Raises `LookupError` before the first round."""

@@ -26,13 +26,14 @@ class Verdict:
 
 @dataclass
 class RoundRecord:
-    """One round, filled in as it goes. Metrics are means weighed by examples."""
+    """One round, filled in as it goes. Metrics are means weighed by examples; `rule` is what the rule says of it."""
 
     round: int
     verdicts: list[Verdict] = field(default_factory=list)
     train: dict[str, float] = field(default_factory=dict)
     evaluate: dict[str, float] = field(default_factory=dict)
     server: dict[str, float] = field(default_factory=dict)
+    rule: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property

@@ -19,7 +19,7 @@ from corymb.server.door import Code, Door, Rejection, is_bounded
 from corymb.server.journal import Journal
 from corymb.server.record import RoundRecord, as_metrics, mean_metrics, verdicts
 from corymb.server.roster import connected, sample, wait_for
-from corymb.strategies import Layout, Model, Reply, Report, Rule
+from corymb.strategies import Layout, Model, Proxy, Reply, Report, Rule, Step
 
 log = logging.getLogger("flwr.corymb")  # under Flower's logger, so that its handlers show it
 Named = Iterable[tuple[str, Message | Exception]]
@@ -31,7 +31,8 @@ class FlowerStrategy(Strategy):
     `fraction_train` and `fraction_evaluate` of the connected nodes are asked in a round, drawn from
     `seed` by node name, once `min_available_nodes` have connected (`TimeoutError` after
     `wait_seconds`). Errors, silence and replies that the door turns away cost a round nothing but
-    that reply. `buffers` names the float buffers in the state dict (default: BatchNorm's statistics).
+    that reply. `step` is a server optimiser after the rule, `proxy` the server's own data, for rules that need
+    them. `buffers` names the float buffers in the state dict (default: BatchNorm's statistics).
     With a `journal`, each round is committed there under this `start()`. `on_round` is called with
     every finished round's record.
 
@@ -51,12 +52,16 @@ class FlowerStrategy(Strategy):
         weighted_by_key: str = EXAMPLES,
         arrayrecord_key: str = ARRAYS,
         configrecord_key: str = CONFIG,
+        step: Step | None = None,
+        proxy: Proxy | None = None,
         journal: Journal | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
         for name, fraction in (("fraction_train", fraction_train), ("fraction_evaluate", fraction_evaluate)):
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{name} = {fraction} must lie in [0, 1]; 1 asks every connected node.")
+        if rule.needs_proxy and proxy is None:
+            raise ValueError(f"{rule} needs data of the server's own; give FlowerStrategy a proxy.")
         self.rule = rule
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
@@ -67,9 +72,12 @@ class FlowerStrategy(Strategy):
         self.weighted_by_key = weighted_by_key
         self.arrayrecord_key = arrayrecord_key
         self.configrecord_key = configrecord_key
+        self.step = step
+        self.proxy = proxy
         self.journal = journal
         self.on_round = on_round
         self.memory = rule.initial()
+        self.moments = step.initial() if step else None
         self.known: set[str] = set()
         self._asked: dict[str, Message] = {}
         self._arrays = ArrayRecord()  # the model as it was last sent, and, taken apart, `_origin`
@@ -96,11 +104,11 @@ class FlowerStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The model and mean metrics after `replies` to `configure_train`; None where nothing changed."""
+        """The model and mean metrics after `replies` to `configure_train`; None where nobody counted."""
         if not self._arrays:
             raise RuntimeError("aggregate_train needs the round's model: call configure_train before it.")
         record = RoundRecord(server_round)
-        arrays = self._aggregate(record, self._in_order(replies))
+        arrays = self._aggregate(record, self._in_order(replies)) or (self._arrays if record.admitted else None)
         return arrays, as_metrics(record.train)
 
     def configure_evaluate(
@@ -173,10 +181,15 @@ class FlowerStrategy(Strategy):
     def _messages(self, kind: str, server_round: int, config: ConfigRecord, nodes: Mapping[str, int]) -> list[Message]:
         config = config.copy()
         config[ROUND] = server_round
-        content = RecordDict({self.arrayrecord_key: self._arrays, self.configrecord_key: config})
-        self._asked = {
-            name: Message(content, node_id, kind, group_id=str(server_round)) for name, node_id in nodes.items()
-        }
+        contents: dict[int, RecordDict] = {}  # one for all sites, or one for each model that the rule keeps
+        self._asked = {}
+        for name, node_id in nodes.items():
+            model = self.rule.model_for(name, self._origin, self.memory)
+            key = model.parameters.data_ptr()
+            if key not in contents:
+                own = self._arrays if model is self._origin else to_arrays(self._layout.restore(model))
+                contents[key] = RecordDict({self.arrayrecord_key: own, self.configrecord_key: config})
+            self._asked[name] = Message(contents[key], node_id, kind, group_id=str(server_round))
         return list(self._asked.values())
 
     def _push(self, grid: Grid, messages: list[Message]) -> dict[str, str]:
@@ -202,20 +215,26 @@ class FlowerStrategy(Strategy):
     def _aggregate(self, record: RoundRecord, replies: Named) -> ArrayRecord | None:
         """Door and rule: the next model, or None when it is still the same. Fills in `record`."""
         heard: dict[str, Report | Rejection] = {}
-        outcome = self.rule.aggregate(self._origin, self._admitted(replies, heard), self.memory, frozenset(self.known))
+        outcome = self.rule.aggregate(
+            self._origin, self._admitted(replies, heard), self.memory, frozenset(self.known), self.proxy
+        )
         self.memory = outcome.memory
+        record.rule = dict(outcome.notes)
         record.verdicts = verdicts(self._asked, heard, outcome.weights)
         record.train = mean_metrics(report for report in heard.values() if isinstance(report, Report))
         for verdict in record.verdicts:
             if verdict.reason and verdict.code != Code.OFFLINE:
                 log.info("\t│ %s (%s)", verdict.reason, verdict.code)
-        if outcome.model is self._origin:
+        model = outcome.model
+        if model is self._origin:
             return None
-        if not is_bounded(outcome.model.parameters, torch.finfo(torch.float32).max):
+        if self.step is not None and self.moments is not None:
+            model, self.moments = self.step.apply(self._origin, model, self.moments)
+        if not is_bounded(model.parameters, torch.finfo(torch.float32).max):
             log.warning("\t│ The rule's model is not finite; the round keeps the model before it.")
             return None
-        self._origin = outcome.model
-        self._arrays = to_arrays(self._layout.restore(outcome.model))
+        self._origin = model
+        self._arrays = to_arrays(self._layout.restore(model))
         return self._arrays
 
     def _admitted(self, replies: Named, heard: dict[str, Report | Rejection]) -> Iterator[Reply]:
@@ -238,7 +257,8 @@ class FlowerStrategy(Strategy):
 
     def _finish(self, record: RoundRecord, num_rounds: int) -> None:
         if self.journal is not None:
-            self.journal.write(record, self._layout.restore(self._origin), self.memory)
+            memory = (self.memory, self.moments)
+            self.journal.write(record, self._layout.restore(self._origin), memory)
         measured = record.server or record.evaluate or record.train
         log.info(
             "[ROUND %d/%d] %d of %d counted in %.2f s %s",

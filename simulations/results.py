@@ -129,6 +129,7 @@ def _round_row(run: Run, record: RoundRecord) -> dict[str, Any]:
         "train": record.train,
         "evaluate": record.evaluate,
         "server": record.server,
+        "rule_notes": record.rule,
     }
     return _without_gaps(row)
 

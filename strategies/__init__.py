@@ -5,90 +5,129 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
+from corymb.strategies.blind import BlindRule
+from corymb.strategies.bulyan import Bulyan
+from corymb.strategies.clipping import CentredClipping, NormClipping
+from corymb.strategies.cohort import Cohort
+from corymb.strategies.distillation import RunOffDistillation
+from corymb.strategies.electing import ElectingRule, Electorate
+from corymb.strategies.election import Election
 from corymb.strategies.fedau import FedAU
 from corymb.strategies.fedavg import FedAvg
+from corymb.strategies.fedda import FedDA
+from corymb.strategies.fedgp import FedGP
+from corymb.strategies.fedlaw import FedLAW
+from corymb.strategies.fedvarp import FedVARP
+from corymb.strategies.fisher import FisherMerging
+from corymb.strategies.fltrust import FLTrust
+from corymb.strategies.foolsgold import FoolsGold
+from corymb.strategies.geometric_median import GeometricMedian
+from corymb.strategies.greedy_soup import GreedySoup
 from corymb.strategies.ida import IDA
+from corymb.strategies.isotropic import IsoC, IsoCTS
+from corymb.strategies.known_participation import KnownParticipation
+from corymb.strategies.krum import Krum
+from corymb.strategies.layerwise import Layerwise
 from corymb.strategies.layout import Layout, Model
+from corymb.strategies.learned_soup import LearnedSoup
+from corymb.strategies.making import known_rules, make_rule
 from corymb.strategies.median import Median
-from corymb.strategies.rule import (
-    BlindRule,
-    Cohort,
-    ElectingRule,
-    Electorate,
-    Outcome,
-    Reply,
-    Report,
-    Rule,
-    SightedRule,
-)
+from corymb.strategies.mifa import MIFA
+from corymb.strategies.model_stock import ModelStock
+from corymb.strategies.plurality import Plurality
+from corymb.strategies.proxy import Proxy
+from corymb.strategies.reply import Reply, Report
+from corymb.strategies.rule import Outcome, Rule
+from corymb.strategies.run_off import RunOff
+from corymb.strategies.sighted import SightedRule
+from corymb.strategies.step import Step
 from corymb.strategies.trimmed_mean import TrimmedMean
+from corymb.strategies.weight_matching import WeightMatching
+
+RULES: dict[str, type[Rule[Any]]] = {
+    # uneven participation
+    "fedavg": FedAvg,
+    "fedau": FedAU,
+    "known_participation": KnownParticipation,
+    "mifa": MIFA,
+    "fedvarp": FedVARP,
+    # sites of unlike worth
+    "ida": IDA,
+    "fedlaw": FedLAW,
+    "fedda": FedDA,
+    "fedgp": FedGP,
+    # hostile sites
+    "trimmed_mean": TrimmedMean,
+    "median": Median,
+    "geometric_median": GeometricMedian,
+    "krum": Krum,
+    "bulyan": Bulyan,
+    "norm_clipping": NormClipping,
+    "centred_clipping": CentredClipping,
+    "fltrust": FLTrust,
+    "foolsgold": FoolsGold,
+    # elections
+    "plurality": Plurality,
+    "run_off": RunOff,
+    "run_off_distillation": RunOffDistillation,
+    # merging
+    "greedy_soup": GreedySoup,
+    "learned_soup": LearnedSoup,
+    "model_stock": ModelStock,
+    "fisher": FisherMerging,
+    "weight_matching": WeightMatching,
+    "iso_c": IsoC,
+    "iso_cts": IsoCTS,
+    "layerwise": Layerwise,
+}
 
 __all__ = [
     "IDA",
+    "MIFA",
     "RULES",
     "BlindRule",
+    "Bulyan",
+    "CentredClipping",
     "Cohort",
     "ElectingRule",
+    "Election",
     "Electorate",
+    "FLTrust",
     "FedAU",
     "FedAvg",
+    "FedDA",
+    "FedGP",
+    "FedLAW",
+    "FedVARP",
+    "FisherMerging",
+    "FoolsGold",
+    "GeometricMedian",
+    "GreedySoup",
+    "IsoC",
+    "IsoCTS",
+    "KnownParticipation",
+    "Krum",
+    "Layerwise",
     "Layout",
+    "LearnedSoup",
     "Median",
     "Model",
+    "ModelStock",
+    "NormClipping",
     "Outcome",
+    "Plurality",
+    "Proxy",
     "Reply",
     "Report",
     "Rule",
+    "RunOff",
+    "RunOffDistillation",
     "SightedRule",
+    "Step",
     "TrimmedMean",
+    "WeightMatching",
     "known_rules",
     "make_rule",
 ]
-
-RULES: dict[str, type[Rule[Any]]] = {
-    "fedavg": FedAvg,
-    "fedau": FedAU,
-    "ida": IDA,
-    "trimmed_mean": TrimmedMean,
-    "median": Median,
-}
-
-
-def known_rules() -> dict[str, type[Rule[Any]]]:
-    """Every rule by name: our own table, then what installed packages add."""
-    return RULES | {point.name: point.load() for point in entry_points(group="corymb.rules") if point.name not in RULES}
-
-
-def make_rule(name: str, **parameters: Any) -> Rule[Any]:
-    """The rule called `name` with `parameters`.
-
-    Raises `ValueError` for a name or parameter that does not exist, listing those that do, and for a
-    value out of range.
-    """
-    rules = known_rules()
-    if name not in rules:
-        raise ValueError(f"There is no rule {name!r}; the known rules are {', '.join(sorted(rules))}.")
-    known = [field.name for field in fields(rules[name])]
-    for parameter in parameters:
-        if parameter not in known:
-            has = f"its parameters are {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"Rule {name!r} has no parameter {parameter!r}; {has}.")
-    types = get_type_hints(rules[name])
-    wrong = []
-    for parameter, value in parameters.items():
-        try:
-            TypeAdapter(types[parameter]).validate_python(value, strict=True)
-        except ValidationError as error:
-            wrong.append(f"{parameter}: {error.errors()[0]['msg']}")
-    try:
-        if not wrong:
-            return rules[name](**parameters)
-    except (TypeError, ValueError) as error:
-        wrong.append(str(error).removesuffix("."))
-    raise ValueError(f"Rule {name!r} cannot be made with {parameters}: {'; '.join(wrong)}.")

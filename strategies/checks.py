@@ -20,6 +20,13 @@ def positive(**settings: float) -> None:
             raise ValueError(f"{name} = {value} must be positive and finite.")
 
 
+def share(**settings: float) -> None:
+    """Raise `ValueError` unless every setting lies in [0, 1]."""
+    for name, value in settings.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} = {value} must lie in [0, 1].")
+
+
 def one_of(choices: Collection[str], **settings: str) -> None:
     """Raise `ValueError` unless every setting is one of `choices`."""
     for name, value in settings.items():

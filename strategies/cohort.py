@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from corymb.strategies.fold import mixed
-from corymb.strategies.layout import Model, joined
+from corymb.strategies.geometry import COLUMNS
+from corymb.strategies.layout import Entry, Layout, Model, joined
+from corymb.strategies.proxy import Proxy
 from corymb.strategies.reply import Reply
-
-COLUMNS = 1 << 20  # numbers in a block of coordinates
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Cohort:
     """The replies of one round side by side, in the order of the nodes' names.
 
     `models [K, P]` in the dtype of `origin [P]`, `examples [K]` float64, `metrics {name: [K]}`
-    float64 with NaN where a site did not send one.
+    float64 with NaN where a site did not send one. `layout` cuts vectors into layers, `known` names
+    all sites of the federation, `steps {node: [S, P]}` are the updates of single batches of the sites that
+    sent them, `buffers [B]` the float buffers that the round began with and `site_buffers [K, B]` the sites'.
     """
 
     origin: Tensor
@@ -28,12 +30,21 @@ class Cohort:
     nodes: tuple[str, ...]
     examples: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    layout: Layout = field(default_factory=lambda: Layout(()), repr=False)
+    known: tuple[str, ...] = ()
+    steps: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    site_buffers: Tensor = field(default_factory=lambda: torch.zeros(0, 0), repr=False)
+    notes: dict[str, float] = field(default_factory=dict)  # what a rule says of the round, by name
+    _proxy: Proxy | None = field(default=None, repr=False, compare=False)
     _mixture: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
-    def of(cls, origin: Model, replies: list[Reply]) -> Cohort:
-        """Gather `replies`, at least one and in order, around the round's `origin`; empties the list as it goes."""
+    def of(cls, origin: Model, replies: list[Reply], known: tuple[str, ...] = (), proxy: Proxy | None = None) -> Cohort:
+        """Gather `replies`, in order, around the round's `origin`; empties the list as it goes."""
         reports = [reply.report for reply in replies]
+        steps = {reply.report.node: reply.steps for reply in replies if reply.steps is not None}
+        site_buffers = [reply.buffers for reply in replies]
         models = torch.empty(len(replies), origin.parameters.numel(), dtype=origin.parameters.dtype)
         for row in models:
             row.copy_(joined(replies.pop(0).parts, row.dtype))  # so that no model is there twice
@@ -47,7 +58,26 @@ class Cohort:
                 name: torch.tensor([r.metrics.get(name, float("nan")) for r in reports], dtype=torch.float64)
                 for name in names
             },
+            origin.layers,
+            known,
+            steps,
+            origin.buffers,
+            torch.stack(site_buffers) if site_buffers else torch.zeros(0, origin.buffers.numel()),
+            _proxy=proxy,
         )
+
+    @property
+    def proxy(self) -> Proxy:
+        """The server's own data and model. Raises `ValueError` where there are none; see `Rule.needs_proxy`."""
+        if self._proxy is None:
+            raise ValueError("This rule needs proxy data at the server and there are none; give a proxy.")
+        return self._proxy
+
+    @property
+    def shares(self) -> Tensor:
+        """Each site's share of the examples, `[K]`; equal where nobody has any."""
+        total = self.examples.sum()
+        return self.examples / total if total > 0 else torch.full_like(self.examples, 1 / len(self.nodes))
 
     def mixed(self, weights: Tensor) -> Tensor:
         """`origin + sum_k weights[k] * (models[k] - origin)`, `[P]`; for weights that sum to one, their mean.
@@ -62,6 +92,24 @@ class Cohort:
         """`work(models [K, p]) -> [p]` on blocks of coordinates, put together as `[P]`; scratch memory stays small."""
         width = max(1, COLUMNS // len(self.nodes))
         return torch.cat([work(block) for block in self.models.split(width, dim=1)])
+
+    def by_layer(self, work: Callable[[Cohort], Tensor]) -> Tensor:
+        """`work(cohort of one layer) -> [p]` for every layer, put together as `[P]`.
+
+        A layer is one tensor of the model: the part's `origin`, `models` and `steps` are views of it.
+        """
+        return torch.cat([work(self._part(entry)) for entry in self.layout.parameters])
+
+    def _part(self, entry: Entry) -> Cohort:
+        piece = slice(entry.start, entry.stop)
+        return replace(
+            self,
+            origin=self.origin[piece],
+            models=self.models[:, piece],
+            layout=Layout((replace(entry, start=0, stop=entry.stop - entry.start),)),
+            steps={node: steps[:, piece] for node, steps in self.steps.items()},
+            _mixture=[],
+        )
 
     def weights_of(self, vector: Tensor) -> dict[str, float]:
         """The weights that made `vector`, by node; empty when `mixed` did not make it."""

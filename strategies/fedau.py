@@ -10,8 +10,9 @@ from math import fsum
 import torch
 from torch import Tensor
 
+from corymb.strategies.blind import BlindRule
 from corymb.strategies.checks import at_least, positive
-from corymb.strategies.rule import BlindRule, Report
+from corymb.strategies.reply import Report
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from corymb.strategies.rule import BlindRule, Report
+from corymb.strategies.blind import BlindRule
+from corymb.strategies.reply import Report
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from corymb.strategies.checks import at_least, one_of, positive
-from corymb.strategies.rule import Cohort, SightedRule
+from corymb.strategies.cohort import Cohort
+from corymb.strategies.sighted import SightedRule
 
 FACTORS = ("distance", "examples", "accuracy")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from math import prod
@@ -37,18 +37,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class Model:
-    """A model taken apart: `parameters [P]`, float `buffers [B]`, and `integers` by name."""
+    """A model taken apart: `parameters [P]`, float `buffers [B]`, and `integers` by name.
+
+    Without a `layout` it is one layer called "".
+    """
 
     parameters: Tensor
     buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
     integers: Mapping[str, Tensor] = field(default_factory=dict)
     nonnegative: Tensor | None = None  # bool [B]: buffers that are variances
+    layout: Layout | None = None
 
     def moved(self, parameters: Tensor, buffers: Tensor) -> Model:
         """This model with other `parameters` and `buffers`; variances are clamped at zero."""
         if self.nonnegative is not None:
             buffers = torch.where(self.nonnegative, buffers.clamp(min=0), buffers)
-        return Model(parameters, buffers, self.integers, self.nonnegative)
+        return replace(self, parameters=parameters, buffers=buffers)
+
+    @property
+    def layers(self) -> Layout:
+        """Its layout, or that of a single layer."""
+        return self.layout or Layout.of({"": self.parameters})
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class Layout:
             self.buffers_of(state),
             {entry.name: state[entry.name].clone() for entry in self.entries if entry.role is Role.INTEGER},
             torch.cat(variances) if variances else None,
+            self,
         )
 
     def parts(self, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+MOST_CLASSES = 10_000  # that a report is believed to have
+
 
 @dataclass(frozen=True)
 class Report:
@@ -22,17 +24,28 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+CLASS = "examples-of-class-"  # of the metrics in which a site may say how many it has of each
+
+
+def class_counts(report: Report) -> Tensor:
+    """How many examples of each class the site reports, `[C]` float64; empty where it does not say."""
+    told = {name.removeprefix(CLASS): value for name, value in report.metrics.items() if name.startswith(CLASS)}
+    counts = {int(c): value for c, value in told.items() if c.isdecimal() and int(c) < MOST_CLASSES}
+    return torch.tensor([counts.get(c, 0.0) for c in range(max(counts, default=-1) + 1)], dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Reply:
     """An admitted reply: finite, and of the layout of the round's model.
 
     `parts` are the parameters as flat pieces in the layout's order (any float dtype, P numbers in
-    all), `buffers [B]` the float buffers.
+    all), `buffers [B]` the float buffers, `steps [S, P]` the updates of its single batches where it sent them.
     """
 
     report: Report
     parts: tuple[Tensor, ...]
     buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    steps: Tensor | None = None
 
     @classmethod
     def of(cls, node: str, vector: Tensor, examples: int = 1, metrics: Mapping[str, float] | None = None) -> Reply:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from corymb.strategies.rule import Cohort, SightedRule
+from corymb.strategies.cohort import Cohort
+from corymb.strategies.sighted import SightedRule
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,16 @@ class TrimmedMean(SightedRule[None]):
     `trim` is in [0, 0.5); `floor(trim * K)` values go at each end, so up to that many hostile sites do no harm.
     """
 
-    robust: ClassVar[bool] = True
+    buffers = "median"
     trim: float = 0.2
 
     def __post_init__(self) -> None:
         if not 0 <= self.trim < 0.5:
             raise ValueError(f"trim = {self.trim} must lie in [0, 0.5); 0.2 drops a fifth at either end.")
+
+    def tolerates(self, clients: int) -> int:
+        """As many as are dropped at either end."""
+        return int(self.trim * clients)
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """The mean of the middle of each coordinate, summed in float64."""

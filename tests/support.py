@@ -13,10 +13,21 @@ from torch import Tensor
 
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import inside_task, stamp
-from corymb.strategies import Model, Reply, Rule
+from corymb.strategies import RULES, Model, Reply, Rule, make_rule
 
 GOLDEN = Path(__file__).parent / "golden"
 State = Mapping[str, Tensor]
+NEEDED: dict[str, dict[str, Any]] = {  # parameters without defaults
+    "fedda": {"target": "site-00"},
+    "fedgp": {"target": "site-00"},
+    "layerwise": {"rule": "median"},
+}
+# Every rule that asks for nothing of the model or the server.
+PLAIN = {
+    name: make_rule(name, **NEEDED.get(name, {}))
+    for name, kind in RULES.items()
+    if not kind.needs_proxy and name != "weight_matching"
+}
 
 
 def golden(name: str) -> Any:

@@ -19,8 +19,8 @@ from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal
 from corymb.server.door import Door, Rejection
 from corymb.simulations.grid import LocalGrid
-from corymb.strategies import RULES, FedAvg, Layout, Reply
-from corymb.tests.support import content, reply
+from corymb.strategies import FedAvg, Layout, Reply
+from corymb.tests.support import PLAIN, content, reply
 
 SIZE = 1_000_000  # 4 MB of float32, so that a copy too many would show
 HOSTILE = 3
@@ -153,11 +153,11 @@ def test_the_model_is_that_of_the_five_honest_sites(name: str, tmp_path: Path) -
     assert all(torch.equal(attacked[entry], honest[entry]) for entry in honest)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", PLAIN)
 def test_every_rule_stands_behind_the_same_door(rule: str) -> None:
     models = []
     for attack in (ATTACKS["a NaN model"][0], None):
-        strategy = FlowerStrategy(RULES[rule](), fraction_evaluate=0)
+        strategy = FlowerStrategy(PLAIN[rule], fraction_evaluate=0)
         models.append(to_state(strategy.start(federation(attack), to_arrays(good()), num_rounds=2).arrays))
     assert all(torch.equal(models[0][entry], models[1][entry]) for entry in models[1])
 

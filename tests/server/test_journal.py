@@ -72,4 +72,6 @@ def test_memory_is_json(tmp_path: Path) -> None:
     journal.write(record(1), STATE, Attendance(("a", "b"), *(torch.ones(2) for _ in range(4))))
     (text,) = journal._database.execute("SELECT memory FROM rounds").fetchone()
     journal.close()
-    assert json.loads(text) == {"nodes": ["a", "b"]}
+    memory = json.loads(text)
+    assert memory["nodes"] == ["a", "b"]
+    assert memory["mean"] == {"tensor": "mean"}

@@ -47,7 +47,7 @@ BASE = 'rounds = 2\nrules = ["fedavg"]\n'
     [
         (
             'rounds = 2\nrules = ["fedavgg"]',
-            r"rules\.0: There is no rule 'fedavgg'; the known rules are fedau",
+            r"rules\.0: There is no rule 'fedavgg'; the known rules are bulyan",
         ),
         (
             'rounds = 2\n[[rules]]\nname = "fedau"\nparameters = { cutof = 3 }',
@@ -287,7 +287,7 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
     [
         (
             ["compare", "--rules", "fedavg,nonsense"],
-            "the known rules are fedau, fedavg, ida, median, trimmed_mean",
+            "the known rules are bulyan, centred_clipping, fedau",
         ),
         (["simulate", "--set", "partition.alpha=0"], "partition.alpha = 0: input should be greater than 0"),
         (["simulate", "--set", "trian.steps=3"], "did you mean 'train'?"),

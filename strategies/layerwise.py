@@ -1,0 +1,32 @@
+"""Any sighted rule, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from corymb.strategies.cohort import Cohort
+from corymb.strategies.sighted import SightedRule
+
+
+@dataclass(frozen=True)
+class Layerwise(SightedRule[None]):
+    """A sighted rule without memory, used on each tensor of the model by itself, as if it were the whole."""
+
+    buffers = "median"
+
+    rule: SightedRule[Any]
+
+    def __post_init__(self) -> None:
+        if self.rule.initial() is not None or self.rule.needs_proxy:
+            raise ValueError(f"rule = {self.rule} keeps a memory or needs proxy data; layers need a rule without.")
+
+    def tolerates(self, clients: int) -> int:
+        """As the rule does."""
+        return self.rule.tolerates(clients)
+
+    def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
+        """The rule's result for every layer."""
+        return cohort.by_layer(lambda layer: self.rule.mix(layer, None)[0]), None
