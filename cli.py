@@ -86,6 +86,25 @@ def compare(
     )
 
 
+@app.command()
+def results(
+    experiments: Annotated[Optional[list[str]], typer.Argument(help="Shipped experiments (default: all).")] = None,  # noqa: UP045
+    data: Annotated[Optional[Path], typer.Option(help="Folder of the data sets, by name: fashion-mnist.")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones there are not run again.")] = Path(
+        "runs/results"
+    ),
+    document: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Markdown file to put the table into, between its markers."),
+    ] = None,
+    jobs: Jobs = 1,
+) -> None:
+    """Measure what the papers claim, and tell what held."""
+    from corymb.simulations.commands import measure_claims
+
+    measure_claims(experiments or [], data, out, document, jobs, console)
+
+
 def main() -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
     try:

@@ -9,14 +9,16 @@ from typing import cast
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from corymb.client.batches import Examples, count, evaluation_batches, training_batches
 from corymb.client.device import choose_device
 from corymb.client.settings import TrainSettings
 from corymb.client.trainer import Loss, evaluate, train
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, ROUND, of_kind
+from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, ROUND, STEPS, of_kind
+from corymb.strategies.reply import CLASS
 
 Data = Callable[[Context], tuple[Examples, Examples | None]]
 
@@ -27,11 +29,13 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
     `data` gives the site's training and evaluation examples (the latter may be None): datasets of
     (input, target), or DataLoaders; it is called for each message, so it should cache what is slow.
     `loss(outputs, targets)` returns a scalar. Settings are read from the keys `train.*` of the run
-    config and, first, of the message's config (see `TrainSettings`). The batches and torch's random
+    config, of the site's own node config, which goes before, and of the message's, which goes before both (see
+    `TrainSettings`). The batches and torch's random
     numbers follow from the seed, the site and the round: a site's name or partition-id in its node
     config, else Flower's id.
 
-    Replies report `num-examples`, `loss`, `accuracy` (for class scores) and `seconds`.
+    Replies report `num-examples`, `loss`, `accuracy` (for class scores), `steps` and `seconds`; and
+    `participation`, the probability that the site takes part, if its node config says so.
     """
     app = ClientApp()
     built: list[nn.Module] = []  # once in a process, filled anew for each message; Ray pickles it, so no `cache`
@@ -43,10 +47,10 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
 
     def prepared(message: Message, context: Context) -> tuple[nn.Module, TrainSettings, int]:
         configs = of_kind(message.content, ConfigRecord)
-        settings = TrainSettings.read(context.run_config, *configs)
-        server_round = _round(configs)
+        settings = TrainSettings.read(context.run_config, context.node_config, *configs)
+        server_round = round_of(configs)
         device = choose_device(settings.device)
-        arrays = _only(of_kind(message.content, ArrayRecord))
+        arrays = only_arrays(message.content)
         filled = module()
         filled.load_state_dict(to_state(arrays))
         # After the module, whose making draws random numbers, but only in the process's first message.
@@ -57,12 +61,21 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
     def _train(message: Message, context: Context) -> Message:
         filled, settings, server_round = prepared(message, context)
         examples, _ = data(context)
-        generator = torch.Generator().manual_seed(_seed(settings.seed, context, server_round, "batches"))
+        generator = batch_generator(settings.seed, context, server_round)
         batches = training_batches(examples, settings, generator)
-        metrics = train(filled, batches, settings, loss, server_round)
+        parameters = dict(filled.named_parameters())
+        path = [_copied(parameters)]
+        after_step = (lambda: path.append(_copied(parameters))) if settings.batch_updates else (lambda: None)
+        metrics = train(filled, batches, settings, loss, server_round, after_step)
+        metrics |= _classes(examples) if settings.report_classes else {}
+        if "participation" in context.node_config:
+            metrics["participation"] = float(context.node_config["participation"])
         # Copies, because the next message fills the same module.
-        state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in filled.state_dict().items()}
-        content = RecordDict({ARRAYS: to_arrays(state), METRICS: _metrics(count(examples), metrics)})
+        content = RecordDict(
+            {ARRAYS: to_arrays(_copied(filled.state_dict())), METRICS: _metrics(count(examples), metrics)}
+        )
+        if settings.batch_updates:
+            content[STEPS] = to_arrays({name: _differences([state[name] for state in path]) for name in parameters})
         return Message(content, reply_to=message)
 
     @app.evaluate()
@@ -77,18 +90,41 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
     return app
 
 
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+
+def _differences(states: list[Tensor]) -> Tensor:
+    return torch.stack(states).diff(dim=0)
+
+
+def _classes(examples: Examples) -> dict[str, float]:
+    """How many examples of each class there are."""
+    data = examples.dataset if isinstance(examples, DataLoader) else examples
+    targets = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor([int(t) for _, t in data])  # type: ignore[attr-defined]
+    return {f"{CLASS}{c}": float(n) for c, n in enumerate(targets.bincount().tolist()) if n}
+
+
 def _metrics(examples: int, metrics: Mapping[str, float]) -> MetricRecord:
     return MetricRecord({EXAMPLES: examples, **metrics})
 
 
-def _only(records: list[ArrayRecord]) -> ArrayRecord:
+def only_arrays(content: RecordDict) -> ArrayRecord:
+    """The model in a message. Raises `ValueError` unless there is one."""
+    records = of_kind(content, ArrayRecord)
     if len(records) != 1:
         raise ValueError(f"The message carries {len(records)} ArrayRecords; send the model in one.")
     return records[0]
 
 
-def _round(configs: list[ConfigRecord]) -> int:
+def round_of(configs: list[ConfigRecord]) -> int:
+    """The round that the server says it is; 1 where it does not."""
     return next((int(cast(int, config[ROUND])) for config in configs if ROUND in config), 1)
+
+
+def batch_generator(seed: int, context: Context, server_round: int) -> torch.Generator:
+    """What shuffles a site's examples in a round."""
+    return torch.Generator().manual_seed(_seed(seed, context, server_round, "batches"))
 
 
 def _seed(seed: int, context: Context, *parts: object) -> int:

@@ -38,15 +38,18 @@ def _passes(data: Examples, settings: TrainSettings, generator: torch.Generator,
         if isinstance(data, DataLoader):
             yield from _not_empty(data)
             continue
-        examples = count(data)
-        if not examples:
-            raise ValueError("The site has no examples to train on; give it some, or leave it out.")
-        order = torch.randperm(examples, generator=generator)
-        whole = examples - examples % settings.batch_size
-        if settings.drop_last and whole:
-            order = order[:whole]
-        for rows in order.split(settings.batch_size):
+        for rows in shuffled_rows(count(data), settings, generator):
             yield _take(data, rows)
+
+
+def shuffled_rows(examples: int, settings: TrainSettings, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """The rows of each batch of one pass over so many `examples`."""
+    if not examples:
+        raise ValueError("The site has no examples to train on; give it some, or leave it out.")
+    order = torch.randperm(examples, generator=generator)
+    whole = examples - examples % settings.batch_size
+    batches: tuple[Tensor, ...] = (order[:whole] if settings.drop_last and whole else order).split(settings.batch_size)
+    return batches
 
 
 def _not_empty(loader: DataLoader[Batch]) -> Iterator[Batch]:

@@ -18,6 +18,8 @@ class TrainSettings(BaseModel):
 
     `schedule` is a class of `torch.optim.lr_scheduler`, stepped once per round of the federation.
     `drop_last` skips a short last batch, unless a site has fewer examples than one batch.
+    `batch_updates` sends the update of each batch along with the model, for FedDA and FedGP at their target
+    site; `report_classes` sends how many examples of each class there are.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +36,8 @@ class TrainSettings(BaseModel):
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "auto"
     seed: int = 0
+    batch_updates: bool = False
+    report_classes: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:

@@ -48,10 +48,11 @@ def train(
     settings: TrainSettings,
     loss: Loss = nn.functional.cross_entropy,
     server_round: int = 1,
+    after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Train `module`, where it is, on `batches`.
+    """Train `module`, where it is, on `batches`; `after_step` is called after each.
 
-    Returns the mean loss and accuracy over all batches, each taken before its step, and seconds.
+    Returns the mean loss and accuracy over all batches, each taken before its step, their number and seconds.
     """
     started = time.perf_counter()
     device = next(module.parameters()).device
@@ -60,7 +61,7 @@ def train(
     )
     half = settings.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    tally = Tally()
+    tally, steps = Tally(), 0
     module.train()
     for inputs, targets in batches:
         inputs, targets = inputs.to(device), targets.to(device)
@@ -76,7 +77,9 @@ def train(
             value.backward()
             optimizer.step()
         tally.add(outputs, targets, value)
-    return tally.metrics() | {"seconds": time.perf_counter() - started}
+        after_step()
+        steps += 1
+    return tally.metrics() | {"steps": steps, "seconds": time.perf_counter() - started}
 
 
 @torch.no_grad()

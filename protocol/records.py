@@ -11,6 +11,7 @@ R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 ARRAYS: Final = "arrays"  # ArrayRecord: the model's state dict
 CONFIG: Final = "config"  # ConfigRecord: server -> site
 METRICS: Final = "metrics"  # MetricRecord: site -> server
+STEPS: Final = "steps"  # ArrayRecord: the update of each batch [S, ...], of a target site; metric: how many batches
 
 EXAMPLES: Final = "num-examples"  # metric: how many examples the site trained or evaluated on
 ROUND: Final = "server-round"  # config: the round, from 1

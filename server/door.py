@@ -8,17 +8,19 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
 from corymb.protocol.codec import DTYPES, CodecError, to_tensor
 from corymb.protocol.flower import NODE_UNAVAILABLE
-from corymb.protocol.records import EXAMPLES, of_kind
+from corymb.protocol.records import EXAMPLES, STEPS
 from corymb.strategies import Layout, Reply, Report
 from corymb.strategies.fold import BLOCK
 
 MOST_EXAMPLES = 2**53  # beyond it a float cannot count
 MOST_METRICS = 100
+MOST_STEPS = 256  # batches whose updates a site may send
 LARGEST_METRIC = 1e100
 LARGEST_NUMBER = 1e20  # of a model: times MOST_EXAMPLES it is finite in float32, and nothing trained comes near
 
@@ -65,7 +67,7 @@ class Door:
         try:
             report = self._report(node, message)
             assert isinstance(message, Message)  # `_report` refused anything else
-            arrays = _only(message, ArrayRecord)
+            arrays = _only(message, ArrayRecord, besides=STEPS)
             self._check_claims(arrays)
             # Integer buffers are kept from the server's model, so theirs are not even decoded.
             state = {
@@ -76,7 +78,7 @@ class Door:
                     raise _Refused(
                         Code.NOT_FINITE, f"tensor {name!r} holds NaN, infinity or numbers beyond {LARGEST_NUMBER:g}"
                     )
-            return Reply(report, self.layout.parts(state), self.layout.buffers_of(state))
+            return Reply(report, self.layout.parts(state), self.layout.buffers_of(state), self._steps(message))
         except Exception as error:
             return _rejection(node, error)
 
@@ -126,9 +128,31 @@ class Door:
             if DTYPES.get(array.dtype) != entry.dtype:
                 raise _Refused(Code.DTYPE, f"tensor {name!r} has the dtype {_short(array.dtype)}, not {entry.dtype}")
 
+    def _steps(self, message: Message) -> Tensor | None:
+        """The updates of single batches `[S, P]` that a site sent along."""
+        record = message.content.get(STEPS)
+        if not isinstance(record, ArrayRecord):
+            return None
+        names = [entry.name for entry in self.layout.parameters]
+        if list(record) != names:
+            raise _Refused(Code.NAMES, f"its record {STEPS!r} does not have the model's parameters in their order")
+        count = record[names[0]].shape[0] if names and record[names[0]].shape else 0
+        if not 0 < count <= MOST_STEPS:
+            raise _Refused(Code.SHAPE, f"its record {STEPS!r} has {_short(count)} batches, not 1 to {MOST_STEPS}")
+        pieces = []
+        for entry in self.layout.parameters:
+            array, shape = record[entry.name], (count, *entry.shape)
+            if tuple(array.shape) != shape or DTYPES.get(array.dtype) != entry.dtype:
+                raise _Refused(Code.SHAPE, f"tensor {entry.name!r} in {STEPS!r} is no {entry.dtype} {list(shape)}")
+            piece = _decoded(entry.name, record)
+            if not is_bounded(piece, LARGEST_NUMBER):
+                raise _Refused(Code.NOT_FINITE, f"tensor {entry.name!r} in {STEPS!r} holds NaN or too large numbers")
+            pieces.append(piece.reshape(count, -1).to(self.layout.dtype))
+        return torch.cat(pieces, dim=1)
 
-def _only(message: Message, kind: type[Any]) -> Any:
-    found = of_kind(message.content, kind)
+
+def _only(message: Message, kind: type[Any], besides: str = "") -> Any:
+    found = [record for name, record in message.content.items() if isinstance(record, kind) and name != besides]
     if len(found) != 1:
         raise _Refused(Code.RECORDS, f"it carries {len(found)} records of the type {kind.__name__}, not one")
     return found[0]

@@ -1,4 +1,4 @@
-"""What `corymb simulate` and `corymb compare` do."""
+"""What `corymb simulate`, `corymb compare` and `corymb results` do."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from corymb.simulations.campaign import run_all
-from corymb.simulations.experiment import parse_change, read
+from corymb.simulations.claims import findings, put_into, table
+from corymb.simulations.data import DIGITS
+from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
 from corymb.simulations.federation import check
 from corymb.simulations.flower_app import load_app, run_app
 from corymb.simulations.report import write_report
-from corymb.simulations.results import collect, prepare, scores, write
+from corymb.simulations.results import Run, collect, is_finished, prepare, scores, write
 
 
 def simulate_experiment(
@@ -47,6 +49,40 @@ def simulate_experiment(
         table.add_row(escape(rule), f"{100 * mean:.2f} ± {100 * deviation:.2f}", style=style)
     console.print(table)
     console.print(f"Report: {report}", soft_wrap=True, markup=False)
+
+
+def measure_claims(
+    names: list[str], data: Path | None, out: Path, document: Path | None, jobs: int, console: Console
+) -> None:
+    """Run the shipped experiments called `names` (default: all that make claims), and tell what held.
+
+    An experiment whose results are already in `out`, with the same settings, is not run again.
+    """
+    found = {}
+    for name in names or sorted(path.stem for path in SHIPPED.glob("*.toml")):
+        experiment = read(Path(name))
+        if experiment.claims:
+            if experiment.data.source != DIGITS:
+                if data is None:
+                    console.print(f"{name}: needs {experiment.data.source}; give the folder it is in with --data.")
+                    continue
+                experiment = read(Path(name), {"data.source": str(data / experiment.data.source)})
+            found[name] = (experiment, findings(experiment, _runs(experiment, out / name, jobs, console)))
+    text = table(found)
+    if document is not None:
+        document.write_text(put_into(document.read_text() if document.exists() else "", text))
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _runs(experiment: Experiment, folder: Path, jobs: int, console: Console) -> list[Run]:
+    """The runs of `experiment` in `folder`, made where they are not there."""
+    if not is_finished(experiment, folder):
+        console.print(f"{experiment.name}: {experiment.setting}", markup=False)
+        check(experiment)
+        prepare(folder)
+        run_all(experiment, folder, console, jobs)
+        write(experiment, collect(experiment, folder), folder)
+    return collect(experiment, folder)
 
 
 def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console) -> None:

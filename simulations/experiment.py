@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from corymb.client import TrainSettings
-from corymb.strategies import Rule, make_rule
+from corymb.strategies import Rule, Step, make_rule
 
 SHIPPED = Path(__file__).parent / "experiments"
 
@@ -23,12 +23,13 @@ class Strict(BaseModel):
 
 
 class DataSettings(Strict):
-    """What to learn from; see `data.load`. Paths are relative to the current folder."""
+    """What to learn from; see `data.load`. `examples` are drawn to train on, by the seed; default: all."""
 
     source: str = "digits"
     label: str | None = None
     positive_above: float | None = None
     test_fraction: float = Field(0.2, gt=0, lt=1)
+    examples: int | None = Field(None, ge=1)
     mean: float = 0.0
     deviation: float = Field(1.0, gt=0)
 
@@ -62,23 +63,68 @@ class ParticipationSettings(Strict):
 
 
 class ModelSettings(Strict):
-    """The model; `options` go to its factory."""
+    """The model; `options` go to its factory. With `own_start` each client begins from a random one of its own."""
 
     kind: str = "softmax"
     options: dict[str, Any] = {}
+    own_start: bool = False
+
+
+class ProxySettings(Strict):
+    """The server's own data: `examples` of the test set, the same number of each class, which are not tested on."""
+
+    examples: int = Field(0, ge=0)
+
+
+class AttackSettings(Strict):
+    """What the hostile `clients`, drawn by the seed, do; see `attacks`. "labels" shuffles their examples' labels."""
+
+    kind: Literal["labels", "noise", "opposite", "reversed"] = "labels"
+    clients: int = Field(0, ge=0)
+    scale: float = Field(1.0, gt=0)
+
+
+class TargetSettings(Strict):
+    """One more site, called "target": all that is tested is its kind of data, of which it has `examples`.
+
+    Its inputs, and the test set's, get normal noise of deviation `noise`. `train` overrides its local training.
+    """
+
+    examples: int = Field(0, ge=0)
+    noise: float = Field(0.0, ge=0)
+    train: dict[str, Any] = {}
+
+
+class StepSettings(Strict):
+    """A server optimiser; see `strategies.Step`."""
+
+    optimizer: str = "SGD"
+    learning_rate: float = 1.0
+    options: dict[str, Any] = {}
+
+    def make(self) -> Step:
+        """The step."""
+        return Step(self.optimizer, self.learning_rate, self.options)
 
 
 class RuleSettings(Strict):
-    """A rule with its parameters; `label` tells it from others, `train` overrides local training for it."""
+    """A rule with its parameters; `label` tells it from others, `train` overrides local training for it.
+
+    `step` is a server optimiser after it, `attacked = false` runs it with everybody honest.
+    """
 
     name: str
     label: str = ""
     parameters: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    step: StepSettings | None = None
+    attacked: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> RuleSettings:
         self.make()
+        if self.step is not None:
+            self.step.make()
         return self
 
     def make(self) -> Rule[Any]:
@@ -97,26 +143,58 @@ class RuleSettings(Strict):
 
 
 class EvaluateSettings(Strict):
-    """Test accuracy every so many rounds; the final one is the mean over the last `last` rounds."""
+    """Test accuracy every so many rounds; the final one is the mean over the last `last` rounds.
+
+    Rules that elect are also measured by the certified accuracy at each of `budgets` hostile voters.
+    """
 
     every: int = Field(1, ge=1)
     last: int = Field(1, ge=1)
+    budgets: list[int] = []
+
+
+class Claim(Strict):
+    """What a paper says of this setting, and what would have to be measured for it to hold.
+
+    The `measure` of `rule`, less that of `than` where given, lies between `least` and `most`. A measure is
+    "accuracy", in points of percent like its differences; "hostile", the mean share of weight that hostile clients
+    get; "seconds"; or a number from the rounds' records, like "gamma" or "certified-10".
+    """
+
+    paper: str
+    rule: str
+    than: str | None = None
+    measure: str = "accuracy"
+    least: float | None = None
+    most: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Claim:
+        if self.least is None and self.most is None:
+            raise ValueError("a claim needs least, most, or both")
+        return self
 
 
 class Experiment(Strict):
     """Rules that compete on the same data, participation and seeds."""
 
+    setting: str = ""  # what tables of results call it
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     rounds: int = Field(ge=1)
     seeds: list[int] = Field([0], min_length=1)
     fraction: float = Field(1.0, gt=0, le=1)
+    engine: Literal["serial", "batched"] = "serial"
     rules: list[RuleSettings] = Field(min_length=1)
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
     participation: ParticipationSettings = ParticipationSettings()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
+    proxy: ProxySettings = ProxySettings()
+    attack: AttackSettings = AttackSettings()
+    target: TargetSettings = TargetSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    claims: list[Claim] = []
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -137,6 +215,18 @@ class Experiment(Strict):
             raise ValueError(f"the label {min(twice)!r} stands for two rules; give each a label of its own")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds = {self.seeds} must be different numbers from 0 on")
+        titles = {rule.title for rule in self.rules}
+        for claim in self.claims:
+            if unknown := {claim.rule, claim.than} - titles - {None}:
+                raise ValueError(f"a claim is about {unknown.pop()!r}, and the rules are {', '.join(sorted(titles))}")
+        for rule in self.rules:
+            if rule.make().needs_proxy and not self.proxy.examples:
+                raise ValueError(f"the rule {rule.title!r} needs data of the server's own; set proxy.examples")
+        if self.target.examples:
+            try:
+                self.target_train()
+            except ValidationError as error:
+                raise ValueError("; ".join(_told(e, ("target.train",)) for e in error.errors())) from None
         if self.train.seed:
             raise ValueError(f"train.seed = {self.train.seed} has no effect here; set seeds")
         for place, rule in enumerate(self.rules):
@@ -146,6 +236,10 @@ class Experiment(Strict):
                 wrong = "; ".join(_told(e, (f"rules.{place}.train",)) for e in error.errors())
                 raise ValueError(wrong) from None
         return self
+
+    def target_train(self) -> TrainSettings:
+        """What the target site trains with, apart from what all do."""
+        return TrainSettings(**self.target.train, batch_updates=True)
 
     def train_for(self, rule: RuleSettings) -> TrainSettings:
         """Local training under `rule`."""
@@ -170,6 +264,8 @@ def read(path: Path, changes: dict[str, Any] | None = None) -> Experiment:
         table = tomllib.loads(found.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The experiment {found.name} is not valid TOML: {error}.") from None
+    if base := table.pop("based_on", None):
+        table = _merged(tomllib.loads((SHIPPED / f"{base}.toml").read_text()), table)
     for key, value in (changes or {}).items():
         _set(table, key, value)
     try:
@@ -188,6 +284,14 @@ def parse_change(text: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key, value
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over`, table by table."""
+    both = {
+        k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
+    }
+    return base | both
 
 
 def _set(table: dict[str, Any], key: str, value: Any) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,13 @@ from corymb.client.batches import evaluation_batches
 from corymb.client.device import choose_device
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
-from corymb.simulations.data import Source, load
-from corymb.simulations.experiment import DataSettings, Experiment, ParticipationSettings, RuleSettings
-from corymb.simulations.grid import LocalGrid, client_names
+from corymb.simulations.attacks import Attackers
+from corymb.simulations.batched import BatchedApp
+from corymb.simulations.data import Examples
+from corymb.simulations.experiment import AttackSettings, Experiment, ParticipationSettings, RuleSettings
+from corymb.simulations.grid import LocalGrid
 from corymb.simulations.models import make_model
+from corymb.simulations.own_start import OwnStart
 from corymb.simulations.participation import (
     Always,
     Bernoulli,
@@ -35,63 +37,16 @@ from corymb.simulations.participation import (
     Trace,
     class_correlated,
 )
-from corymb.simulations.partition import by_site, dirichlet, iid, label_distributions, shards
-from corymb.strategies import Layout
-
-Parts = list[NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class Population:
-    """The clients of a seed: their names, their rows of the training data, their label distributions `[N, C]`."""
-
-    names: list[str]
-    parts: Parts
-    labels: NDArray[np.float64]
-
-
-@lru_cache(maxsize=2)
-def source_of(settings: DataSettings) -> Source:
-    """The data, read once for all runs of an experiment."""
-    return load(settings.source, **settings.model_dump(exclude={"source"}))
-
-
-def population_of(experiment: Experiment, seed: int) -> Population:
-    """The clients of `seed`. Raises `ValueError` for more clients than examples, or sites where there are none."""
-    train, settings = source_of(experiment.data).train, experiment.partition
-    labels = train.targets.numpy()
-    rng = np.random.default_rng([seed, 1])
-    if settings.kind == "site":
-        if train.sites is None:
-            raise ValueError(
-                f"The data {experiment.data.source!r} has no sites for partition.kind = 'site'; "
-                "give a folder with one table per site, or another partition."
-            )
-        parts, names = by_site(train.sites)
-    else:
-        clients = settings.clients
-        pieces = clients * settings.shards_per_client if settings.kind == "shards" else clients
-        if pieces > len(labels):
-            raise ValueError(
-                f"partition.clients = {clients} needs {pieces} examples or more and there are {len(labels)}; "
-                "take fewer clients."
-            )
-        if settings.kind == "iid":
-            parts = iid(labels, clients, rng)
-        elif settings.kind == "shards":
-            parts = shards(labels, clients, rng, settings.shards_per_client)
-        else:
-            parts = dirichlet(labels, clients, rng, settings.alpha)
-        names = client_names(clients)
-    classes = source_of(experiment.data).classes
-    return Population(names, parts, label_distributions(labels, parts, classes))
+from corymb.simulations.scenario import TARGET, Scenario, scenario_of, source_of
+from corymb.strategies import ElectingRule, Layout, Proxy
+from corymb.strategies.election import certified_accuracy
 
 
 def participation_of(
-    settings: ParticipationSettings, population: Population, seed: int
+    settings: ParticipationSettings, scenario: Scenario, seed: int
 ) -> tuple[Participation, NDArray[np.float64] | None]:
     """The process, and each client's probability of being online `[N]` where it has one."""
-    clients = len(population.names)
+    clients = len(scenario.names)
     rng = np.random.default_rng([seed, 2])
     if settings.kind == "always":
         return Always(clients), None
@@ -100,7 +55,7 @@ def participation_of(
     if settings.probability is not None:
         probabilities = np.full(clients, settings.probability)
     else:
-        probabilities = class_correlated(population.labels, rng, settings.alpha, settings.mean, settings.minimum)
+        probabilities = class_correlated(scenario.labels, rng, settings.alpha, settings.mean, settings.minimum)
     if settings.kind == "bernoulli":
         return Bernoulli(probabilities, rng), probabilities
     if settings.kind == "markov":
@@ -126,7 +81,9 @@ def check(experiment: Experiment) -> None:
     for rule in experiment.rules:
         choose_device(experiment.train_for(rule).device)
     for seed in experiment.seeds:
-        participation_of(experiment.participation, population_of(experiment, seed), seed)
+        scenario = scenario_of(experiment, seed)
+        participation_of(experiment.participation, scenario, seed)
+    _client_app(experiment, scenario, 0)  # which refuses a model that its engine cannot train
 
 
 def run(
@@ -141,46 +98,48 @@ def run(
     The data's partition, the participation and the initial model depend on the seed only, so that
     all rules meet the same. Test accuracy and loss are the server's metrics.
     """
-    source = source_of(experiment.data)
-    population = population_of(experiment, seed)
-    participation, _ = participation_of(experiment.participation, population, seed)
+    if not rule.attacked:
+        experiment = experiment.model_copy(update={"attack": AttackSettings()})
+    scenario = scenario_of(experiment, seed)
+    participation, probabilities = participation_of(experiment.participation, scenario, seed)
+    settings = experiment.train_for(rule).model_copy(update={"seed": seed})
+    configs: list[dict[str, Any]] = [{} for _ in scenario.names]
+    if probabilities is not None:
+        configs = [{"participation": float(probability)} for probability in probabilities]
+    if experiment.target.examples:
+        configs[scenario.names.index(TARGET)] |= experiment.target_train().flat()
+    grid = LocalGrid(
+        _client_app(experiment, scenario, seed),
+        scenario.names,
+        run_config=settings.flat(),
+        participation=participation,
+        node_configs=configs,
+    )
+    torch.manual_seed(seed)
+    module = model_of(experiment)
+    tested = _proxy(experiment, scenario.test)
 
-    make = partial(model_of, experiment)
-    datasets = [
-        TensorDataset(source.train.inputs[rows], source.train.targets[rows])
-        for rows in map(torch.from_numpy, population.parts)
-    ]
-
-    def data(context: Context) -> tuple[TensorDataset, None]:
-        return datasets[int(context.node_config["partition-id"])], None
+    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        if server_round % experiment.evaluate.every and server_round != experiment.rounds:
+            return None
+        if isinstance(strategy.rule, ElectingRule):
+            return _elected(strategy.rule, strategy.memory, tested, experiment.evaluate.budgets)
+        module.load_state_dict(to_state(arrays))
+        test = TensorDataset(scenario.test.inputs, scenario.test.targets)
+        metrics: dict[str, Any] = evaluate(module, evaluation_batches(test), TrainSettings())
+        del metrics["seconds"]
+        return MetricRecord(metrics)
 
     def watch(record: RoundRecord) -> None:
         grid.require_answers()  # in the first round already, not after the last
         if on_round is not None:
             on_round(record)
 
-    settings = experiment.train_for(rule).model_copy(update={"seed": seed})
-    grid = LocalGrid(
-        make_client_app(make, data),
-        population.names,
-        run_config=settings.flat(),
-        participation=participation,
-    )
-    torch.manual_seed(seed)
-    module = make()
-    test = TensorDataset(source.test.inputs, source.test.targets)
-
-    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if server_round % experiment.evaluate.every and server_round != experiment.rounds:
-            return None
-        module.load_state_dict(to_state(arrays))
-        metrics: dict[str, Any] = evaluate(module, evaluation_batches(test), TrainSettings())
-        del metrics["seconds"]
-        return MetricRecord(metrics)
-
     journal = Journal(folder, durable=False)
     strategy = FlowerStrategy(
         rule.make(),
+        step=rule.step.make() if rule.step else None,
+        proxy=_proxy(experiment, scenario.proxy) if scenario.proxy else None,
         fraction_train=experiment.fraction,
         fraction_evaluate=0,
         min_available_nodes=1,
@@ -201,3 +160,37 @@ def run(
         app(grid=grid, context=grid.server_context())
     finally:
         journal.close()
+
+
+def _client_app(experiment: Experiment, scenario: Scenario, seed: int) -> Any:
+    """The clients as one app, hostile ones among them."""
+    make = partial(model_of, experiment)
+    inputs, targets = scenario.train.inputs, scenario.train.targets
+    parts = [torch.from_numpy(rows) for rows in scenario.parts]
+    datasets = [TensorDataset(inputs[rows], targets[rows]) for rows in parts]
+
+    def data(context: Context) -> tuple[TensorDataset, None]:
+        return datasets[int(context.node_config["partition-id"])], None
+
+    app: Any = make_client_app(make, data)
+    if experiment.engine == "batched":
+        app = BatchedApp(make, inputs, targets, parts, app)
+    if experiment.model.own_start:
+        app = OwnStart(app, make, seed)
+    if scenario.hostile and experiment.attack.kind != "labels":
+        app = Attackers(app, experiment.attack.kind, scenario.hostile, experiment.attack.scale, seed)
+    return app
+
+
+def _proxy(experiment: Experiment, examples: Examples) -> Proxy:
+    return Proxy(model_of(experiment).eval(), examples.inputs, examples.targets)
+
+
+def _elected(rule: ElectingRule, memory: Any, tested: Proxy, budgets: list[int]) -> MetricRecord | None:
+    """The accuracy of what the voters elect, plain and certified."""
+    if memory.models is None:
+        return None
+    election = rule.vote(memory, tested)
+    accuracy = float((election.classes == tested.labels).double().mean())
+    certified = {f"certified-{budget}": certified_accuracy(election, tested.labels, budget) for budget in budgets}
+    return MetricRecord({"accuracy": accuracy, **certified})

@@ -35,6 +35,9 @@ class LocalGrid(Grid):
     for the run. A client runs when its reply is pulled, so a strategy that pulls one id at a time
     holds one reply at a time.
 
+    `node_configs` adds to the node config of each. An app with a method `together(pairs of message and context)`
+    trains all clients of a push in one call.
+
     `participation` says who is online; it moves one step with each push that trains. A node that is
     offline answers with the error that a SuperLink gives for it.
     """
@@ -48,6 +51,7 @@ class LocalGrid(Grid):
         *,
         run_config: Mapping[str, Any] | None = None,
         participation: Participation | None = None,
+        node_configs: Sequence[UserConfig] | None = None,
     ) -> None:
         names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
@@ -57,11 +61,13 @@ class LocalGrid(Grid):
         self._nodes = [node_info(FIRST_NODE_ID + i, name) for i, name in enumerate(names)]
         self._ids = [node.node_id for node in self._nodes]
         self._run_config: UserConfig = dict(run_config or {})
+        self._node_configs = node_configs or [{}] * len(names)
         self._participation = participation or Always(len(names))
         self._online = self._participation.step()
         self._rounds = 0
         self._contexts: dict[int, Context] = {}
         self._waiting: dict[str, Message] = {}
+        self._trained: dict[str, Message] = {}  # by an app that trains all clients of a push at once
         self._numbers = count(1)
         self._run = empty_run(RUN_ID)
         self.answered = 0  # messages
@@ -136,7 +142,7 @@ class LocalGrid(Grid):
         node_id = message.metadata.dst_node_id
         if self._online[node_id - FIRST_NODE_ID]:
             try:
-                reply = self._app(_delivered(message), self._context(node_id))
+                reply = self._reply(message)
                 if not isinstance(reply, Message):
                     raise TypeError(f"The client app returned a {type(reply).__name__}, not a Message.")
                 self.answered += 1
@@ -151,9 +157,24 @@ class LocalGrid(Grid):
         stamp(reply, f"reply-{message.metadata.message_id}")
         return reply
 
+    def _reply(self, message: Message) -> Message:
+        """The app's reply, made with those of all waiting clients where the app can train them together."""
+        together = getattr(self._app, "together", None)
+        if together is None or not message.metadata.message_type.startswith("train"):
+            return self._app(_delivered(message), self._context(message.metadata.dst_node_id))
+        mine = message.metadata.message_id
+        if mine not in self._trained:
+            asked = [message, *self._waiting.values()]
+            asked = [m for m in asked if m.metadata.message_type == message.metadata.message_type]
+            asked = [m for m in asked if self._online[m.metadata.dst_node_id - FIRST_NODE_ID]]
+            replies = together([(_delivered(m), self._context(m.metadata.dst_node_id)) for m in asked])
+            self._trained = {m.metadata.message_id: r for m, r in zip(asked, replies, strict=True)}
+        return self._trained.pop(mine)
+
     def _context(self, node_id: int) -> Context:
         if node_id not in self._contexts:
-            config: UserConfig = {"partition-id": node_id - FIRST_NODE_ID, "num-partitions": len(self._ids)}
+            row = node_id - FIRST_NODE_ID
+            config: UserConfig = {"partition-id": row, "num-partitions": len(self._ids), **self._node_configs[row]}
             self._contexts[node_id] = Context(RUN_ID, node_id, config, RecordDict(), dict(self._run_config))
         return self._contexts[node_id]
 

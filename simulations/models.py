@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ def softmax(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
 
 
-def mlp(shape: tuple[int, ...], classes: int, hidden: int = 64) -> nn.Module:
-    """One hidden layer of `hidden` rectified units."""
-    inputs = torch.Size(shape).numel()
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+def mlp(shape: tuple[int, ...], classes: int, hidden: int = 64, depth: int = 1) -> nn.Module:
+    """`depth` hidden layers of `hidden` rectified units each."""
+    widths = [torch.Size(shape).numel(), *[hidden] * depth]
+    layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
 
 
 def cnn(shape: tuple[int, ...], classes: int, hidden: int = 128, channels: int = 32) -> nn.Module:

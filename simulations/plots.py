@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from corymb.simulations.federation import Population
 from corymb.simulations.results import Run
+from corymb.simulations.scenario import Scenario
 
 mpl.use("Agg")
 STYLE: Any = {
@@ -25,8 +25,8 @@ STYLE: Any = {
 }
 
 
-def draw_all(runs: list[Run], population: Population, folder: Path) -> dict[str, str]:
-    """Draw every picture into `folder`: `{file name: caption}`. `population` is that of the first seed."""
+def draw_all(runs: list[Run], scenario: Scenario, folder: Path) -> dict[str, str]:
+    """Draw every picture into `folder`: `{file name: caption}`. `scenario` is that of the first seed."""
     seed = runs[0].seed
     firsts = [run for run in runs if run.seed == seed]
     pictures: dict[str, tuple[str, Callable[[], Figure]]] = {
@@ -36,13 +36,13 @@ def draw_all(runs: list[Run], population: Population, folder: Path) -> dict[str,
         ),
         "participation.png": (
             f"Who took part in each round (seed {seed})",
-            lambda: participation(firsts[0], population),
+            lambda: participation(firsts[0], scenario),
         ),
         "weights.png": (
             f"How much each client counted (seed {seed}, share of the round's largest)",
-            lambda: weights(firsts, population),
+            lambda: weights(firsts, scenario),
         ),
-        "labels.png": (f"What each client has: examples per class (seed {seed})", lambda: labels(population)),
+        "labels.png": (f"What each client has: examples per class (seed {seed})", lambda: labels(scenario)),
     }
     with mpl.rc_context(STYLE):
         for name, (_, draw) in pictures.items():
@@ -68,9 +68,9 @@ def accuracy(runs: list[Run]) -> Figure:
     return figure
 
 
-def participation(run: Run, population: Population) -> Figure:
+def participation(run: Run, scenario: Scenario) -> Figure:
     """A dot per client and round."""
-    rows = {name: row for row, name in enumerate(population.names)}
+    rows = {name: row for row, name in enumerate(scenario.names)}
     took_part = np.zeros((len(rows), len(run.records)))
     for column, record in enumerate(run.records):
         for verdict in record.admitted:
@@ -82,9 +82,9 @@ def participation(run: Run, population: Population) -> Figure:
     return figure
 
 
-def weights(runs: list[Run], population: Population) -> Figure:
+def weights(runs: list[Run], scenario: Scenario) -> Figure:
     """A heat map per rule that gives weights; one that works on each coordinate by itself has none to show."""
-    maps = {run.rule: _weight_map(run, population) for run in runs}
+    maps = {run.rule: _weight_map(run, scenario) for run in runs}
     maps = {rule: shown for rule, shown in maps.items() if not np.isnan(shown).all()}
     figure = Figure(figsize=(8, 2.1 * max(1, len(maps)) + 0.4), layout="constrained")
     if not maps:
@@ -99,9 +99,9 @@ def weights(runs: list[Run], population: Population) -> Figure:
     return figure
 
 
-def _weight_map(run: Run, population: Population) -> NDArray[np.float64]:
+def _weight_map(run: Run, scenario: Scenario) -> NDArray[np.float64]:
     """Each client's weight in each round `[N, rounds]` as a share of the round's largest; NaN where there is none."""
-    rows = {name: row for row, name in enumerate(population.names)}
+    rows = {name: row for row, name in enumerate(scenario.names)}
     shown = np.full((len(rows), len(run.records)), np.nan)
     for column, record in enumerate(run.records):
         known = {v.node: v.weight for v in record.admitted if v.weight is not None}
@@ -111,10 +111,10 @@ def _weight_map(run: Run, population: Population) -> NDArray[np.float64]:
     return shown
 
 
-def labels(population: Population) -> Figure:
+def labels(scenario: Scenario) -> Figure:
     """A stacked bar per client."""
-    sizes = np.array([len(rows) for rows in population.parts])
-    counts = population.labels * sizes[:, None]
+    sizes = np.array([len(rows) for rows in scenario.parts])
+    counts = scenario.labels * sizes[:, None]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     bottom = np.zeros(len(sizes))
@@ -130,7 +130,7 @@ def labels(population: Population) -> Figure:
         )
         bottom += counts[:, label]
     if len(sizes) <= 10:
-        axes.set_xticks(range(len(sizes)), population.names)
+        axes.set_xticks(range(len(sizes)), scenario.names)
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.7, len(sizes) - 0.3))
     if counts.shape[1] <= 20:
         figure.legend(title="class", loc="outside right upper", ncols=1 + (counts.shape[1] > 10))

@@ -10,15 +10,15 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corymb.simulations.experiment import Experiment
-from corymb.simulations.federation import population_of
 from corymb.simulations.plots import draw_all
 from corymb.simulations.results import Run, scores
+from corymb.simulations.scenario import scenario_of
 
 
 def write_report(experiment: Experiment, runs: list[Run], folder: Path) -> Path:
     """Draw the pictures into `folder` and write `report.html` with everything in it."""
-    population = population_of(experiment, experiment.seeds[0])
-    pictures = draw_all(runs, population, folder)
+    scenario = scenario_of(experiment, experiment.seeds[0])
+    pictures = draw_all(runs, scenario, folder)
     results = scores(runs)
     best = max(results, key=lambda rule: results[rule][0])
     environment = Environment(
@@ -26,7 +26,7 @@ def write_report(experiment: Experiment, runs: list[Run], folder: Path) -> Path:
     )
     page = environment.get_template("report.html.j2").render(
         experiment=experiment,
-        clients=len(population.names),
+        clients=len(scenario.names),
         participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
         rows=[
             {

@@ -80,8 +80,7 @@ def prepare(folder: Path) -> None:
 
 def write(experiment: Experiment, runs: list[Run], folder: Path) -> None:
     """Write everything but the pictures: config, rounds, clients, summary, and the model of the best run."""
-    config = experiment.model_dump(mode="json", exclude_none=True)
-    (folder / "config.toml").write_text(tomli_w.dumps(config))
+    (folder / "config.toml").write_text(_config(experiment))
     _write_lines(folder / "rounds.jsonl", (_round_row(run, record) for run in runs for record in run.records))
     _write_lines(
         folder / "clients.jsonl",
@@ -114,6 +113,16 @@ def write(experiment: Experiment, runs: list[Run], folder: Path) -> None:
         ],
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def is_finished(experiment: Experiment, folder: Path) -> bool:
+    """Whether `folder` has the results of this very experiment."""
+    config = folder / "config.toml"
+    return (folder / SUMMARY).exists() and config.exists() and config.read_text() == _config(experiment)
+
+
+def _config(experiment: Experiment) -> str:
+    return tomli_w.dumps(experiment.model_dump(mode="json", exclude_none=True))
 
 
 def _round_row(run: Run, record: RoundRecord) -> dict[str, Any]:

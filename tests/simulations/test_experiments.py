@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from corymb.server.journal import sha256
 from corymb.simulations.campaign import run_all
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
-from corymb.simulations.federation import check, population_of, run
+from corymb.simulations.federation import check, run
 from corymb.simulations.plots import _smooth
 from corymb.simulations.report import write_report
 from corymb.simulations.results import collect, prepare, scores, write
+from corymb.simulations.scenario import scenario_of
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -270,7 +271,7 @@ def test_sites_of_their_own(tmp_path: Path) -> None:
         "partition": {"kind": "site"},
     }
     experiment = Experiment(**settings)
-    assert population_of(experiment, 0).names == ["basel", "zurich"]
+    assert scenario_of(experiment, 0).names == ["basel", "zurich"]
     run(experiment, experiment.rules[0], 0, tmp_path / "journal")
 
 
