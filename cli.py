@@ -86,6 +86,27 @@ def compare(
     )
 
 
+new = typer.Typer(help="Begin something of your own.", no_args_is_help=True)
+app.add_typer(new, name="new")
+
+
+@new.command("rule")
+def new_rule(
+    name: Annotated[str, typer.Argument(help="What experiments call it: small letters, digits, underscores.")],
+    kind: Annotated[str, typer.Option(help="sighted sees every model of a round, blind none.")] = "sighted",
+    out: Annotated[Path, typer.Option(help="Folder to make it in.")] = Path(),
+) -> None:
+    """Make a package folder with a rule, its entry point, its test and an experiment."""
+    from corymb.simulations.new_rule import new_rule as make
+
+    folder = make(name, kind, out)
+    console.print(
+        f"Made {folder}/. Next:\n  pip install -e {folder}\n  pytest {folder}\n  corymb compare {folder}/{name}.toml",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
 @app.command()
 def results(
     experiments: Annotated[Optional[list[str]], typer.Argument(help="Shipped experiments (default: all).")] = None,  # noqa: UP045

@@ -14,8 +14,12 @@ SLOWEST_POLL_SECONDS = 3.0
 TRIES = 3  # at a reply that cannot be received
 
 
-def arrivals(grid: Grid, asked: Mapping[str, str], timeout: float) -> Iterator[tuple[str, Message | Exception]]:
+def arrivals(
+    grid: Grid, asked: Mapping[str, str], timeout: float, enough: int | None = None
+) -> Iterator[tuple[str, Message | Exception]]:
     """Yield `(node, reply)` for the messages in `asked {message id: node}` until all came or `timeout` seconds passed.
+
+    `enough` replies that are no errors end it, too.
 
     Errors are replies too. The node is the one that was asked: an error made by the SuperLink names
     another. A reply that a grid fails to receive, because of the network or because its bytes are no
@@ -27,6 +31,7 @@ def arrivals(grid: Grid, asked: Mapping[str, str], timeout: float) -> Iterator[t
     failed: Counter[str] = Counter()
     deadline = time.monotonic() + timeout
     pause = POLL_SECONDS
+    left = len(pending) if enough is None else enough
     while pending:
         found = False
         for message_id in list(pending):
@@ -39,7 +44,12 @@ def arrivals(grid: Grid, asked: Mapping[str, str], timeout: float) -> Iterator[t
                 continue
             if replies:
                 found = True
-                yield pending.pop(message_id), replies.pop()
+                reply = replies.pop()
+                left -= not reply.has_error()
+                yield pending.pop(message_id), reply
+                del reply  # so that the next may take its memory
+                if left <= 0:
+                    return
             if time.monotonic() > deadline:
                 return
         pause = POLL_SECONDS if found else min(1.5 * pause, SLOWEST_POLL_SECONDS)

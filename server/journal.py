@@ -7,7 +7,6 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -74,13 +73,12 @@ class Journal:
         if tensors:
             self._save(tensors, _memory_of(model))
         digest = sha256(self.folder / model)
-        row = asdict(record)
         with self._database as database:
             database.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     record.round, record.seconds,
-                    *(json.dumps(row[name]) for name in MEASURED),
+                    *(json.dumps(getattr(record, name)) for name in MEASURED),
                     model, digest, json.dumps(plain),
                 ),
             )  # fmt: skip

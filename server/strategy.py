@@ -16,7 +16,9 @@ from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, ROUND
 from corymb.server.arrivals import arrivals
 from corymb.server.door import Code, Door, Rejection, is_bounded
+from corymb.server.guard import Guard
 from corymb.server.journal import Journal
+from corymb.server.patience import Patience
 from corymb.server.record import RoundRecord, as_metrics, mean_metrics, verdicts
 from corymb.server.roster import connected, sample, wait_for
 from corymb.strategies import Layout, Model, Proxy, Reply, Report, Rule, Step
@@ -32,7 +34,9 @@ class FlowerStrategy(Strategy):
     `seed` by node name, once `min_available_nodes` have connected (`TimeoutError` after
     `wait_seconds`). Errors, silence and replies that the door turns away cost a round nothing but
     that reply. `step` is a server optimiser after the rule, `proxy` the server's own data, for rules that need
-    them. `buffers` names the float buffers in the state dict (default: BatchNorm's statistics).
+    them. With a `guard` the sites elect each round's model among candidates; `patience` says how many replies a
+    round waits for under this `start()`. `buffers` names the float buffers in the state dict (default:
+    BatchNorm's statistics).
     With a `journal`, each round is committed there under this `start()`. `on_round` is called with
     every finished round's record.
 
@@ -53,6 +57,8 @@ class FlowerStrategy(Strategy):
         arrayrecord_key: str = ARRAYS,
         configrecord_key: str = CONFIG,
         step: Step | None = None,
+        guard: Guard | None = None,
+        patience: Patience | None = None,
         proxy: Proxy | None = None,
         journal: Journal | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
@@ -60,8 +66,9 @@ class FlowerStrategy(Strategy):
         for name, fraction in (("fraction_train", fraction_train), ("fraction_evaluate", fraction_evaluate)):
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{name} = {fraction} must lie in [0, 1]; 1 asks every connected node.")
-        if rule.needs_proxy and proxy is None:
-            raise ValueError(f"{rule} needs data of the server's own; give FlowerStrategy a proxy.")
+        for each in (rule, *(guard.rules if guard else ())):
+            if each.needs_proxy and proxy is None:
+                raise ValueError(f"{each} needs data of the server's own; give FlowerStrategy a proxy.")
         self.rule = rule
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate
@@ -73,13 +80,20 @@ class FlowerStrategy(Strategy):
         self.arrayrecord_key = arrayrecord_key
         self.configrecord_key = configrecord_key
         self.step = step
+        self.guard = guard
+        self.patience = patience
         self.proxy = proxy
         self.journal = journal
         self.on_round = on_round
         self.memory = rule.initial()
         self.moments = step.initial() if step else None
+        self.candidates = tuple(other.initial() for other in guard.rules) if guard else ()
+        self._grid: Grid | None = None
+        self._timeout = 3600.0
+        self._arrived: list[float] = []  # seconds after the push
         self.known: set[str] = set()
         self._asked: dict[str, Message] = {}
+        self._config = ConfigRecord()
         self._arrays = ArrayRecord()  # the model as it was last sent, and, taken apart, `_origin`
         self._origin = Model(torch.zeros(0))
         self._layout = Layout(())
@@ -96,6 +110,7 @@ class FlowerStrategy(Strategy):
     ) -> list[Message]:
         """A training message for each sampled node. Neither `arrays` nor `config` is changed."""
         self._take(arrays)
+        self._grid = grid
         nodes = wait_for(grid, self.min_available_nodes, self.wait_seconds)
         self.known |= nodes.keys()
         chosen = sample(nodes, self.fraction_train, self.seed, server_round, "train")
@@ -138,6 +153,7 @@ class FlowerStrategy(Strategy):
         self.summary()
         if self.journal is not None:
             self.journal.require_empty()
+        self._timeout = timeout
         self._take(initial_arrays)
         del initial_arrays  # what is sent from here on shares the memory of the model taken apart
         self._arrays = to_arrays(self._layout.restore(self._origin))
@@ -148,9 +164,14 @@ class FlowerStrategy(Strategy):
             record = RoundRecord(number)
             started = time.monotonic()
             messages = self.configure_train(number, result.arrays, train_config or ConfigRecord(), grid)
-            replies = arrivals(grid, self._push(grid, messages), timeout)
+            asked = self._push(grid, messages)
             del messages
+            enough = self.patience.enough(len(asked)) if self.patience and asked else None
+            replies = self._timed(arrivals(grid, asked, timeout, enough))
             result.arrays = self._aggregate(record, replies) or result.arrays
+            if self.patience:
+                record.rule |= {"waited-for": float(enough or 0)}
+                self.patience.after(self._arrived, record.train.get("loss"))
             if record.train:
                 result.train_metrics_clientapp[number] = MetricRecord(dict(record.train))
 
@@ -181,6 +202,7 @@ class FlowerStrategy(Strategy):
     def _messages(self, kind: str, server_round: int, config: ConfigRecord, nodes: Mapping[str, int]) -> list[Message]:
         config = config.copy()
         config[ROUND] = server_round
+        self._config = config
         contents: dict[int, RecordDict] = {}  # one for all sites, or one for each model that the rule keeps
         self._asked = {}
         for name, node_id in nodes.items():
@@ -215,9 +237,12 @@ class FlowerStrategy(Strategy):
     def _aggregate(self, record: RoundRecord, replies: Named) -> ArrayRecord | None:
         """Door and rule: the next model, or None when it is still the same. Fills in `record`."""
         heard: dict[str, Report | Rejection] = {}
-        outcome = self.rule.aggregate(
-            self._origin, self._admitted(replies, heard), self.memory, frozenset(self.known), self.proxy
-        )
+        admitted = self._admitted(replies, heard)
+        if self.patience:
+            admitted = self.patience.watch(self._origin, admitted)
+        if self.guard and self.guard.rules:  # every rule reads them
+            admitted = iter(kept := list(admitted))
+        outcome = self.rule.aggregate(self._origin, admitted, self.memory, frozenset(self.known), self.proxy)
         self.memory = outcome.memory
         record.rule = dict(outcome.notes)
         record.verdicts = verdicts(self._asked, heard, outcome.weights)
@@ -230,12 +255,53 @@ class FlowerStrategy(Strategy):
             return None
         if self.step is not None and self.moments is not None:
             model, self.moments = self.step.apply(self._origin, model, self.moments)
+        if self.guard:
+            model = self._elected(self.guard, model, kept if self.guard.rules else [], record)
         if not is_bounded(model.parameters, torch.finfo(torch.float32).max):
             log.warning("\t│ The rule's model is not finite; the round keeps the model before it.")
             return None
         self._origin = model
         self._arrays = to_arrays(self._layout.restore(model))
         return self._arrays
+
+    def _elected(self, guard: Guard, model: Model, replies: list[Reply], record: RoundRecord) -> Model:
+        """The candidate that the sites prefer, by the guard's election; the model itself when nobody says anything."""
+        if self._grid is None:
+            raise RuntimeError("A guard asks the sites, so it needs their grid: call configure_train before it.")
+        known, others, memories = frozenset(self.known), [], []
+        for rule, memory in zip(guard.rules, self.candidates, strict=True):
+            outcome = rule.aggregate(self._origin, list(replies), memory, known, self.proxy)
+            others.append(outcome.model)
+            memories.append(outcome.memory)
+        self.candidates = tuple(memories)
+        candidates = [model, *others, self._origin]
+        nodes = {name: message.metadata.dst_node_id for name, message in self._asked.items()}
+        heard = []
+        for number, candidate in enumerate(candidates):
+            content = RecordDict(
+                {self.arrayrecord_key: to_arrays(self._layout.restore(candidate)), self.configrecord_key: self._config}
+            )
+            group = f"{record.round}-candidate-{number}"
+            self._asked = {n: Message(content, i, MessageType.EVALUATE, group_id=group) for n, i in nodes.items()}
+            asked = self._push(self._grid, list(self._asked.values()))
+            heard.append([self._door.hear(node, m) for node, m in arrivals(self._grid, asked, self._timeout)])
+        choice = guard.choose(heard)
+        if choice is None:
+            return model
+        record.rule |= {"elected": float(choice.candidate), "elected-certificate": float(choice.certificate)}
+        if choice.candidate:
+            what = guard.rules[choice.candidate - 1] if choice.candidate <= len(others) else "the model before"
+            log.info("	│ The sites elected %s (%d could have lied in vain)", what, choice.certificate)
+        return candidates[choice.candidate]
+
+    def _timed(self, replies: Named) -> Iterator[tuple[str, Message | Exception]]:
+        """`replies`, with the time at which each came written down."""
+        started, self._arrived = time.monotonic(), []
+        for node, reply in replies:
+            if isinstance(reply, Message) and not reply.has_error():
+                self._arrived.append(time.monotonic() - started)
+            yield node, reply
+            del reply
 
     def _admitted(self, replies: Named, heard: dict[str, Report | Rejection]) -> Iterator[Reply]:
         for node, message in replies:
@@ -257,7 +323,7 @@ class FlowerStrategy(Strategy):
 
     def _finish(self, record: RoundRecord, num_rounds: int) -> None:
         if self.journal is not None:
-            memory = (self.memory, self.moments)
+            memory = (self.memory, self.moments, self.candidates)
             self.journal.write(record, self._layout.restore(self._origin), memory)
         measured = record.server or record.evaluate or record.train
         log.info(

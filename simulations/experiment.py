@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from corymb.client import TrainSettings
+from corymb.server import Guard
 from corymb.strategies import Rule, Step, make_rule
 
 SHIPPED = Path(__file__).parent / "experiments"
@@ -110,7 +111,8 @@ class StepSettings(Strict):
 class RuleSettings(Strict):
     """A rule with its parameters; `label` tells it from others, `train` overrides local training for it.
 
-    `step` is a server optimiser after it, `attacked = false` runs it with everybody honest.
+    `step` is a server optimiser after it, `guard` lists rules whose models are candidates beside its own and the model
+    before the round, elected by the clients on their training data; `attacked = false` runs it with everybody honest.
     """
 
     name: str
@@ -118,6 +120,7 @@ class RuleSettings(Strict):
     parameters: dict[str, Any] = {}
     train: dict[str, Any] = {}
     step: StepSettings | None = None
+    guard: list[str | dict[str, Any]] | None = None
     attacked: bool = True
 
     @model_validator(mode="after")
@@ -125,7 +128,15 @@ class RuleSettings(Strict):
         self.make()
         if self.step is not None:
             self.step.make()
+        self.make_guard()
         return self
+
+    def make_guard(self) -> Guard | None:
+        """The guard, if there is one."""
+        if self.guard is None:
+            return None
+        tables = [{"name": rule} if isinstance(rule, str) else dict(rule) for rule in self.guard]
+        return Guard(tuple(make_rule(table.pop("name", ""), **table) for table in tables))
 
     def make(self) -> Rule[Any]:
         """The rule."""

@@ -139,6 +139,7 @@ def run(
     strategy = FlowerStrategy(
         rule.make(),
         step=rule.step.make() if rule.step else None,
+        guard=rule.make_guard(),
         proxy=_proxy(experiment, scenario.proxy) if scenario.proxy else None,
         fraction_train=experiment.fraction,
         fraction_evaluate=0,
@@ -169,8 +170,9 @@ def _client_app(experiment: Experiment, scenario: Scenario, seed: int) -> Any:
     parts = [torch.from_numpy(rows) for rows in scenario.parts]
     datasets = [TensorDataset(inputs[rows], targets[rows]) for rows in parts]
 
-    def data(context: Context) -> tuple[TensorDataset, None]:
-        return datasets[int(context.node_config["partition-id"])], None
+    def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
+        mine = datasets[int(context.node_config["partition-id"])]
+        return mine, mine
 
     app: Any = make_client_app(make, data)
     if experiment.engine == "batched":

@@ -18,13 +18,15 @@ class FedDA(SightedRule[None]):
 
     Only the test accuracy at `target` matters, a site with few examples. `beta` is the sources' part; `auto` finds
     one for each source, from the updates of the target's single batches (its setting `train.batch_updates`).
-    `rate_ratio` is the target's learning rate over the sources'. A round without the target changes nothing.
+    A source's update is brought to the scale of the target's, by the numbers of their batches and by `rate_ratio`,
+    the target's learning rate over the sources', unless `align` is false. A round without the target changes nothing.
     """
 
     target: str
     beta: float = 0.5
     auto: bool = False
     rate_ratio: float = 1.0
+    align: bool = True
 
     def __post_init__(self) -> None:
         share(beta=self.beta)
@@ -32,7 +34,7 @@ class FedDA(SightedRule[None]):
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """The mean over sources of `(1 - beta) * target + beta * source`."""
-        return adapted(cohort, self.target, self.rate_ratio, self._step), None
+        return adapted(cohort, self.target, self.rate_ratio, self.align, self._step), None
 
     def _step(self, found: Adaptation, notes: dict[str, float]) -> Tensor:
         betas = trust(found).added if self.auto else found.target.new_full((len(found.sources),), self.beta)

@@ -28,6 +28,7 @@ class FedGP(SightedRule[None]):
     auto: bool = False
     allow: bool = False
     rate_ratio: float = 1.0
+    align: bool = True
     by_layer: bool = False
     cosine: bool = False
 
@@ -51,7 +52,7 @@ class FedGP(SightedRule[None]):
             terms = (1 - betas)[:, None] * found.target + betas[:, None] * self._projected(cohort, found)
             return weights @ terms
 
-        return adapted(cohort, self.target, self.rate_ratio, step), None
+        return adapted(cohort, self.target, self.rate_ratio, self.align, step), None
 
     def _projected(self, cohort: Cohort, found: Adaptation) -> Tensor:
         project = cosine_projections if self.cosine else projections

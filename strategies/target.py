@@ -24,18 +24,18 @@ class Adaptation(NamedTuple):
     batches: Tensor | None
 
 
-def adaptation(cohort: Cohort, target: str, rate_ratio: float) -> Adaptation | None:
+def adaptation(cohort: Cohort, target: str, rate_ratio: float, align: bool) -> Adaptation | None:
     """Take a round apart, in float64; None when the target did not reply.
 
-    A source's update is divided by its number of batches and multiplied by the target's, where both
+    With `align` a source's update is divided by its number of batches and multiplied by the target's, where both
     report them, and by `rate_ratio`, the target's learning rate over the sources'.
     """
     if target not in cohort.nodes:
         return None
     row = cohort.nodes.index(target)
     updates = cohort.models.double() - cohort.origin.double()
-    scale = torch.full((len(updates), 1), float(rate_ratio), dtype=torch.float64)
-    if STEPS in cohort.metrics:
+    scale = torch.full((len(updates), 1), float(rate_ratio) if align else 1.0, dtype=torch.float64)
+    if align and STEPS in cohort.metrics:
         counts = cohort.metrics[STEPS].clamp(min=1)
         scale *= (counts[row] / counts).nan_to_num(nan=1.0)[:, None]
     others = [i for i in range(len(updates)) if i != row]
@@ -104,10 +104,10 @@ def cosine_projections(target: Tensor, sources: Tensor) -> Tensor:
 
 
 def adapted(
-    cohort: Cohort, target: str, rate_ratio: float, step: Callable[[Adaptation, dict[str, float]], Tensor]
+    cohort: Cohort, target: str, rate_ratio: float, align: bool, step: Callable[[Adaptation, dict[str, float]], Tensor]
 ) -> Tensor:
     """The next parameters `[P]`: the origin moved by `step`; without sources by the target, without the target not."""
-    found = adaptation(cohort, target, rate_ratio)
+    found = adaptation(cohort, target, rate_ratio, align)
     if found is None:
         return cohort.origin
     return cohort.origin + (step(found, cohort.notes) if len(found.sources) else found.target)

@@ -1,0 +1,55 @@
+"""A guard around any rule: the sites elect the round's model among candidates, the one before it included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from corymb.server.door import Rejection
+from corymb.strategies import Report, Rule
+from corymb.strategies.election import count, run_off
+
+
+class Choice(NamedTuple):
+    """The number of the elected candidate, and how many sites could have lied about their losses in vain."""
+
+    candidate: int
+    certificate: int
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Run-off election over candidate aggregates, after Rezaei et al. 2023.
+
+    The candidates are the model of the strategy's own rule, that of each of `rules`, and the model before the
+    round, which is a rollback. Each site that was asked to train evaluates all of them on data of its own and
+    prefers those with the least `metric`; a site that does not say is no voter. Costs one evaluation for
+    each candidate and site in a round, sent one candidate after the other.
+    """
+
+    rules: tuple[Rule[Any], ...] = ()
+    metric: str = "loss"
+
+    def choose(self, heard: Sequence[Iterable[Report | Rejection]]) -> Choice | None:
+        """The election, from what was `heard` of each candidate; None when nobody said anything."""
+        losses: dict[str, dict[int, float]] = {}
+        for candidate, reports in enumerate(heard):
+            for report in reports:
+                if isinstance(report, Report) and self.metric in report.metrics:
+                    losses.setdefault(report.node, {})[candidate] = report.metrics[self.metric]
+        if not losses:
+            return None
+        return elected([losses[node] for node in sorted(losses)], len(heard))
+
+
+def elected(losses: Sequence[Mapping[int, float]], candidates: int) -> Choice:
+    """The election among `candidates`, from the loss that each voter has of each; one it has none of comes last."""
+    scores = torch.full((len(losses), 1, candidates), -torch.inf, dtype=torch.float64)
+    for voter, mine in enumerate(losses):
+        for candidate, loss in mine.items():
+            scores[voter, 0, candidate] = -loss
+    election = run_off(count(scores))
+    return Choice(int(election.classes), int(election.certificates))

@@ -1,0 +1,176 @@
+"""Hostile clients, target sites, and what the server keeps for itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from corymb.server import RoundRecord
+from corymb.simulations.claims import BEGIN, END, Finding, findings, measured, put_into, table
+from corymb.simulations.experiment import Claim, Experiment, read
+from corymb.simulations.federation import check, run
+from corymb.simulations.results import Run
+from corymb.simulations.scenario import scenario_of, source_of
+
+SMALL: dict[str, Any] = {"name": "small", "rounds": 2, "partition": {"clients": 5, "kind": "iid"}}
+
+
+def experiment(*rules: Any, **changes: Any) -> Experiment:
+    return Experiment(**{**SMALL, "rules": list(rules) or ["fedavg"], **changes})
+
+
+def records(setting: Experiment, folder: Path, rule: int = 0) -> list[RoundRecord]:
+    seen: list[RoundRecord] = []
+    run(setting, setting.rules[rule], 0, folder, seen.append)
+    return seen
+
+
+def rows(inputs: torch.Tensor) -> set[bytes]:
+    return {row.numpy().tobytes() for row in inputs}
+
+
+def test_proxy_test_and_training_data_are_apart() -> None:
+    setting = experiment(proxy={"examples": 53}, data={"examples": 300})
+    found = scenario_of(setting, 0)
+    source = source_of(setting.data)
+    assert found.proxy is not None
+    assert sorted(found.proxy.targets.bincount().tolist()) == [5] * 7 + [6] * 3
+    assert len(found.test) + 53 == len(source.test)
+    assert rows(found.proxy.inputs) | rows(found.test.inputs) == rows(source.test.inputs)
+    assert not rows(found.proxy.inputs) & rows(found.test.inputs)
+    assert len(found.train) == 300
+    assert rows(found.train.inputs) <= rows(source.train.inputs)
+    again, other = scenario_of(setting, 0), scenario_of(setting, 1)
+    assert torch.equal(again.train.inputs, found.train.inputs)
+    assert not torch.equal(other.train.inputs, found.train.inputs)
+
+
+def test_shuffled_labels_are_the_hostile_clients_only() -> None:
+    clean = scenario_of(experiment(), 0)
+    found = scenario_of(experiment(attack={"kind": "labels", "clients": 2}), 0)
+    assert len(found.hostile) == 2
+    for client, part in enumerate(found.parts):
+        same = torch.equal(found.train.targets[part], clean.train.targets[part])
+        assert same == (client not in found.hostile)
+        assert np.array_equal(found.labels[client], clean.labels[client])
+
+
+def test_a_target_site_has_its_own_kind_of_data() -> None:
+    setting = experiment(target={"examples": 40, "noise": 0.5})
+    found = scenario_of(setting, 0)
+    assert found.names[-1] == "target"
+    assert len(found.parts[-1]) == 40
+    source = source_of(setting.data)
+    assert (found.test.inputs - source.test.inputs).std() == pytest.approx(0.5, rel=0.05)
+    assert rows(found.train.inputs[:-40]) < rows(source.train.inputs)
+    assert not rows(found.train.inputs[-40:]) & rows(source.train.inputs)
+
+
+@pytest.mark.parametrize("kind", ["noise", "opposite", "reversed"])
+def test_hostile_models_do_harm_and_a_median_helps(kind: str, tmp_path: Path) -> None:
+    attack = {"kind": kind, "clients": 2, "scale": 30.0}
+    setting = experiment("fedavg", "median", {"name": "fedavg", "label": "honest", "attacked": False}, attack=attack)
+    mean, median, honest = (records(setting, tmp_path / str(i), i)[-1].server["accuracy"] for i in range(3))
+    assert mean < median
+    assert median > honest - 0.15
+
+
+def test_the_target_sends_its_batches_and_trains_in_its_own_way(tmp_path: Path) -> None:
+    target = {"examples": 40, "noise": 0.3, "train": {"batch_size": 10, "learning_rate": 0.01}}
+    setting = experiment({"name": "fedgp", "parameters": {"target": "target", "auto": True}}, target=target)
+    last = records(setting, tmp_path)[-1]
+    assert 0 < last.rule["beta"] <= 1
+    steps = {verdict.node: verdict.metrics["steps"] for verdict in last.verdicts}
+    assert steps["target"] == 4
+    assert steps["client-0"] == 9
+
+
+def test_classes_and_probabilities_are_reported(tmp_path: Path) -> None:
+    setting = experiment(
+        {"name": "run_off", "parameters": {"abstain": True}, "train": {"report_classes": True}},
+        "known_participation",
+        participation={"kind": "bernoulli", "probability": 0.8},
+        evaluate={"budgets": [1, 2]},
+    )
+    last = records(setting, tmp_path / "a")[-1]
+    assert last.server["accuracy"] >= last.server["certified-1"] >= last.server["certified-2"] > 0
+    assert sum(last.verdicts[0].metrics[f"examples-of-class-{c}"] for c in range(10)) == last.verdicts[0].examples
+    last = records(setting, tmp_path / "b", 1)[-1]
+    assert all(verdict.weight == pytest.approx(1 / 0.8 / 5) for verdict in last.admitted)
+
+
+def test_rules_with_a_proxy_a_step_and_a_guard_run(tmp_path: Path) -> None:
+    step = {"optimizer": "Adam", "learning_rate": 0.01}
+    setting = experiment(
+        {"name": "fedlaw", "step": step}, {"name": "fedavg", "guard": ["median"]}, proxy={"examples": 50}
+    )
+    assert 0.5 < records(setting, tmp_path / "a")[-1].rule["gamma"] < 2
+    assert records(setting, tmp_path / "b", 1)[-1].rule["elected"] in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rules": ["fedlaw"]}, "rule 'fedlaw' needs data of the server's own; set proxy.examples"),
+        ({"attack": {"clients": 9}}, "attack.clients = 9 is more than the 5 clients"),
+        ({"proxy": {"examples": 350}}, r"proxy.examples = 350 takes 35 of class \d, of which the test set has"),
+        ({"data": {"examples": 9999}}, "data.examples = 9999 is more than the 1438 examples"),
+        ({"target": {"examples": 5, "train": {"batchsize": 3}}}, r"target\.train\.batchsize is no known key"),
+        ({"claims": [{"paper": "x", "rule": "ida", "least": 1}]}, "a claim is about 'ida', and the rules are fedavg"),
+        ({"claims": [{"paper": "x", "rule": "fedavg"}]}, "a claim needs least, most, or both"),
+        ({"rules": [{"name": "fedavg", "guard": ["nobody"]}]}, "There is no rule 'nobody'"),
+        ({"rules": [{"name": "fedavg", "step": {"optimizer": "Adamm"}}]}, "torch.optim cannot make 'Adamm'"),
+    ],
+)
+def test_what_is_wrong_is_told(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(Experiment(**{**SMALL, "rules": ["fedavg"], **changes}))
+
+
+def test_every_shipped_experiment_is_whole() -> None:
+    from corymb.simulations.experiment import SHIPPED
+
+    for path in SHIPPED.glob("*.toml"):
+        found = read(path)
+        assert found.setting or not found.claims, path.name
+
+
+def test_an_experiment_may_be_based_on_another(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('based_on = "fedau"\nrounds = 7\n[participation]\nkind = "markov"\n')
+    mine, base = read(tmp_path / "mine.toml"), read(Path("fedau"))
+    assert (mine.rounds, mine.participation.kind, mine.name) == (7, "markov", "mine")
+    assert mine.participation.cycle == base.participation.cycle
+    assert mine.rules == base.rules
+
+
+def test_claims_are_measured() -> None:
+    claims = [
+        {"paper": "a beats b", "rule": "a", "than": "b", "least": 5},
+        {"paper": "gamma is small", "rule": "a", "measure": "gamma", "most": 1},
+    ]
+    rules = [{"name": "fedavg", "label": label} for label in "ab"]
+    setting = experiment(*rules, claims=claims, seeds=2, setting="a test")
+    made = [
+        Run(rule, seed, [RoundRecord(2, rule={"gamma": 0.5 + seed})], accuracy + seed / 100, 1.0, "")
+        for rule, accuracy in (("a", 0.8), ("b", 0.76))
+        for seed in range(2)
+    ]
+    first, second = findings(setting, made)
+    assert (round(first.found, 6), first.holds) == (4, False)
+    assert (second.found, second.holds) == (1.0, True)
+    text = table({"small": (setting, [first, second])})
+    assert "| a beats b | a 80.50 ± 0.71, b 76.50 ± 0.71: +4.00 | ≥ 5 | **no** |" in text
+    assert "| gamma is small | a gamma 1.000 ± 0.707 | ≤ 1 | yes |" in text
+    with pytest.raises(ValueError, match="No round of 'a' recorded 'delta'; there are gamma"):
+        measured("delta", made[0], setting, set())
+
+
+def test_the_table_takes_its_place_in_a_document() -> None:
+    once = put_into("# Title\n\nText.\n", "one\n")
+    assert once == f"# Title\n\nText.\n\n{BEGIN}\none\n{END}\n"
+    assert put_into(once + "After.\n", "two\n") == f"# Title\n\nText.\n\n{BEGIN}\ntwo\n{END}\nAfter.\n"
+    assert Finding(Claim(paper="", rule="a", most=1.0), [1.0]).holds
