@@ -196,6 +196,11 @@ class FlowerStrategy(Strategy):
         state = to_state(arrays)
         self._layout = Layout.of(state, self.buffers)
         self._door = Door(self._layout, self.weighted_by_key)
+        if self.proxy is not None:
+            ours, theirs = ([(e.name, e.shape) for e in x.parameters] for x in (self._layout, self.proxy.layout))
+            if ours != theirs:
+                odd = next(iter(set(theirs) ^ set(ours)), ours[0])
+                raise ValueError(f"The proxy's module is not the model: {odd[0]!r} {list(odd[1])} is in one only.")
         self._origin = self._layout.flatten(state)
         self._arrays = arrays
 

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 from corymb.simulations.experiment import Experiment
+from corymb.strategies import RULES
 
 ROOT = Path(__file__).parent.parent
 MANUAL = (ROOT / "docs" / "manual.md").read_text()
@@ -65,3 +66,8 @@ def test_the_keys_of_an_experiment_are_all_there() -> None:
                 keys(annotation, value, name)
 
     keys(Experiment, shown, "")
+
+
+def test_the_tour_has_every_rule() -> None:
+    tour = (ROOT / "docs" / "which-rule.md").read_text()
+    assert not {name for name in RULES if f"`{name}`" not in tour}

@@ -179,7 +179,7 @@ def test_the_app_trains_and_reports() -> None:
     reply = ask("train", {"server-round": 1})
     metrics = reply.content.metric_records["metrics"]
     assert metrics["num-examples"] == 23
-    assert metrics.keys() == {"num-examples", "loss", "accuracy", "seconds"}
+    assert metrics.keys() == {"num-examples", "loss", "accuracy", "steps", "seconds"}
     state = to_state(reply.content.array_records["arrays"])
     assert state["1.num_batches_tracked"] == 2
 
@@ -250,3 +250,13 @@ def test_context_is_what_the_data_function_gets() -> None:
 
     ask("train", {}, data=data)
     assert seen == [1]
+
+
+def test_a_target_site_sends_the_update_of_each_batch() -> None:
+    reply = ask("train", {"server-round": 1, "train.batch_updates": True, "train.batch_size": 10})
+    torch.manual_seed(0)
+    after, steps = (to_state(reply.content.array_records[name]) for name in ("arrays", "steps"))
+    before = network().state_dict()
+    assert all(tensor.shape[0] == 6 for tensor in steps.values())  # two epochs of three batches
+    for name, tensor in steps.items():
+        torch.testing.assert_close(before[name] + tensor.sum(dim=0), after[name])

@@ -181,6 +181,41 @@ def test_a_good_reply_is_admitted_without_a_copy() -> None:
     assert admitted.report.metrics == {"accuracy": 0.5}  # a bad metric drops the metric, not the update
 
 
+STEPS = {"w": torch.full((2, SIZE), 0.5), "b": torch.ones(2, 3)}
+
+
+def with_steps(steps: dict[str, torch.Tensor]) -> RecordDict:
+    sent = content(good())
+    sent["steps"] = to_arrays(steps)
+    return sent
+
+
+def test_updates_of_batches_come_along() -> None:
+    admitted = Door(Layout.of(good())).admit("a", reply(1000, with_steps(STEPS)))
+    assert isinstance(admitted, Reply)
+    assert admitted.steps is not None
+    assert admitted.steps.shape == (2, SIZE + 3)
+    assert admitted.steps[:, -4:].tolist() == [[0.5, 1, 1, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ({"b": STEPS["b"], "w": STEPS["w"]}, "does not have the model's parameters in their order"),
+        ({"w": STEPS["w"], "b": torch.ones(3, 3)}, r"tensor 'b' in 'steps' is no torch.float32 \[2, 3\]"),
+        ({"w": STEPS["w"], "b": torch.ones(2, 3).double()}, "tensor 'b' in 'steps' is no torch.float32"),
+        ({"w": torch.zeros(0, SIZE), "b": torch.zeros(0, 3)}, "has 0 batches, not 1 to 256"),
+        ({"w": torch.zeros(257, SIZE)[:, :1].expand(257, SIZE), "b": torch.zeros(257, 3)}, "has 257 batches"),
+        ({"w": STEPS["w"], "b": torch.full((2, 3), torch.nan)}, "tensor 'b' in 'steps' holds NaN"),
+    ],
+    ids=["order", "shape", "dtype", "none", "many", "nan"],
+)
+def test_wrong_updates_of_batches_are_turned_away(steps: dict[str, torch.Tensor], reason: str) -> None:
+    verdict = Door(Layout.of(good())).admit("a", reply(1000, with_steps(steps)))
+    assert isinstance(verdict, Rejection)
+    assert re.search(reason, verdict.reason), verdict.reason
+
+
 def test_metrics_are_bounded() -> None:
     names = {f"metric-{i}": 1.0 for i in range(5000)} | {"fake\n\x1b[31mline": 1.0, "x" * 101: 1.0, "huge": 9e298}
     report = Door(Layout.of({})).hear("a", reply(1000, content({}, 1, **names)))

@@ -29,15 +29,7 @@ CNN = {"model": {"kind": "cnn", "options": {"hidden": 8, "channels": 3}}}
     [
         {"train": {"epochs": 2, "batch_size": 10}},
         {"train": {"epochs": 1, "batch_size": 16, "optimizer_options": {"momentum": 0.9, "weight_decay": 0.01}}},
-        {
-            "train": {
-                "steps": 7,
-                "batch_size": 8,
-                "drop_last": True,
-                "schedule": "StepLR",
-                "schedule_options": {"step_size": 1},
-            }
-        },
+        {"train": {"steps": 7, "batch_size": 8, "drop_last": True, **SCHEDULE}},
         {"train": {"epochs": 1, "optimizer": "Adam", "learning_rate": 0.01}},
         {"train": {"steps": 3, "batch_size": 16}, **CNN},
         {"train": {"steps": 3}, "model": {"kind": "mlp", "options": {"hidden": 9}, "own_start": True}},
