@@ -31,25 +31,18 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a proces
 
 @app.command()
 def rules() -> None:
-    """List the aggregation rules: kind, parameters with defaults, paper, needs, privacy modes."""
+    """List the aggregation rules: kind, parameters with defaults, paper; "masked" ones sum under masks."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("rule", "kind", "parameters", "paper", "needs", "privacy"):
+    for column in ("rule", "kind", "parameters", "paper", "remarks"):
         table.add_column(column, overflow="fold")
     for name, rule in known_rules().items():
         parameters = "\n".join(
             f"{field.name} = {field.default!r}" if field.default is not MISSING else field.name
             for field in fields(rule)
         )
-        needs = "proxy data" if rule.needs_proxy else ""
         paper = (rule.__doc__ or "").strip().partition(":")[0]  # "Author year, Algorithm: the idea"
-        table.add_row(
-            name,
-            rule.kind,
-            parameters or "-",
-            paper,
-            needs,
-            ", ".join(rule.privacy_modes),
-        )
+        remarks = ["needs proxy data"] * rule.needs_proxy + ["masked"] * ("masked" in rule.privacy_modes)
+        table.add_row(name, rule.kind, parameters or "-", paper, ", ".join(remarks))
     console.print(table)
 
 

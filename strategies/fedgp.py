@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corymb.strategies.checks import positive, share
 from corymb.strategies.cohort import Cohort
-from corymb.strategies.sighted import SightedRule
-from corymb.strategies.target import Adaptation, adapted, cosine_projections, projections, trust
+from corymb.strategies.target import Adaptation, TargetRule, Trust, cosine_projections, projections
 
 
 @dataclass(frozen=True)
-class FedGP(SightedRule[None]):
+class FedGP(TargetRule):
     """Jiang, Zhang & Koyejo 2024, FedGP: the target's update counts where sources point the same way.
 
     As FedDA, with the part of the target's update that lies along each source instead of the source; a source
@@ -23,40 +21,22 @@ class FedGP(SightedRule[None]):
     the official code's term, the source times its cosine with the target, and weighs sources by examples.
     """
 
-    target: str
-    beta: float = 0.5
-    auto: bool = False
     allow: bool = False
-    rate_ratio: float = 1.0
-    align: bool = True
     by_layer: bool = False
     cosine: bool = False
 
-    def __post_init__(self) -> None:
-        share(beta=self.beta)
-        positive(rate_ratio=self.rate_ratio)
-
-    def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
+    def step(self, adapted: Adaptation, trusted: Trust, cohort: Cohort) -> tuple[Tensor, Tensor]:
         """The mean over sources of `(1 - beta) * target + beta * projection`."""
+        betas = trusted.allowed if self.allow else trusted.projected
+        examples = cohort.examples[[node != self.target for node in cohort.nodes]]
+        even = not self.cosine or not examples.sum() > 0
+        weights = torch.full_like(betas, 1 / len(betas)) if even else examples / examples.sum()
+        terms = (1 - betas)[:, None] * adapted.target + betas[:, None] * self._projected(cohort, adapted)
+        return weights @ terms, betas
 
-        def step(found: Adaptation, notes: dict[str, float]) -> Tensor:
-            betas = found.target.new_full((len(found.sources),), self.beta)
-            if self.auto:
-                found_trust = trust(found)
-                betas = found_trust.allowed if self.allow else found_trust.projected
-            notes["beta"] = float(betas.mean())
-            counts = torch.tensor([n != self.target for n in cohort.nodes])
-            examples = cohort.examples[counts]
-            even = not self.cosine or not examples.sum() > 0
-            weights = torch.full_like(betas, 1 / len(betas)) if even else examples / examples.sum()
-            terms = (1 - betas)[:, None] * found.target + betas[:, None] * self._projected(cohort, found)
-            return weights @ terms
-
-        return adapted(cohort, self.target, self.rate_ratio, self.align, step), None
-
-    def _projected(self, cohort: Cohort, found: Adaptation) -> Tensor:
+    def _projected(self, cohort: Cohort, adapted: Adaptation) -> Tensor:
         project = cosine_projections if self.cosine else projections
         if not self.by_layer:
-            return project(found.target, found.sources)
+            return project(adapted.target, adapted.sources)
         pieces = [slice(entry.start, entry.stop) for entry in cohort.layout.parameters]
-        return torch.cat([project(found.target[piece], found.sources[:, piece]) for piece in pieces], dim=1)
+        return torch.cat([project(adapted.target[piece], adapted.sources[:, piece]) for piece in pieces], dim=1)

@@ -13,7 +13,7 @@ from corymb.strategies.sighted import SightedRule
 
 @dataclass(frozen=True)
 class Layerwise(SightedRule[None]):
-    """A sighted rule without memory, used on each tensor of the model by itself, as if it were the whole."""
+    """Layer by layer: a sighted rule without memory, used on each tensor of the model as if it were the whole."""
 
     buffers = "median"
 

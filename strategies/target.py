@@ -5,13 +5,16 @@ Jiang, Zhang & Koyejo 2024, sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from corymb.strategies.checks import at_least, positive, share
 from corymb.strategies.cohort import Cohort
+from corymb.strategies.sighted import SightedRule
 
 STEPS = "steps"  # the metric that counts a site's batches
 
@@ -103,11 +106,51 @@ def cosine_projections(target: Tensor, sources: Tensor) -> Tensor:
     return cosines.clamp(min=0)[:, None] * sources
 
 
-def adapted(
-    cohort: Cohort, target: str, rate_ratio: float, align: bool, step: Callable[[Adaptation, dict[str, float]], Tensor]
-) -> Tensor:
-    """The next parameters `[P]`: the origin moved by `step`; without sources by the target, without the target not."""
-    found = adaptation(cohort, target, rate_ratio, align)
-    if found is None:
-        return cohort.origin
-    return cohort.origin + (step(found, cohort.notes) if len(found.sources) else found.target)
+@dataclass(frozen=True)
+class TargetRule(SightedRule[int]):
+    """Moves the model for the sake of one site, `target`, with the help of the others, the sources.
+
+    `beta` is the sources' part; `auto` finds one for each source, from the updates of the target's single batches,
+    which it sends with the setting `train.batch_updates`. With `align` a source's update is brought to the scale of the
+    target's, by the numbers of their batches and by `rate_ratio`, the target's learning rate over the sources'.
+    The first `warm` rounds average the sources alone. A round without the target changes nothing; the memory
+    counts rounds.
+    """
+
+    target: str
+    beta: float = 0.5
+    auto: bool = False
+    rate_ratio: float = 1.0
+    align: bool = True
+    warm: int = 0
+
+    def __post_init__(self) -> None:
+        share(beta=self.beta)
+        positive(rate_ratio=self.rate_ratio)
+        at_least(0, warm=self.warm)
+
+    def initial(self) -> int:
+        """No round yet."""
+        return 0
+
+    @abstractmethod
+    def step(self, adapted: Adaptation, trusted: Trust, cohort: Cohort) -> tuple[Tensor, Tensor]:
+        """Where to go, `[P]`, and the sources' parts, `[N]`; there is a source."""
+
+    @final
+    def mix(self, cohort: Cohort, memory: int) -> tuple[Tensor, int]:
+        """The origin moved by `step`; without sources by the target's update."""
+        warm = memory < self.warm
+        found = adaptation(cohort, self.target, self.rate_ratio, self.align and not warm)
+        if found is None:
+            return cohort.origin, memory
+        if not len(found.sources):
+            return cohort.origin + found.target, memory + 1
+        if warm:
+            examples = cohort.examples[[node != self.target for node in cohort.nodes]]
+            shares = examples / examples.sum() if examples.sum() > 0 else torch.full_like(examples, 1 / len(examples))
+            return cohort.origin + shares @ found.sources, memory + 1
+        constant = found.target.new_full((len(found.sources),), self.beta)
+        moved, betas = self.step(found, trust(found) if self.auto else Trust(constant, constant, constant), cohort)
+        cohort.notes["beta"] = float(betas.mean())
+        return cohort.origin + moved, memory + 1

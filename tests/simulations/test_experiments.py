@@ -86,7 +86,7 @@ def test_changes_and_names(tmp_path: Path) -> None:
     assert experiment.data.source == "some/path"
     with pytest.raises(ValueError, match="has no key and value"):
         parse_change("alpha")
-    with pytest.raises(ValueError, match="no experiment 'nowhere'; give a TOML file or a shipped one: demo, fedau"):
+    with pytest.raises(ValueError, match="no experiment 'nowhere'; give a TOML file or a shipped one: demo, di"):
         read(Path("nowhere"))
 
 

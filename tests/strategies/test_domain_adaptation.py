@@ -7,8 +7,8 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor
 
-from corymb.strategies import FedDA, FedGP, Layout, Model, Outcome, Reply, SightedRule
-from corymb.strategies.target import Adaptation, projections, trust
+from corymb.strategies import FedDA, FedGP, Layout, Model, Outcome, Reply
+from corymb.strategies.target import Adaptation, TargetRule, projections, trust
 from corymb.tests.support import golden
 
 GOLDEN = golden("fedgp")
@@ -17,14 +17,14 @@ PRECISION = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-
 
 
 def outcome(
-    rule: SightedRule[None],
+    rule: TargetRule,
     dtype: torch.dtype = torch.float64,
     target: list[float] | None = GOLDEN["target_update"],
     metrics: dict[str, list[float]] | None = None,
     examples: tuple[int, ...] = (1, 1, 1),
     layers: tuple[int, ...] = (4,),
     steps: Tensor | None = None,
-) -> Outcome[None]:
+) -> Outcome[int]:
     """A round that began at 1."""
     state = {f"layer{i}": torch.ones(size, dtype=dtype) for i, size in enumerate(layers)}
     sources = {f"source-{i}": update for i, update in enumerate(GOLDEN["source_updates"])}
@@ -34,10 +34,10 @@ def outcome(
         for i, ((name, update), size) in enumerate(zip(everybody.items(), (*examples, 5), strict=False))
     ]
     replies = [Reply(r.report, r.parts, steps=steps if r.report.node == "target" else None) for r in replies]
-    return rule.aggregate(Layout.of(state).flatten(state), replies, None)
+    return rule.aggregate(Layout.of(state).flatten(state), replies, 0)
 
 
-def update(rule: SightedRule[None], dtype: torch.dtype = torch.float64, **settings: Any) -> Tensor:
+def update(rule: TargetRule, dtype: torch.dtype = torch.float64, **settings: Any) -> Tensor:
     return outcome(rule, dtype, **settings).model.parameters - 1
 
 
@@ -53,7 +53,7 @@ def update(rule: SightedRule[None], dtype: torch.dtype = torch.float64, **settin
     ],
 )
 def test_worked_updates(
-    rule: SightedRule[None], name: str, layers: tuple[int, ...], dtype: torch.dtype, tolerance: float
+    rule: TargetRule, name: str, layers: tuple[int, ...], dtype: torch.dtype, tolerance: float
 ) -> None:
     assert_allclose(update(rule, dtype, layers=layers), GOLDEN[name], rtol=0, atol=tolerance)
 
@@ -62,7 +62,7 @@ def test_worked_updates(
 @pytest.mark.parametrize(
     ("rule", "name"), [(FedDA("target", auto=True), "fedda_auto"), (FedGP("target", auto=True), "fedgp_auto")]
 )
-def test_worked_automatic_weights(rule: SightedRule[None], name: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_worked_automatic_weights(rule: TargetRule, name: str, dtype: torch.dtype, tolerance: float) -> None:
     """The target made three batches, so its whole update is three of theirs; the sources made one."""
     batches = torch.tensor(GOLDEN["target_batch_updates"], dtype=dtype)
     metrics = {"steps": [1.0, 1.0, 1.0, 3.0]}
@@ -102,10 +102,20 @@ def test_edges() -> None:
 
 
 @pytest.mark.parametrize("rule", [FedDA("target"), FedGP("target", auto=True)])
-def test_a_round_without_the_target_changes_nothing(rule: SightedRule[None]) -> None:
+def test_a_round_without_the_target_changes_nothing(rule: TargetRule) -> None:
     assert update(rule, target=None).tolist() == [0] * 4
 
 
 def test_a_round_without_sources_is_the_targets() -> None:
     reply = Reply.of("target", torch.ones(3))
-    assert FedGP("target").aggregate(Model(torch.zeros(3)), [reply], None).model.parameters.tolist() == [1] * 3
+    assert FedGP("target").aggregate(Model(torch.zeros(3)), [reply], 0).model.parameters.tolist() == [1] * 3
+
+
+def test_the_first_rounds_may_average_the_sources() -> None:
+    rule = FedGP("target", warm=1)
+    assert_allclose(
+        update(rule, examples=(1, 2, 1)),
+        torch.tensor([1, 2, 1]) / 4 @ torch.tensor(GOLDEN["source_updates"]),
+        atol=1e-6,
+    )
+    assert outcome(rule).memory == 1
