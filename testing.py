@@ -101,7 +101,14 @@ def _alike(one: Any, two: Any) -> bool:
     """Equal to the last bit, tensors included."""
     (plain, tensors), (others, their_tensors) = packed(one), packed(two)
     same = tensors.keys() == their_tensors.keys()
-    return bool(plain == others) and same and all(torch.equal(tensors[name], their_tensors[name]) for name in tensors)
+    return bool(plain == others) and same and all(_equal(tensors[name], their_tensors[name]) for name in tensors)
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """To the last bit; NaN is NaN."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return bool(((one == two) | (one.isnan() & two.isnan())).all())
 
 
 def _close(one: Tensor, two: Tensor, tolerance: float = 1e-4) -> bool:
@@ -219,6 +226,18 @@ def inputs_are_left_as_they_were(rule: Rule[Any]) -> None:
     assert _alike(unpacked(rule.initial(), plain, tensors), memory), f"{rule}: it changes the memory that it is given."
 
 
+def the_servers_data_are_left_as_they_were(rule: Rule[Any]) -> None:
+    origin, proxy = _origin(), _proxy()
+    values = [proxy.inputs, proxy.labels, *proxy.module.state_dict().values()]
+    before = [value.clone() for value in values]
+    modes = [module.training for module in proxy.module.modules()]
+    rule.aggregate(origin, _replies(origin), rule.initial(), (), proxy)
+    assert all(map(torch.equal, before, values)), f"{rule}: it changes the server's data or module."
+    assert modes == [m.training for m in proxy.module.modules()], (
+        f"{rule}: it leaves the server's module in another mode"
+    )
+
+
 def a_resumed_run_is_the_same(rule: Rule[Any]) -> None:
     """Memory survives JSON and safetensors, and the rounds after it are equal bit for bit."""
     outcomes = []
@@ -253,25 +272,39 @@ def half_precision_is_read_and_kept(rule: Rule[Any]) -> None:
 
 
 def hostile_replies_that_it_tolerates_do_not_carry_it_away(rule: Rule[Any]) -> None:
+    """Whoever they are, whatever their length, in the first round and in a later one."""
     origin = _origin()
     honest = _replies(origin)
     hostile = rule.tolerates(CLIENTS)
-    longest = max(float((r.parts[0] - origin.parameters).norm()) for r in honest)
+    if not hostile:
+        return
+    memory = _round(rule, origin, _replies(origin, 1)).memory
+    limit = FAR * max(1.0, *(float((r.parts[0] - origin.parameters).norm()) for r in honest))
     ones = torch.ones_like(origin.parameters)
     attacks: dict[str, Callable[[int, Tensor], Tensor]] = {
-        "far off together": lambda i, model: origin.parameters + 1e6 * ones,
-        "far off, each elsewhere": lambda i, model: origin.parameters + 1e4 * (i + 1) * (model - origin.parameters),
-        "backwards": lambda i, model: origin.parameters - 1e3 * (model - origin.parameters),
-        "at the bound of the door": lambda i, model: 1e19 * ones,
+        f"{length:g} away together": lambda i, model, length=length: origin.parameters + length * ones  # type: ignore[misc]
+        for length in (3, 30, 300, 1e4, 1e19)
     }
+    attacks["each elsewhere"] = lambda i, model: origin.parameters + 1e4 * (i + 1) * (model - origin.parameters)
+    attacks["backwards"] = lambda i, model: origin.parameters - 1e3 * (model - origin.parameters)
     for name, attack in attacks.items():
-        replies = [
-            replace(r, report=replace(r.report, examples=2**53), parts=(attack(i, r.parts[0]),)) if i < hostile else r
-            for i, r in enumerate(honest)
-        ]
-        moved = float((_round(rule, origin, replies).model.parameters.double() - origin.parameters).norm())
-        limit = FAR * max(longest, 1.0)
-        assert moved <= limit, f"{rule}: {hostile} of {CLIENTS} replies {name} move the model by {moved:g}."
+        for first, before in ((0, None), (CLIENTS - hostile, None), (2, memory)):
+            rows = {(first + i) % CLIENTS for i in range(hostile)}
+            replies = [
+                Reply(
+                    replace(r.report, examples=2**53, metrics={"accuracy": 1e99, "steps": -1e99}),
+                    (attack(i, r.parts[0]),),
+                    torch.full_like(r.buffers, 1e19),
+                )
+                if i in rows
+                else r
+                for i, r in enumerate(honest)
+            ]
+            model = _round(rule, origin, replies, before).model
+            moved = float((model.parameters.double() - origin.parameters).norm())
+            who = f"{hostile} of {CLIENTS} replies, from number {first} on, {name},"
+            assert moved <= limit, f"{rule}: {who} move the model by {moved:g}."
+            assert float(model.buffers.abs().max()) <= 1e6, f"{rule}: {who} carry the buffers away."
 
 
 def it_serves_the_privacy_that_its_kind_can(rule: Rule[Any]) -> None:
@@ -325,6 +358,7 @@ CHECKS: tuple[Callable[[Rule[Any]], None], ...] = (
     zero_and_huge_counts_of_examples_are_harmless,
     sites_that_stand_still_are_harmless,
     inputs_are_left_as_they_were,
+    the_servers_data_are_left_as_they_were,
     a_resumed_run_is_the_same,
     half_precision_is_read_and_kept,
     hostile_replies_that_it_tolerates_do_not_carry_it_away,

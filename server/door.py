@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -17,9 +17,11 @@ from corymb.protocol.flower import NODE_UNAVAILABLE
 from corymb.protocol.records import EXAMPLES, STEPS
 from corymb.strategies import Layout, Reply, Report
 from corymb.strategies.fold import BLOCK
+from corymb.strategies.reply import CLASS
 
 MOST_EXAMPLES = 2**53  # beyond it a float cannot count
 MOST_METRICS = 100
+MOST_CLASSES = 1000  # whose numbers of examples a site may tell, besides
 MOST_STEPS = 256  # batches whose updates a site may send
 LARGEST_METRIC = 1e100
 LARGEST_NUMBER = 1e20  # of a model: times MOST_EXAMPLES it is finite in float32, and nothing trained comes near
@@ -57,10 +59,12 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class Door:
-    """Admits replies of one layout. `examples_key` is the metric that counts a site's examples."""
+    """Admits replies of one layout. `examples_key` is the metric that counts a site's examples;
+    `wants_steps(node)` says whose updates of single batches are read."""
 
     layout: Layout
     examples_key: str = EXAMPLES
+    wants_steps: Callable[[str], bool] = lambda node: False
 
     def admit(self, node: str, message: Message | Exception) -> Reply | Rejection:
         """The reply to a training message, checked cheapest first; nothing large is allocated."""
@@ -78,7 +82,7 @@ class Door:
                     raise _Refused(
                         Code.NOT_FINITE, f"tensor {name!r} holds NaN, infinity or numbers beyond {LARGEST_NUMBER:g}"
                     )
-            return Reply(report, self.layout.parts(state), self.layout.buffers_of(state), self._steps(message))
+            return Reply(report, self.layout.parts(state), self.layout.buffers_of(state), self._steps(node, message))
         except Exception as error:
             return _rejection(node, error)
 
@@ -109,7 +113,9 @@ class Door:
             if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC and name != self.examples_key
             if name.isprintable() and len(name) < 100
         }
-        numbers = dict(islice(numbers.items(), MOST_METRICS))
+        classes = {name: value for name, value in numbers.items() if name.startswith(CLASS)}
+        others = {name: value for name, value in numbers.items() if name not in classes}
+        numbers = dict(islice(others.items(), MOST_METRICS)) | dict(islice(classes.items(), MOST_CLASSES))
         return Report(node, int(examples), numbers)
 
     def _check_claims(self, arrays: ArrayRecord) -> None:
@@ -128,10 +134,10 @@ class Door:
             if DTYPES.get(array.dtype) != entry.dtype:
                 raise _Refused(Code.DTYPE, f"tensor {name!r} has the dtype {_short(array.dtype)}, not {entry.dtype}")
 
-    def _steps(self, message: Message) -> Tensor | None:
-        """The updates of single batches `[S, P]` that a site sent along."""
+    def _steps(self, node: str, message: Message) -> Tensor | None:
+        """The updates of single batches `[S, P]` that a site sent along, if the rule wants them of it."""
         record = message.content.get(STEPS)
-        if not isinstance(record, ArrayRecord):
+        if not isinstance(record, ArrayRecord) or not self.wants_steps(node):
             return None
         names = [entry.name for entry in self.layout.parameters]
         if list(record) != names:

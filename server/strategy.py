@@ -195,12 +195,16 @@ class FlowerStrategy(Strategy):
             return
         state = to_state(arrays)
         self._layout = Layout.of(state, self.buffers)
-        self._door = Door(self._layout, self.weighted_by_key)
+        self._door = Door(self._layout, self.weighted_by_key, self.rule.wants_steps)
+        self._largest = min((torch.finfo(entry.dtype).max for entry in self._layout.parameters), default=1.0)
         if self.proxy is not None:
-            ours, theirs = ([(e.name, e.shape) for e in x.parameters] for x in (self._layout, self.proxy.layout))
+            ours, theirs = (
+                [(e.name, list(e.shape), e.dtype) for e in layout.parameters]
+                for layout in (self._layout, self.proxy.layout)
+            )
             if ours != theirs:
-                odd = next(iter(set(theirs) ^ set(ours)), ours[0])
-                raise ValueError(f"The proxy's module is not the model: {odd[0]!r} {list(odd[1])} is in one only.")
+                name, shape, dtype = next((e for e in [*theirs, *ours] if e not in ours or e not in theirs), ours[0])
+                raise ValueError(f"The proxy's module is not the model: {name!r}, {dtype} {shape}, is in one only.")
         self._origin = self._layout.flatten(state)
         self._arrays = arrays
 
@@ -255,16 +259,19 @@ class FlowerStrategy(Strategy):
         for verdict in record.verdicts:
             if verdict.reason and verdict.code != Code.OFFLINE:
                 log.info("\t│ %s (%s)", verdict.reason, verdict.code)
-        model = outcome.model
+        model, moments = outcome.model, self.moments
         if model is self._origin:
             return None
         if self.step is not None and self.moments is not None:
-            model, self.moments = self.step.apply(self._origin, model, self.moments)
+            model, moments = self.step.apply(self._origin, model, self.moments)
+        rule_model = model
         if self.guard:
             model = self._elected(self.guard, model, kept if self.guard.rules else [], record)
-        if not is_bounded(model.parameters, torch.finfo(torch.float32).max):
+        if not is_bounded(model.parameters, self._largest):
             log.warning("\t│ The rule's model is not finite; the round keeps the model before it.")
             return None
+        if model is rule_model:  # what is not taken leaves no momentum behind
+            self.moments = moments
         self._origin = model
         self._arrays = to_arrays(self._layout.restore(model))
         return self._arrays

@@ -25,6 +25,8 @@ def shuffled_labels(targets: Tensor, rows: NDArray[np.int64], rng: np.random.Gen
 class Attackers:
     """A client app whose clients at `rows` send other models than they trained; the others answer for themselves.
 
+    They tell the truth when they evaluate, also for a guard.
+
     "noise" sends the received model with normal noise of deviation `scale`; "opposite" goes `scale` times as far
     in the opposite direction; "reversed" multiplies the last layer, and with it all scores, by `-scale`.
     """
@@ -60,11 +62,13 @@ class Attackers:
     def _sent(self, received: State, trained: State) -> State:
         last = next(reversed(trained)).rpartition(".")[0]
         return {
-            name: self._tensor(received[name], tensor, name.startswith(last)) if tensor.is_floating_point() else tensor
+            name: self._tensor(received[name], tensor, name.rpartition(".")[0] == last)
             for name, tensor in trained.items()
         }
 
     def _tensor(self, received: Tensor, trained: Tensor, is_last: bool) -> Tensor:
+        if not trained.is_floating_point():
+            return trained
         if self._kind == "reversed":
             return -self._scale * trained if is_last else trained
         if self._kind == "noise":

@@ -17,7 +17,7 @@ from corymb.client.batches import shuffled_rows
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, of_kind
 
-RANDOM = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+ALONE = (nn.modules.dropout._DropoutNd, nn.RNNBase)  # random, or not to be batched
 State = dict[str, Tensor]
 
 
@@ -25,8 +25,8 @@ class BatchedApp:
     """Trains all clients of a round at once, on the batches that each would take by itself.
 
     `inputs [n, ...]` and `targets [n]` are everybody's examples and `parts` the rows of each client. Any optimiser of
-    torch that treats each number by itself will do. Raises `ValueError` for modules with BatchNorm or
-    dropout, and for half precision.
+    torch that treats each number by itself will do. Raises `ValueError` for modules with running
+    statistics, dropout, recurrence or shared parameters. Clients with settings of their own train by themselves.
     """
 
     def __init__(
@@ -39,8 +39,12 @@ class BatchedApp:
     ) -> None:
         self._module = model()
         for name, module in self._module.named_modules():
-            if isinstance(module, RANDOM):
+            statistics = isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+            if statistics or isinstance(module, ALONE):
                 raise ValueError(f"engine = 'batched' cannot train {name!r}, a {type(module).__name__}; use 'serial'.")
+        every = dict(self._module.named_parameters(remove_duplicate=False))
+        if shared := every.keys() - dict(self._module.named_parameters()).keys():
+            raise ValueError(f"engine = 'batched' cannot train {min(shared)!r}, shared by two layers; use 'serial'.")
         self._inputs, self._targets, self._parts = inputs, targets, parts
         self._alone = alone
 
@@ -56,7 +60,9 @@ class BatchedApp:
             TrainSettings.read(context.run_config, context.node_config, *config)
             for (_, context), config in zip(asked, configs, strict=True)
         ]
-        if len(set(map(repr, settings))) > 1 or settings[0].precision != "float32" or settings[0].batch_updates:
+        first = settings[0]
+        plain = first.precision == "float32" and not first.batch_updates and not first.report_classes
+        if not plain or len(set(map(repr, settings))) > 1:
             return [self._alone(message, context) for message, context in asked]
         number = round_of(configs[0])
         states = [to_state(only_arrays(message.content)) for message, _ in asked]
@@ -100,13 +106,16 @@ class BatchedApp:
         self, state: State, rows: list[list[Tensor]], settings: TrainSettings, rate: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Train the stacked `state` in place; sums of losses, of correct answers and of examples, `[K]` each."""
-        parameters = {name: state[name] for name, _ in self._module.named_parameters()}
+        parameters = {name: state[name] for name, p in self._module.named_parameters() if p.requires_grad}
+        fixed = {name: tensor for name, tensor in state.items() if name not in parameters}
         optimizer = getattr(torch.optim, settings.optimizer)(
             list(parameters.values()), lr=rate, **settings.optimizer_options
         )
 
-        def loss(weights: State, inputs: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            outputs = functional_call(self._module, weights, (inputs,))
+        def loss(
+            weights: State, others: State, inputs: Tensor, targets: Tensor, mask: Tensor
+        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            outputs = functional_call(self._module, {**weights, **others}, (inputs,))
             total = (nn.functional.cross_entropy(outputs, targets, reduction="none") * mask).sum()
             correct = ((outputs.argmax(dim=1) == targets) * mask).sum()
             return total / mask.sum().clamp(min=1), (total.detach(), correct)
@@ -120,7 +129,7 @@ class BatchedApp:
             index = torch.stack([nn.functional.pad(batch, (0, size - len(batch))) for batch in batches])
             lengths = torch.tensor([len(batch) for batch in batches])
             mask = (torch.arange(size) < lengths[:, None]).float()
-            slopes, (losses, correct) = gradients(parameters, self._inputs[index], self._targets[index], mask)
+            slopes, (losses, correct) = gradients(parameters, fixed, self._inputs[index], self._targets[index], mask)
             finished = (lengths == 0).nonzero()[:, 0]
             before = [parameter[finished].clone() for parameter in parameters.values()]
             for name, parameter in parameters.items():

@@ -43,6 +43,8 @@ def findings(experiment: Experiment, runs: list[Run]) -> list[Finding]:
             [measured(claim.measure, run, experiment, hostile[run.seed]) for run in runs if run.rule == rule]
             for rule in (claim.rule, claim.than)
         )
+        if not mine or (claim.than and not others):
+            raise ValueError(f"There are no runs of {claim.rule!r} and {claim.than!r} to compare.")
         found.append(Finding(claim, mine, others or None))
     return found
 
@@ -55,10 +57,12 @@ def measured(measure: str, run: Run, experiment: Experiment, hostile: set[str]) 
         return run.wall_seconds
     if measure == "hostile":
         shares = [
-            sum(v.weight or 0.0 for v in record.admitted if v.node in hostile)
+            sum(v.weight or 0.0 for v in record.admitted if v.node in hostile) / total
             for record in run.records
-            if any(v.weight is not None for v in record.admitted)
+            if (total := sum(v.weight or 0.0 for v in record.admitted))
         ]
+        if not shares:
+            raise ValueError(f"{run.rule!r} recorded no weights, so there is no share of the hostile clients.")
         return float(np.mean(shares))
     newest = experiment.rounds - experiment.evaluate.last
     numbers = [record.server | record.rule for record in run.records if record.round > newest]

@@ -28,9 +28,11 @@ class OwnStart:
         return reply
 
     def _own(self, message: Message, context: Context) -> Message:
-        if round_of(of_kind(message.content, ConfigRecord)) == 1:
+        trains = message.metadata.message_type.startswith("train")
+        if trains and round_of(of_kind(message.content, ConfigRecord)) == 1:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(1000 * (self._seed + 1) + int(context.node_config["partition-id"]))
+                client = int(context.node_config["partition-id"])
+                torch.default_generator.manual_seed(1_000_003 * (self._seed + 1) + client)
                 state = self._model().state_dict()
             for name, record in message.content.items():
                 if isinstance(record, ArrayRecord):

@@ -34,8 +34,8 @@ class NormClipping(SightedRule[None]):
             positive(radius=self.radius)
 
     def tolerates(self, clients: int) -> int:
-        """A minority: together they move the model by half of the radius at most."""
-        return 0 if self.by_examples else (clients - 1) // 2
+        """A minority: they move the model by half of the radius at most. None for a `radius` of whatever length."""
+        return 0 if self.by_examples or self.radius else (clients - 1) // 2
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """The mean of the cut updates."""
@@ -67,8 +67,8 @@ class CentredClipping(SightedRule[None]):
             positive(radius=self.radius)
 
     def tolerates(self, clients: int) -> int:
-        """A minority: each step moves the centre by a radius at most."""
-        return (clients - 1) // 2
+        """A minority: each step moves the centre by a radius at most. None for a `radius` of whatever length."""
+        return 0 if self.radius else (clients - 1) // 2
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """Move the centre."""

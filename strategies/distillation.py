@@ -31,6 +31,7 @@ class RunOffDistillation(SightedRule[None]):
     shift_equivariant = False
     scale_equivariant = False
     buffers = "proxy"
+    screens = False  # a broken model is a voter, too
 
     budget: int = 1
     least: int = 20

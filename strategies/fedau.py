@@ -52,6 +52,8 @@ class FedAU(BlindRule[Attendance]):
     objective weighed by examples instead of by site; a site not heard yet is taken as an average one.
     """
 
+    unanimous = False  # it steps by the population and the server's rate
+
     cutoff: int | None = 50
     population: int | None = None
     server_rate: float = 1.0

@@ -25,6 +25,11 @@ class FedGP(TargetRule):
     by_layer: bool = False
     cosine: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allow and not self.auto:
+            raise ValueError("allow = True is an automatic weight; set auto = True with it.")
+
     def step(self, adapted: Adaptation, trusted: Trust, cohort: Cohort) -> tuple[Tensor, Tensor]:
         """The mean over sources of `(1 - beta) * target + beta * projection`."""
         betas = trusted.allowed if self.allow else trusted.projected

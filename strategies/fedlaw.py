@@ -45,6 +45,8 @@ class FedLAW(SightedRule[None]):
         one_of(("adam", "sgd"), optimizer=self.optimizer)
         positive(learning_rate=self.learning_rate)
         at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        if self.average:
+            at_least(14, epochs=self.epochs)  # lambda is averaged from the seventh of its half on
         if self.average and self.learn != "both":
             raise ValueError(f"average = True learns both; leave out learn = {self.learn!r}.")
 

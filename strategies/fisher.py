@@ -75,8 +75,9 @@ def fisher_mean(
 
     With `floor_first_only` a parameter that matters to no model keeps the first model's value.
     """
-    lengths = fishers.double().norm(dim=1) if normalise else torch.ones(len(fishers), dtype=torch.float64)
-    weights = weights.double() / lengths.clamp(min=torch.finfo(torch.float64).tiny)
+    weights = weights.double()
+    if normalise:  # with the floor, or a model that is sure of everything would take all of the weight
+        weights = weights / fishers.double().clamp(min=floor).norm(dim=1)
     floored = fishers.double().clone()
     chosen = slice(1) if floor_first_only else slice(None)
     floored[chosen] = floored[chosen].clamp(min=floor)

@@ -25,7 +25,7 @@ class FLTrust(SightedRule[None]):
     unanimous = False
     shift_equivariant = False
     scale_equivariant = False
-    buffers = "median"
+    buffers = "proxy"
 
     epochs: int = 1
     batch_size: int = 32

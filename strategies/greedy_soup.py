@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class GreedySoup(SightedRule[None]):
     def _score(self, cohort: Cohort, weights: Tensor) -> float:
         model = cohort.mixed(weights)
         buffers = cohort.proxy.refreshed(model, cohort.buffers)
-        if self.score == "accuracy":
-            return cohort.proxy.accuracy(model, buffers)
-        return -cohort.proxy.loss_of(model, buffers)
+        score = -cohort.proxy.loss_of(model, buffers)
+        if self.score == "accuracy" and isfinite(score):
+            score = cohort.proxy.accuracy(model, buffers)
+        return score if isfinite(score) else -inf

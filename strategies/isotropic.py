@@ -96,7 +96,7 @@ def iso_cts(tasks: Tensor, common: float) -> Tensor | None:
 def ranks(rank: int, tasks: int, common: float) -> tuple[int, int]:
     """How many directions are common, and how many each task's own; together all of `rank`."""
     least = int(common * rank)
-    own = round((rank - least) / tasks)
+    own = min(round((rank - least) / tasks), rank // tasks)
     return rank - own * tasks, own
 
 

@@ -16,6 +16,9 @@ class Layerwise(SightedRule[None]):
     """Layer by layer: a sighted rule without memory, used on each tensor of the model as if it were the whole."""
 
     buffers = "median"
+    unanimous = False  # these depend on the rule
+    shift_equivariant = False
+    scale_equivariant = False
 
     rule: SightedRule[Any]
 

@@ -15,9 +15,25 @@ from corymb.strategies.rule import Rule
 
 def known_rules() -> dict[str, type[Rule[Any]]]:
     """Every rule by name: our own table, then what installed packages add."""
+    return {name: _rule_class(name) for name in _names()}
+
+
+def _names() -> list[str]:
     from corymb.strategies import RULES  # the table of contents imports this file
 
-    return RULES | {point.name: point.load() for point in entry_points(group="corymb.rules") if point.name not in RULES}
+    return list(dict.fromkeys([*RULES, *entry_points(group="corymb.rules").names]))
+
+
+def _rule_class(name: str) -> type[Rule[Any]]:
+    from corymb.strategies import RULES
+
+    if name in RULES:
+        return RULES[name]
+    try:
+        found: type[Rule[Any]] = entry_points(group="corymb.rules")[name].load()
+    except Exception as error:  # another package's code runs here
+        raise ValueError(f"The rule {name!r} cannot be loaded: {type(error).__name__}: {error}.") from error
+    return found
 
 
 def make_rule(name: str, **parameters: Any) -> Rule[Any]:
@@ -27,15 +43,15 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
     Raises `ValueError` for a name or parameter that does not exist, listing those that do, and for a
     value out of range.
     """
-    rules = known_rules()
-    if name not in rules:
-        raise ValueError(f"There is no rule {name!r}; the known rules are {', '.join(sorted(rules))}.")
-    known = [field.name for field in fields(rules[name])]
+    if name not in _names():
+        raise ValueError(f"There is no rule {name!r}; the known rules are {', '.join(sorted(_names()))}.")
+    kind = _rule_class(name)
+    known = [field.name for field in fields(kind)]
     for parameter in parameters:
         if parameter not in known:
             has = f"its parameters are {', '.join(known)}" if known else "it has none"
             raise ValueError(f"Rule {name!r} has no parameter {parameter!r}; {has}.")
-    types = get_type_hints(rules[name])
+    types = get_type_hints(kind)
     made, wrong = {}, []
     for parameter, value in parameters.items():
         kinds = _rules_in(types[parameter])
@@ -49,7 +65,7 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
                 wrong.append(f"{parameter}: {error.errors()[0]['msg']}")
     try:
         if not wrong:
-            return rules[name](**made)
+            return kind(**made)
     except (TypeError, ValueError) as error:
         wrong.append(str(error).removesuffix("."))
     raise ValueError(f"Rule {name!r} cannot be made with {parameters}: {'; '.join(wrong)}.")

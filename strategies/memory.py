@@ -10,13 +10,15 @@ from torch import Tensor
 
 M = TypeVar("M")
 Json = Any
-TENSOR = "tensor"  # {"tensor": name} stands for a tensor kept beside the JSON
+TENSOR = "$tensor"  # {"$tensor": name} stands for a tensor kept beside the JSON
 
 
 def packed(memory: object) -> tuple[Json, dict[str, Tensor]]:
     """`memory` as JSON and tensors.
 
-    Memory is None, a scalar, a string, a tensor, or a dataclass, tuple or string-keyed dict of these.
+    Memory is None, a scalar, a string, a tensor, or a dataclass, tuple or string-keyed dict of these. A dataclass
+    within it comes back as one if it is there in the rule's first memory as well.
+
     Raises `TypeError` for anything else.
     """
     tensors: dict[str, Tensor] = {}

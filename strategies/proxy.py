@@ -35,6 +35,9 @@ class Proxy:
             raise ValueError("The proxy data hold 0 examples; give some, or choose a rule that needs none.")
         if self.targets is not None and len(self.targets) != len(self.inputs):
             raise ValueError(f"The proxy data have {len(self.inputs)} inputs for {len(self.targets)} targets.")
+        names = dict(self.module.named_parameters(remove_duplicate=False))
+        if shared := names.keys() - dict(self.module.named_parameters()).keys():
+            raise ValueError(f"The proxy's module uses {min(shared)!r} under two names; proxy data need one for each.")
 
     @cached_property
     def layout(self) -> Layout:
@@ -50,7 +53,7 @@ class Proxy:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """The rows of all examples in batches of `size`, in order."""
-        yield from torch.arange(len(self.inputs)).split(size)
+        yield from batches_of(torch.arange(len(self.inputs)), size)
 
     def outputs(self, parameters: Tensor, buffers: Tensor, rows: Tensor | None = None) -> Tensor:
         """What the model `parameters [P]`, `buffers [B]` says of the examples at `rows`, in evaluation mode.
@@ -121,7 +124,7 @@ class Proxy:
     @contextmanager
     def _mode(self, statistics: bool) -> Iterator[None]:
         """Evaluation mode, but for BatchNorm's own `statistics`; dropout stays off, so nothing is random."""
-        training = self.module.training
+        modes = {module: module.training for module in self.module.modules()}
         self.module.eval()
         for module in self.module.modules():
             if statistics and isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -129,7 +132,16 @@ class Proxy:
         try:
             yield
         finally:
-            self.module.train(training)
+            for module, training in modes.items():
+                module.training = training
+
+
+def batches_of(rows: Tensor, size: int) -> list[Tensor]:
+    """`rows` in batches of `size`; a last one of a single row, too few for BatchNorm, joins the one before."""
+    batches = list(rows.split(size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 class Session:
@@ -164,7 +176,7 @@ class Session:
         optimizer = torch.optim.SGD([vector], lr=learning_rate, momentum=momentum)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(epochs):
-            for batch in torch.randperm(len(rows), generator=generator).split(batch_size):
+            for batch in batches_of(torch.randperm(len(rows), generator=generator), batch_size):
                 optimizer.zero_grad()
                 self.loss(vector, rows[batch], targets[batch]).backward()
                 optimizer.step()

@@ -48,6 +48,10 @@ class Rule(ABC, Generic[M]):
         """How many of `clients` replies may be anything at all without carrying the model away."""
         return 0
 
+    def wants_steps(self, node: str) -> bool:
+        """Whether the updates of single batches are of use, if `node` sends them."""
+        return False
+
     @abstractmethod
     def aggregate(
         self,

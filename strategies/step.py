@@ -28,6 +28,7 @@ class Step:
     `optimizer` is a class of `torch.optim`, or "Yogi"; `options` are its own. FedAvgM is SGD with
     `{"momentum": 0.9}`, FedAdam is Adam, FedAdagrad is Adagrad, FedYogi is Yogi. torch's Adam corrects its bias,
     the paper's does not. Buffers are the rule's. A round that leaves the model as it was makes no step.
+    A step trusts the rule: what a rule that is not robust lets through stays in the moments.
     """
 
     optimizer: str = "SGD"
@@ -37,7 +38,9 @@ class Step:
     def __post_init__(self) -> None:
         positive(learning_rate=self.learning_rate)
         try:
-            self._made(torch.zeros(1, requires_grad=True))
+            vector = torch.zeros(1, requires_grad=True)
+            vector.grad = torch.zeros(1)
+            self._made(vector).step()  # some want a closure, or another kind of gradient
         except Exception as error:  # torch raises whatever it likes
             raise ValueError(f"torch.optim cannot make {self.optimizer!r} with {self.options}: {error}.") from None
 
@@ -47,8 +50,8 @@ class Step:
 
     def apply(self, old: Model, new: Model, memory: Moments) -> tuple[Model, Moments]:
         """The model after one step from `old` towards `new`."""
-        if new is old:
-            return old, memory
+        if new is old or torch.equal(new.parameters, old.parameters):
+            return new, memory
         vector = old.parameters.clone().requires_grad_()
         optimizer = self._made(vector)
         if memory.values:

@@ -70,21 +70,21 @@ def trust(adapted: Adaptation, default: float = 0.5) -> Trust:
     mean = steps.mean(dim=0)
     spread = (steps - mean).square().sum() / (count - 1)
     variance = spread / count
-    distance = torch.cdist(sources, steps).square().mean(dim=1) - spread
     units = _units(sources)
     along = steps @ units.T  # [S, N]
-    rests = steps[:, None] - along[..., None] * units  # [S, N, P]
-    rest_spread = (rests - rests.mean(dim=0)).square().sum(dim=(0, 2)) / (count - 1)
-    across = rests.square().sum(dim=2).mean(dim=0) - rest_spread
+    rest = mean - along.mean(dim=0)[:, None] * units  # of the mean, across each source, [N, P]
+    distance = (sources - mean).square().sum(dim=1) - variance
+    across = rest.square().sum(dim=1) - (spread - along.var(dim=0)) / count
     towards = 1 - (1 - (along > 0).double().mean(dim=0)) / count
-    distance, across = distance.clamp(min=0), across.clamp(min=0)
-    missed = towards * across + (1 - towards) * mean.square().sum()
-    return Trust(*(_share(variance, error) for error in (distance, across, missed)))
+    length = mean.square().sum()
+    missed = towards * across.clamp(min=0) + (1 - towards) * length
+    return Trust(*(_share(variance, error.clamp(min=0), length) for error in (distance, across, missed)))
 
 
-def _share(variance: Tensor, error: Tensor) -> Tensor:
+def _share(variance: Tensor, error: Tensor, length: Tensor) -> Tensor:
+    """The share that the variance has of the error; one where both are nothing beside the squared `length`."""
     total = error + variance
-    return torch.where(total > 0, variance / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0)
+    return torch.where(total > 1e-14 * length, variance / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0)
 
 
 def _units(vectors: Tensor) -> Tensor:
@@ -113,9 +113,11 @@ class TargetRule(SightedRule[int]):
     `beta` is the sources' part; `auto` finds one for each source, from the updates of the target's single batches,
     which it sends with the setting `train.batch_updates`. With `align` a source's update is brought to the scale of the
     target's, by the numbers of their batches and by `rate_ratio`, the target's learning rate over the sources'.
-    The first `warm` rounds average the sources alone. A round without the target changes nothing; the memory
-    counts rounds.
+    The first `warm` rounds average the sources alone. A round without the target changes nothing, and its note "target"
+    is 0; the memory counts rounds. Sources are believed to be honest.
     """
+
+    unanimous = False  # sources are brought to the target's scale
 
     target: str
     beta: float = 0.5
@@ -133,6 +135,10 @@ class TargetRule(SightedRule[int]):
         """No round yet."""
         return 0
 
+    def wants_steps(self, node: str) -> bool:
+        """Of the target."""
+        return node == self.target
+
     @abstractmethod
     def step(self, adapted: Adaptation, trusted: Trust, cohort: Cohort) -> tuple[Tensor, Tensor]:
         """Where to go, `[P]`, and the sources' parts, `[N]`; there is a source."""
@@ -140,16 +146,15 @@ class TargetRule(SightedRule[int]):
     @final
     def mix(self, cohort: Cohort, memory: int) -> tuple[Tensor, int]:
         """The origin moved by `step`; without sources by the target's update."""
-        warm = memory < self.warm
-        found = adaptation(cohort, self.target, self.rate_ratio, self.align and not warm)
+        sources = torch.tensor([node != self.target for node in cohort.nodes])
+        if memory < self.warm and sources.any():
+            return cohort.mixed(cohort.shares * sources / (cohort.shares * sources).sum()), memory + 1
+        found = adaptation(cohort, self.target, self.rate_ratio, self.align)
+        cohort.notes["target"] = float(found is not None)
         if found is None:
             return cohort.origin, memory
         if not len(found.sources):
             return cohort.origin + found.target, memory + 1
-        if warm:
-            examples = cohort.examples[[node != self.target for node in cohort.nodes]]
-            shares = examples / examples.sum() if examples.sum() > 0 else torch.full_like(examples, 1 / len(examples))
-            return cohort.origin + shares @ found.sources, memory + 1
         constant = found.target.new_full((len(found.sources),), self.beta)
         moved, betas = self.step(found, trust(found) if self.auto else Trust(constant, constant, constant), cohort)
         cohort.notes["beta"] = float(betas.mean())

@@ -24,6 +24,7 @@ class WeightMatching(SightedRule[None]):
     """
 
     buffers = "proxy"
+    unanimous = False  # that depends on the rule that merges
     scale_equivariant = False  # the order found may be another
     shift_equivariant = False
 
@@ -33,8 +34,8 @@ class WeightMatching(SightedRule[None]):
 
     def __post_init__(self) -> None:
         one_of(("origin", "first"), reference=self.reference)
-        if self.then is not None and self.then.initial() is not None:
-            raise ValueError(f"then = {self.then} has a memory; weight matching takes a rule without.")
+        if self.then is not None and (self.then.initial() is not None or self.then.needs_proxy):
+            raise ValueError(f"then = {self.then} keeps a memory or needs proxy data; matching takes a rule without.")
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """Match every model to the reference and merge them."""

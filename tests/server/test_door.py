@@ -191,10 +191,16 @@ def with_steps(steps: dict[str, torch.Tensor]) -> RecordDict:
 
 
 def test_updates_of_batches_come_along() -> None:
-    admitted = Door(Layout.of(good())).admit("a", reply(1000, with_steps(STEPS)))
+    admitted = Door(Layout.of(good()), wants_steps=lambda node: node == "a").admit("a", reply(1000, with_steps(STEPS)))
     assert isinstance(admitted, Reply)
     assert admitted.steps is not None
     assert admitted.steps.shape == (2, SIZE + 3)
+    for verdict in (
+        Door(Layout.of(good())).admit("a", reply(1000, with_steps(STEPS))),  # nobody asked for them
+        Door(Layout.of(good()), wants_steps=lambda node: node == "b").admit("a", reply(1000, with_steps(STEPS))),
+    ):
+        assert isinstance(verdict, Reply)
+        assert verdict.steps is None
     assert admitted.steps[:, -4:].tolist() == [[0.5, 1, 1, 1]] * 2
 
 
@@ -211,7 +217,7 @@ def test_updates_of_batches_come_along() -> None:
     ids=["order", "shape", "dtype", "none", "many", "nan"],
 )
 def test_wrong_updates_of_batches_are_turned_away(steps: dict[str, torch.Tensor], reason: str) -> None:
-    verdict = Door(Layout.of(good())).admit("a", reply(1000, with_steps(steps)))
+    verdict = Door(Layout.of(good()), wants_steps=lambda node: node == "a").admit("a", reply(1000, with_steps(steps)))
     assert isinstance(verdict, Rejection)
     assert re.search(reason, verdict.reason), verdict.reason
 
@@ -222,6 +228,11 @@ def test_metrics_are_bounded() -> None:
     assert not isinstance(report, Rejection)
     assert len(report.metrics) == 100
     assert all(name.startswith("metric-") for name in report.metrics)
+    classes = {f"examples-of-class-{c}": 1.0 for c in range(5000)}
+    report = Door(Layout.of({})).hear("a", reply(1000, content({}, 1, **classes, participation=0.5)))
+    assert not isinstance(report, Rejection)
+    assert len(report.metrics) == 1001
+    assert report.metrics["participation"] == 0.5
 
 
 def test_what_nobody_thought_of_costs_its_reply_only() -> None:

@@ -74,4 +74,4 @@ def test_memory_is_json(tmp_path: Path) -> None:
     journal.close()
     memory = json.loads(text)
     assert memory["nodes"] == ["a", "b"]
-    assert memory["mean"] == {"tensor": "mean"}
+    assert memory["mean"] == {"$tensor": "mean"}

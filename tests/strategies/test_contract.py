@@ -39,7 +39,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fedda", {"target": "site-00", "auto": True}),
     ("fedgp", {"target": "site-00", "by_layer": True}),
     ("fedlaw", {"form": "quad", "epochs": 3}),
-    ("fedlaw", {"average": True, "epochs": 3}),
+    ("fedlaw", {"average": True, "epochs": 14}),
     ("ida", {"factors": "distance+examples+accuracy"}),
     ("krum", {"hostile": 2, "selected": 4}),
     ("bulyan", {"hostile": 2}),
@@ -66,6 +66,7 @@ def test_every_rule_keeps_its_promises(name: str, parameters: dict[str, Any]) ->
 class TakesTheFirst(SightedRule[None]):
     """The reply that came first, whoever sent it; its name is what its order depends on."""
 
+    buffers = "median"
     robust: ClassVar[int] = 2
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
@@ -75,6 +76,42 @@ class TakesTheFirst(SightedRule[None]):
     def tolerates(self, clients: int) -> int:
         """A lie."""
         return self.robust
+
+
+@dataclass(frozen=True)
+class TakesTheLast(TakesTheFirst):
+    """As hostile sites at the end would like it."""
+
+    def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
+        """See `SightedRule.mix`."""
+        return cohort.models[-1], None
+
+
+@dataclass(frozen=True)
+class CutsAtThreeHundred(TakesTheFirst):
+    """Robust against far replies only."""
+
+    def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
+        """See `SightedRule.mix`."""
+        near = (cohort.models - cohort.origin).norm(dim=1) < 300
+        return cohort.models[near].mean(dim=0), None
+
+
+@dataclass(frozen=True)
+class AveragesBuffers(Median):
+    """A median of parameters only."""
+
+    buffers = "mean"  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class SpoilsTheProxy(SightedRule[None]):
+    """Works in the server's data."""
+
+    def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
+        """See `SightedRule.mix`."""
+        cohort.proxy.inputs.add_(1)
+        return cohort.mixed(cohort.shares), None
 
 
 @dataclass(frozen=True)
@@ -147,7 +184,11 @@ class NoRecord(FedAvg):
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
-        (TakesTheFirst(), "2 of 11 replies far off together move the model by"),
+        (TakesTheFirst(), "2 of 11 replies, from number 0 on, 3 away together, move the model by"),
+        (TakesTheLast(), "2 of 11 replies, from number 9 on, 3 away together, move the model by"),
+        (CutsAtThreeHundred(), "2 of 11 replies, from number 0 on, 30 away together, move the model by"),
+        (AveragesBuffers(), "5 of 11 replies, from number 0 on, 3 away together, carry the buffers away"),
+        (SpoilsTheProxy(), "it changes the server's data or module"),
         (Writes(), "another order of replies, another model|changes the models that it is given"),
         (Doubles(), "a single site does not get its own model; is it unanimous"),
         (Shrinks(), "it is not shift-equivariant; declare it so"),

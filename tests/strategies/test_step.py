@@ -51,9 +51,14 @@ def test_a_round_that_changed_nothing_makes_no_step() -> None:
     step = Step("SGD", 1.0, {"momentum": 0.9})
     model, memory = step.apply(Model(torch.zeros(2)), Model(torch.ones(2)), step.initial())
     assert step.apply(model, model, memory) == (model, memory)
+    same = Model(model.parameters.clone())
+    assert step.apply(model, same, memory) == (same, memory)
 
 
 def test_wrong_settings_are_told() -> None:
+    for unfit in ("LBFGS", "SparseAdam"):
+        with pytest.raises(ValueError, match=r"torch.optim cannot make"):
+            Step(unfit)
     with pytest.raises(ValueError, match=r"torch.optim cannot make 'Adamm'"):
         Step("Adamm")
     with pytest.raises(ValueError, match=r"torch.optim cannot make 'SGD' with \{'momentun': 1\}"):
