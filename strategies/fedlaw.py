@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from corymb.strategies.checks import at_least, one_of, positive
-from corymb.strategies.coherence import coherence
+from corymb.strategies.coherence import coherence, label_coherence
 from corymb.strategies.cohort import Cohort
 from corymb.strategies.proxy import Session
+from corymb.strategies.reply import CLASS
 from corymb.strategies.sighted import SightedRule
 
 
@@ -22,7 +23,8 @@ class FedLAW(SightedRule[None]):
     or sgd) in batches of `batch_size`. `form` "exp" is softmax and exp, beginning at the shares of examples;
     "quad" squares, beginning uniform. `learn` "both", "gamma" or "lambda". `average` is FedLAW-SWA: first lambda,
     averaged over its last epochs, then gamma, for half of the epochs each. BatchNorm's statistics are
-    estimated on the proxy data. The round's notes have gamma, the proxy loss and the updates' coherence.
+    estimated on the proxy data. The round's notes have gamma, the proxy loss, and the coherence of updates, and of
+    labels where sites report them.
     """
 
     needs_proxy = True
@@ -68,6 +70,9 @@ class FedLAW(SightedRule[None]):
         cohort.notes["gamma"] = float(gamma)
         cohort.notes["proxy-loss"] = cohort.proxy.loss_of(vector, session.buffers)
         cohort.notes["coherence"] = coherence(cohort.models, cohort.origin).mean
+        told = [numbers.nan_to_num() for name, numbers in cohort.metrics.items() if name.startswith(CLASS)]
+        if told:
+            cohort.notes["label-coherence"] = float(label_coherence(torch.stack(told, dim=1)).mean())
         return vector, None
 
     def _weights(self, mixture: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,16 @@ GOLDEN = golden("fedlaw")
 PRECISION = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 
 
-def learned(rule: FedLAW, dtype: torch.dtype = torch.float64, scale: float = 1.0, clients: int = 3) -> Outcome[None]:
+def learned(
+    rule: FedLAW,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    clients: int = 3,
+    metrics: list[dict[str, float]] | None = None,
+) -> Outcome[None]:
     proxy = Proxy(nn.Linear(2, 3, dtype=dtype), torch.tensor(GOLDEN["X"], dtype=dtype), torch.tensor(GOLDEN["Y"]))
     replies = [
-        Reply.of(f"site-{i}", scale * torch.tensor(model, dtype=dtype), size)
+        Reply.of(f"site-{i}", scale * torch.tensor(model, dtype=dtype), size, metrics[i] if metrics else None)
         for i, (model, size) in enumerate(zip(GOLDEN["client_models_flat"], GOLDEN["sizes"], strict=True))
     ][:clients]
     origin = torch.tensor(GOLDEN["delta_form"]["w_global"], dtype=dtype)
@@ -90,6 +96,15 @@ def test_coherence() -> None:
     shares = torch.tensor(expected["label_dists"], dtype=torch.float64)
     everybody = torch.tensor(expected["global_label_dist"], dtype=torch.float64)
     assert_allclose(label_coherence(shares, everybody), expected["label_cos_to_global"], rtol=1e-9)
+
+
+def test_the_coherence_of_reported_labels_is_noted() -> None:
+    shares = [[8, 2, 0], [1, 6, 3], [0, 0, 10]]
+    metrics = [{f"examples-of-class-{c}": float(n) for c, n in enumerate(row) if n} for row in shares]
+    found = learned(FedLAW(epochs=1), metrics=metrics).notes["label-coherence"]
+    rows = torch.tensor(shares, dtype=torch.float64)
+    assert found == pytest.approx(float(label_coherence(rows).mean()))
+    assert "label-coherence" not in learned(FedLAW(epochs=1)).notes
 
 
 def test_batch_norm_follows_the_shrunk_model() -> None:
