@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,9 +117,13 @@ def write(experiment: Experiment, runs: list[Run], folder: Path) -> None:
 
 
 def is_finished(experiment: Experiment, folder: Path) -> bool:
-    """Whether `folder` has the results of this very experiment."""
+    """Whether `folder` has the results of this very experiment, whatever is claimed of it."""
     config = folder / "config.toml"
-    return (folder / SUMMARY).exists() and config.exists() and config.read_text() == _config(experiment)
+    if not ((folder / SUMMARY).exists() and config.exists()):
+        return False
+    before, now = tomllib.loads(config.read_text()), tomllib.loads(_config(experiment))
+    told = ("claims", "setting")
+    return {k: v for k, v in before.items() if k not in told} == {k: v for k, v in now.items() if k not in told}
 
 
 def _config(experiment: Experiment) -> str:

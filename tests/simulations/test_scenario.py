@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 
 from corymb.server import RoundRecord
 from corymb.simulations.claims import BEGIN, END, Finding, findings, measured, put_into, table
 from corymb.simulations.experiment import Claim, Experiment, read
 from corymb.simulations.federation import check, run
-from corymb.simulations.results import Run
+from corymb.simulations.results import Run, is_finished
 from corymb.simulations.scenario import scenario_of, source_of
 
 SMALL: dict[str, Any] = {"name": "small", "rounds": 2, "partition": {"clients": 5, "kind": "iid"}}
@@ -167,6 +168,17 @@ def test_claims_are_measured() -> None:
     assert "| gamma is small | a gamma 1.000 ± 0.707 | ≤ 1 | yes |" in text
     with pytest.raises(ValueError, match="No round of 'a' recorded 'delta'; there are gamma"):
         measured("delta", made[0], setting, set())
+
+
+def test_finished_results_are_known_again(tmp_path: Path) -> None:
+    setting = experiment(seeds=1)
+    assert not is_finished(setting, tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "config.toml").write_text(tomli_w.dumps(setting.model_dump(mode="json", exclude_none=True)))
+    assert is_finished(setting, tmp_path)
+    claims = [{"paper": "x", "rule": "fedavg", "least": 1}]
+    assert is_finished(experiment(seeds=1, claims=claims, setting="told otherwise"), tmp_path)
+    assert not is_finished(experiment(seeds=2), tmp_path)
 
 
 def test_the_table_takes_its_place_in_a_document() -> None:
