@@ -61,6 +61,19 @@ def test_the_first_steps(step: dict[str, Any]) -> None:
         assert_allclose(outcome.notes["proxy-loss"], step["loss"], rtol=1e-9)
 
 
+@pytest.mark.parametrize("step", GOLDEN["adam_lr0.01_e20_trace_first3"])
+def test_the_gradients_of_the_first_steps(step: dict[str, Any]) -> None:
+    """By autograd through the mixture, as the rule learns."""
+    proxy = Proxy(nn.Linear(2, 3, dtype=torch.float64), torch.tensor(GOLDEN["X"]).double(), torch.tensor(GOLDEN["Y"]))
+    models = torch.tensor(GOLDEN["client_models_flat"], dtype=torch.float64)
+    mixture = torch.tensor(step["lam"], dtype=torch.float64).log().requires_grad_()
+    shrink = torch.tensor([step["gamma"]], dtype=torch.float64).log().requires_grad_()
+    loss = proxy.session(torch.zeros(0)).loss(shrink.exp() * mixture.softmax(dim=0) @ models, torch.arange(6))
+    found = torch.cat(torch.autograd.grad(loss, (mixture, shrink)))
+    assert_allclose(loss.detach(), step["loss"], rtol=1e-9)
+    assert_allclose(found, step["grad"], rtol=1e-7, atol=1e-9)
+
+
 def test_a_single_site_is_shrunk() -> None:
     outcome = learned(FedLAW(learning_rate=0.01), clients=1)
     assert_allclose(outcome.notes["gamma"], GOLDEN["single_client_e20"]["gamma"], rtol=1e-9)

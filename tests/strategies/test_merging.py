@@ -16,6 +16,7 @@ from corymb.strategies import (
     Layout,
     LearnedSoup,
     ModelStock,
+    Outcome,
     Proxy,
     Reply,
     Rule,
@@ -31,13 +32,20 @@ GOLDEN = golden("merging")
 PRECISION = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 
 
-def merged(
+def mixed(
     rule: Rule[Any], origin: Any, models: dict[str, Any], dtype: torch.dtype, proxy: Proxy | None = None
-) -> Tensor:
+) -> Outcome[Any]:
     """One round over models of a single tensor "w"."""
     state = {"w": torch.tensor(origin, dtype=dtype)}
     replies = [Reply.of(name, torch.tensor(m, dtype=dtype).reshape(-1)) for name, m in models.items()]
-    return rule.aggregate(Layout.of(state).flatten(state), replies, rule.initial(), proxy=proxy).model.parameters
+    return rule.aggregate(Layout.of(state).flatten(state), replies, rule.initial(), proxy=proxy)
+
+
+def merged(
+    rule: Rule[Any], origin: Any, models: dict[str, Any], dtype: torch.dtype, proxy: Proxy | None = None
+) -> Tensor:
+    """The model after it."""
+    return mixed(rule, origin, models, dtype, proxy).model.parameters
 
 
 class Point(nn.Module):
@@ -62,7 +70,9 @@ def test_worked_soups(dtype: torch.dtype, tolerance: float) -> None:
     soups = GOLDEN["soups"]
     uniform = merged(FedAvg(by_examples=False), [0.0, 0.0], soups["models"], dtype)
     assert_allclose(uniform, soups["uniform"], atol=tolerance)
-    greedy = merged(GreedySoup(score="loss", mean=False), [0.0, 0.0], soups["models"], dtype, near(dtype))
+    outcome = mixed(GreedySoup(score="loss", mean=False), [0.0, 0.0], soups["models"], dtype, near(dtype))
+    assert {name for name, weight in outcome.weights.items() if weight} == set(soups["greedy_ingredients"])
+    greedy = outcome.model.parameters
     assert_allclose(greedy, soups["greedy"], atol=tolerance)
     assert -near(dtype).loss_of(greedy, torch.zeros(0)) == pytest.approx(soups["greedy_score"], abs=tolerance)
 
