@@ -227,3 +227,20 @@ def test_worked_ranks() -> None:
         GOLDEN["iso"]["cts_common_rank"],
         GOLDEN["iso"]["cts_dims_per_task"],
     )
+
+
+def test_worked_outputs_of_matched_networks() -> None:
+    """At the input (0.7, -0.3), with rectified hidden units."""
+    inputs = torch.tensor([0.7, -0.3], dtype=torch.float64)
+
+    def said(layout: Layout, vector: Tensor) -> Tensor:
+        net = layout.split(vector)
+        return net["W2"] @ (net["W1"] @ inputs + net["b1"]).relu() + net["b2"]
+
+    (layout, a), (_, b) = network(MATCHING["A"]), network(MATCHING["B"])
+    ordered = permuted(layout, b, match(layout, a, b))
+    assert_allclose(said(layout, a), MATCHING["A_output"], atol=1e-9)
+    assert_allclose(said(layout, b), MATCHING["function_unchanged_on_x"], atol=1e-9)
+    assert_allclose(said(layout, ordered), MATCHING["function_unchanged_on_x"], atol=1e-9)
+    assert_allclose(said(layout, (a + b) / 2), MATCHING["midpoint_output_before"], atol=1e-9)
+    assert_allclose(said(layout, (a + ordered) / 2), MATCHING["midpoint_output_after"], atol=1e-9)
