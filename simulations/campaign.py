@@ -18,8 +18,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from corymb.server import RoundRecord
-from corymb.simulations.experiment import Experiment, RuleSettings
+from corymb.simulations.experiment import Experiment
 from corymb.simulations.federation import run
+from corymb.simulations.settings import RuleSettings
 
 Ticket = tuple[RuleSettings, int]  # one run: a rule and a seed
 Tell = Callable[[RoundRecord], None]

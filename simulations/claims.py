@@ -7,9 +7,10 @@ from datetime import date
 
 import numpy as np
 
-from corymb.simulations.experiment import Claim, Experiment
+from corymb.simulations.experiment import Experiment
 from corymb.simulations.results import Run
 from corymb.simulations.scenario import scenario_of
+from corymb.simulations.settings import Claim
 
 BEGIN, END = "<!-- corymb results: begin -->", "<!-- corymb results: end -->"
 

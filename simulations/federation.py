@@ -24,7 +24,7 @@ from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.simulations.attacks import Attackers
 from corymb.simulations.batched import BatchedApp
 from corymb.simulations.data import Examples
-from corymb.simulations.experiment import AttackSettings, Experiment, ParticipationSettings, RuleSettings
+from corymb.simulations.experiment import Experiment
 from corymb.simulations.grid import LocalGrid
 from corymb.simulations.models import make_model
 from corymb.simulations.own_start import OwnStart
@@ -38,6 +38,7 @@ from corymb.simulations.participation import (
     class_correlated,
 )
 from corymb.simulations.scenario import TARGET, Scenario, scenario_of, source_of
+from corymb.simulations.settings import AttackSettings, ParticipationSettings, RuleSettings
 from corymb.strategies import ElectingRule, Layout, Proxy
 from corymb.strategies.election import certified_accuracy
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from corymb.simulations.attacks import shuffled_labels
 from corymb.simulations.data import Examples, Source, load
-from corymb.simulations.experiment import DataSettings, Experiment, PartitionSettings
+from corymb.simulations.experiment import Experiment
 from corymb.simulations.grid import client_names
 from corymb.simulations.partition import by_site, dirichlet, iid, label_distributions, shards
+from corymb.simulations.settings import DataSettings, PartitionSettings
 
 TARGET = "target"
 Parts = list[NDArray[np.int64]]

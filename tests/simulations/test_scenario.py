@@ -12,10 +12,11 @@ import torch
 
 from corymb.server import RoundRecord
 from corymb.simulations.claims import BEGIN, END, Finding, findings, measured, put_into, table
-from corymb.simulations.experiment import Claim, Experiment, read
+from corymb.simulations.experiment import Experiment, read
 from corymb.simulations.federation import check, run
 from corymb.simulations.results import Run, is_finished
 from corymb.simulations.scenario import scenario_of, source_of
+from corymb.simulations.settings import Claim
 
 SMALL: dict[str, Any] = {"name": "small", "rounds": 2, "partition": {"clients": 5, "kind": "iid"}}
 
