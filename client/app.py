@@ -54,22 +54,21 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
         filled = module()
         filled.load_state_dict(to_state(arrays))
         # After the module, whose making draws random numbers, but only in the process's first message.
-        _seed_torch(_seed(settings.seed, context, server_round), device)
+        _seed_torch(seed_of(settings.seed, site_of(context), server_round), device)
         return filled.to(device), settings, server_round
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
         filled, settings, server_round = prepared(message, context)
         examples, _ = data(context)
-        generator = batch_generator(settings.seed, context, server_round)
+        generator = batch_generator(settings.seed, site_of(context), server_round)
         batches = training_batches(examples, settings, generator)
         parameters = dict(filled.named_parameters())
         path = [_copied(parameters)]
         after_step = (lambda: path.append(_copied(parameters))) if settings.batch_updates else (lambda: None)
         metrics = train(filled, batches, settings, loss, server_round, after_step)
         metrics |= _classes(examples) if settings.report_classes else {}
-        if "participation" in context.node_config:
-            metrics["participation"] = float(context.node_config["participation"])
+        metrics |= own_metrics(context)
         # Copies, because the next message fills the same module.
         content = RecordDict(
             {ARRAYS: to_arrays(_copied(filled.state_dict())), METRICS: _metrics(count(examples), metrics)}
@@ -109,6 +108,12 @@ def _metrics(examples: int, metrics: Mapping[str, float]) -> MetricRecord:
     return MetricRecord({EXAMPLES: examples, **metrics})
 
 
+def own_metrics(context: Context) -> dict[str, float]:
+    """What a site tells of itself: the probability that it takes part, where its node config says so."""
+    node = context.node_config
+    return {"participation": float(node["participation"])} if "participation" in node else {}
+
+
 def only_arrays(content: RecordDict) -> ArrayRecord:
     """The model in a message. Raises `ValueError` unless there is one."""
     records = of_kind(content, ArrayRecord)
@@ -122,15 +127,20 @@ def round_of(configs: list[ConfigRecord]) -> int:
     return next((int(cast(int, config[ROUND])) for config in configs if ROUND in config), 1)
 
 
-def batch_generator(seed: int, context: Context, server_round: int) -> torch.Generator:
+def batch_generator(seed: int, site: object, server_round: int) -> torch.Generator:
     """What shuffles a site's examples in a round."""
-    return torch.Generator().manual_seed(_seed(seed, context, server_round, "batches"))
+    return torch.Generator().manual_seed(seed_of(seed, site, server_round, "batches"))
 
 
-def _seed(seed: int, context: Context, *parts: object) -> int:
+def site_of(context: Context) -> object:
+    """What a site's random numbers follow from: its name or partition in its node config, else Flower's id."""
     node = context.node_config
-    site = node.get("name", node.get("partition-id", context.node_id))
-    return random.Random("/".join(map(str, (seed, site, *parts)))).getrandbits(63)
+    return node.get("name", node.get("partition-id", context.node_id))
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that follows from `parts`; the run's seed, a site and a round seed torch's own numbers there."""
+    return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
 def _seed_torch(seed: int, device: torch.device) -> None:

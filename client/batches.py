@@ -44,12 +44,29 @@ def _passes(data: Examples, settings: TrainSettings, generator: torch.Generator,
 
 def shuffled_rows(examples: int, settings: TrainSettings, generator: torch.Generator) -> tuple[Tensor, ...]:
     """The rows of each batch of one pass over so many `examples`."""
+    batches: tuple[Tensor, ...] = _order(examples, settings, generator).split(settings.batch_size)
+    return batches
+
+
+def drawn_rows(examples: int, settings: TrainSettings, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """The rows of all batches of one round, one after another, and the length of each batch."""
+    order = _order(examples, settings, generator)
+    whole, rest = divmod(len(order), settings.batch_size)
+    lengths = [settings.batch_size] * whole + [rest] * bool(rest)
+    passes = -(-settings.steps // len(lengths)) if settings.steps is not None else settings.epochs or 1
+    if passes > 1:
+        order = torch.cat([order, *(_order(examples, settings, generator) for _ in range(passes - 1))])
+    lengths = (lengths * passes)[: settings.steps]
+    return order[: sum(lengths)], lengths
+
+
+def _order(examples: int, settings: TrainSettings, generator: torch.Generator) -> Tensor:
+    """The order in which one pass takes the examples that it takes."""
     if not examples:
         raise ValueError("The site has no examples to train on; give it some, or leave it out.")
-    order = torch.randperm(examples, generator=generator)
+    order = torch.randperm(examples, generator=generator) if settings.shuffle else torch.arange(examples)
     whole = examples - examples % settings.batch_size
-    batches: tuple[Tensor, ...] = (order[:whole] if settings.drop_last and whole else order).split(settings.batch_size)
-    return batches
+    return order[:whole] if settings.drop_last and whole else order
 
 
 def _not_empty(loader: DataLoader[Batch]) -> Iterator[Batch]:

@@ -17,7 +17,9 @@ class TrainSettings(BaseModel):
     """Local training. Either `steps` or `epochs`; options of the optimiser and schedule go to torch by name.
 
     `schedule` is a class of `torch.optim.lr_scheduler`, stepped once per round of the federation.
-    `drop_last` skips a short last batch, unless a site has fewer examples than one batch.
+    `drop_last` skips a short last batch, unless a site has fewer examples than one batch; without `shuffle` every
+    pass takes the examples in their own order. `proximal` is FedProx's mu (Li et al. 2020, eq. 2): each step is also
+    drawn back to the model that the round began with.
     `batch_updates` sends the update of each batch along with the model, for FedDA and FedGP at their target
     site; `report_classes` sends how many examples of each class there are.
     """
@@ -29,6 +31,8 @@ class TrainSettings(BaseModel):
     epochs: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)
     drop_last: bool = False
+    shuffle: bool = True
+    proximal: float = Field(0.0, ge=0)
     optimizer: str = "SGD"
     optimizer_options: dict[str, Any] = {}
     schedule: str | None = None

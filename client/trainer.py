@@ -62,6 +62,7 @@ def train(
     half = settings.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     tally, steps = Tally(), 0
+    start = [p.detach().clone() for p in module.parameters()] if settings.proximal else []
     module.train()
     for inputs, targets in batches:
         inputs, targets = inputs.to(device), targets.to(device)
@@ -69,13 +70,13 @@ def train(
             outputs = module(inputs)
             value = loss(outputs, targets)
         optimizer.zero_grad()
-        if half:
-            scaler.scale(value).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            value.backward()
-            optimizer.step()
+        scaler.scale(value).backward()  # without float16 the scaler does nothing
+        scaler.unscale_(optimizer)
+        for parameter, first in zip(module.parameters(), start):  # noqa: B905  # none without the proximal term
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - first, alpha=settings.proximal)
+        scaler.step(optimizer)
+        scaler.update()
         tally.add(outputs, targets, value)
         after_step()
         steps += 1

@@ -27,11 +27,19 @@ def arrivals(
 
     A grid that waits inside a pull for an upload that has begun, as Flower's does, is waited for.
     """
+    deadline = time.monotonic() + timeout
+    left = len(asked) if enough is None else enough
+    if stream := getattr(grid, "stream", None):  # a grid in process, which knows whose reply comes next
+        for message_id, reply in stream(asked):
+            left -= not reply.has_error()
+            yield asked[message_id], reply
+            del reply
+            if left <= 0 or time.monotonic() > deadline:
+                return
+        return
     pending = dict(asked)
     failed: Counter[str] = Counter()
-    deadline = time.monotonic() + timeout
     pause = POLL_SECONDS
-    left = len(pending) if enough is None else enough
     while pending:
         found = False
         for message_id in list(pending):

@@ -12,6 +12,7 @@ import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
+from corymb.protocol.block import BlockArrays
 from corymb.protocol.codec import DTYPES, CodecError, to_tensor
 from corymb.protocol.flower import NODE_UNAVAILABLE
 from corymb.protocol.records import EXAMPLES, STEPS
@@ -72,6 +73,8 @@ class Door:
             report = self._report(node, message)
             assert isinstance(message, Message)  # `_report` refused anything else
             arrays = _only(message, ArrayRecord, besides=STEPS)
+            if isinstance(arrays, BlockArrays) and arrays.fits(self.layout) and arrays.bound <= LARGEST_NUMBER:
+                return Reply(report, arrays.place, steps=self._steps(node, message))
             self._check_claims(arrays)
             # Integer buffers are kept from the server's model, so theirs are not even decoded.
             state = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ class Attackers:
         """The app's reply, or what an attacker makes of it."""
         return self._changed(message, context, self._app(message, context))
 
-    def _together(self, asked: list[tuple[Message, Context]]) -> list[Message]:
-        replies = self._app.together(asked)  # type: ignore[attr-defined]  # it has it, or this would not be
-        return [self._changed(*pair, reply) for pair, reply in zip(asked, replies, strict=True)]
+    def _together(self, asked: list[tuple[Message, Context]]) -> Iterator[tuple[int, Message | Exception]]:
+        for number, reply in self._app.together(asked):  # type: ignore[attr-defined]  # it has it, or this would not be
+            yield number, self._changed(*asked[number], reply) if isinstance(reply, Message) else reply
 
     def _changed(self, message: Message, context: Context, reply: Message) -> Message:
         if int(context.node_config["partition-id"]) not in self._rows or not of_kind(reply.content, ArrayRecord):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def run_all(experiment: Experiment, folder: Path, console: Console, jobs: int = 
         }
         if jobs == 1:
             for ticket in tickets:
-                _run(experiment, ticket, folder, partial(_advance, progress, bars[_key(ticket)]))
+                _run(experiment, ticket, folder, partial(_advance, progress, bars[_key(ticket)]), cores())
         else:
             _run_in_processes(experiment, tickets, folder, progress, bars, jobs)
 
@@ -74,7 +75,7 @@ def _run_and_tell(experiment: Experiment, ticket: Ticket, folder: Path, news: An
     def tell(record: RoundRecord) -> None:
         news.put((_key(ticket), record))
 
-    _run(experiment, ticket, folder, tell)
+    _run(experiment, ticket, folder, tell, workers=1)
 
 
 def _listen(news: Any, progress: Progress, bars: dict[str, TaskID]) -> None:
@@ -83,15 +84,20 @@ def _listen(news: Any, progress: Progress, bars: dict[str, TaskID]) -> None:
         _advance(progress, bars[key], record)
 
 
-def _run(experiment: Experiment, ticket: Ticket, folder: Path, tell: Tell) -> None:
+def _run(experiment: Experiment, ticket: Ticket, folder: Path, tell: Tell, workers: int) -> None:
     rule, seed = ticket
     logging.getLogger("flwr").setLevel(logging.WARNING)  # the progress bar says it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small models run slower on several, and sums differ with their number
     try:
-        run(experiment, rule, seed, journal_folder(folder, rule, seed), tell)
+        run(experiment, rule, seed, journal_folder(folder, rule, seed), tell, workers)
     finally:
         torch.set_num_threads(threads)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _key(ticket: Ticket) -> str:

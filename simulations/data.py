@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from corymb.simulations.tables import TABLES, Rows, read_parquet, read_table
@@ -22,25 +23,50 @@ class UnknownData(ValueError):
 
 @dataclass(frozen=True)
 class Examples:
-    """`inputs [n, ...]` float32, `targets [n]` int64, and for each the site that it comes from, if any."""
+    """`inputs [n, ...]`, `targets [n]` int64, and whose they are, if the data say: the site of each, or the `offsets`
+    of sites that lie one after another.
+
+    Inputs are float32; or bytes, of which `scaled` says what a model takes: `(input / 255 - mean) / deviation`.
+    """
 
     inputs: Tensor
     targets: Tensor
     sites: tuple[str, ...] | None = None
+    offsets: NDArray[np.int64] | None = None
+    scaled: tuple[float, float] = (0.0, 1.0)
+    is_mapped: bool = False  # the inputs lie in a file and are read when they are looked at
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
             raise ValueError(f"there are {len(self.inputs)} inputs for {len(self.targets)} labels")
+        if self.offsets is not None and not _are_offsets(self.offsets, len(self)):
+            raise ValueError(f"its offsets do not rise from 0 to the {len(self)} examples; give one more than sites")
         if len(self.targets) and self.targets.min() < 0:
             raise ValueError(f"the label {int(self.targets.min())} is negative; count classes from 0")
 
     def __len__(self) -> int:
         return len(self.targets)
 
+    def inputs_at(self, places: slice | Tensor) -> Tensor:
+        """The inputs at `places`, as a model takes them."""
+        inputs = self.inputs[places]
+        if inputs.dtype != torch.uint8:
+            return inputs
+        mean, deviation = self.scaled
+        return inputs.float().div_(255).sub_(mean).div_(deviation)
+
+    def normalised(self, mean: float, deviation: float) -> Examples:
+        """With inputs that are given to a model as `(input - mean) / deviation`."""
+        if self.inputs.dtype == torch.uint8:
+            return replace(self, scaled=(mean, deviation))
+        return replace(self, inputs=(self.inputs - mean) / deviation)
+
     def rows(self, rows: Tensor) -> Examples:
         """The examples at `rows [m]`."""
         sites = None if self.sites is None else tuple(self.sites[row] for row in rows.tolist())
-        return Examples(self.inputs[rows], self.targets[rows], sites)
+        return replace(
+            self, inputs=self.inputs[rows], targets=self.targets[rows], sites=sites, offsets=None, is_mapped=False
+        )
 
 
 @dataclass(frozen=True)
@@ -67,14 +93,16 @@ def load(
 ) -> Source:
     """Read `source` ("digits", or the path of a file or folder); inputs become `(input - mean) / deviation`.
 
-    A folder holds idx files (MNIST's names, gzipped or not), `train` and `test` files of one kind, or one
+    A folder holds idx files (MNIST's names, gzipped or not), `train` and `test` files of one kind, the arrays
+    x_train.npy, y_train.npy, x_test.npy, y_test.npy (mapped into memory, bytes as pixels or float32), or one
     table per site (.csv or .data; the file's name is the site's). A file is .npz (`x_train`, `y_train`,
     `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In a table the column `label` (default:
     one so called, else the last) is the target, "?" and empty cells are missing; columns missing in over a
     third of the rows are dropped, then rows with gaps, and the rest is standardised. `positive_above` makes
     the label binary. Where no test set comes along, `test_fraction` of each site is set aside.
 
-    Pixels are read as 0 to 1.
+    Pixels are read as 0 to 1. Where clients lie one after another, `offsets` beside `y_train` (N + 1 numbers from 0)
+    say where each begins, for partition.kind = "site".
 
     Raises `ValueError` for a path that is not there or holds nothing known.
     """
@@ -89,7 +117,7 @@ def load(
             f"The data at {source!r} gives {len(read.train)} examples to train and {len(read.test)} to test on; "
             "give more, or a larger test_fraction."
         )
-    return Source(*(replace(part, inputs=(part.inputs - mean) / deviation) for part in (read.train, read.test)))
+    return Source(*(part.normalised(mean, deviation) for part in (read.train, read.test)))
 
 
 def _read(source: str, label: str | None, positive_above: float | None, test_fraction: float) -> Source:
@@ -101,6 +129,8 @@ def _read(source: str, label: str | None, positive_above: float | None, test_fra
     kinds = sorted({_kind(file) for file in (path.iterdir() if path.is_dir() else [path])})
     if "idx" in kinds:
         return _idx(path if path.is_dir() else path.parent)
+    if path.is_dir() and ".npy" in kinds:
+        return _npy(path)
     if path.suffix == ".npz":
         return _npz(path, test_fraction)
     if ".parquet" in kinds:
@@ -150,11 +180,28 @@ def _npz(path: Path, test_fraction: float) -> Source:
             return Examples(torch.tensor(inputs, dtype=torch.float32), torch.tensor(targets, dtype=torch.int64))
 
         if "x_train" in arrays:
-            return Source(examples("_train"), examples("_test"))
+            offsets = arrays.get("offsets")
+            return Source(replace(examples("_train"), offsets=offsets), examples("_test"))
         if "x" in arrays:
             return _split(examples(""), test_fraction)
         names = ", ".join(arrays)
     raise ValueError(f"The file {path} holds {names}; name its arrays x and y, or x_train, y_train, x_test, y_test.")
+
+
+def _npy(folder: Path) -> Source:
+    def array(name: str, mapped: bool = False) -> Any:
+        return np.load(folder / f"{name}.npy", mmap_mode="c" if mapped else None, allow_pickle=False)
+
+    inputs, test = torch.from_numpy(array("x_train", mapped=True)), torch.from_numpy(array("x_test"))
+    if inputs.dtype not in (torch.uint8, torch.float32):
+        raise ValueError(f"its x_train is {inputs.dtype}; save it as uint8 or float32")
+    targets = torch.from_numpy(array("y_train").astype(np.int64))
+    offsets = array("offsets").astype(np.int64) if (folder / "offsets.npy").is_file() else None
+    tested = test.float() / 255 if test.dtype == torch.uint8 else test.float()
+    return Source(
+        Examples(inputs, targets, offsets=offsets, is_mapped=True),
+        Examples(tested, torch.from_numpy(array("y_test").astype(np.int64))),
+    )
 
 
 def _parquet(path: Path, label: str | None, test_fraction: float) -> Source:
@@ -176,6 +223,11 @@ def _tables(path: Path, label: str | None, positive_above: float | None, test_fr
     _require_classes(labels)
     examples = Examples(torch.tensor(rows.inputs, dtype=torch.float32), torch.tensor(labels.astype(np.int64)), names)
     return _split(examples if len(sites) > 1 else replace(examples, sites=None), test_fraction)
+
+
+def _are_offsets(offsets: NDArray[np.int64], examples: int) -> bool:
+    rising = len(offsets) > 1 and bool((np.diff(offsets) > 0).all())
+    return rising and offsets[0] == 0 and offsets[-1] == examples
 
 
 def _require_classes(labels: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> None:

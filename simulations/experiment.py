@@ -35,7 +35,7 @@ class Experiment(Strict):
     rounds: int = Field(ge=1)
     seeds: list[int] = Field([0], min_length=1)
     fraction: float = Field(1.0, gt=0, le=1)
-    engine: Literal["serial", "batched"] = "serial"
+    engine: Literal["auto", "serial", "batched", "factored", "processes"] = "auto"
     rules: list[RuleSettings] = Field(min_length=1)
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()

@@ -22,8 +22,10 @@ from corymb.client.device import choose_device
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.simulations.attacks import Attackers
-from corymb.simulations.batched import BatchedApp
 from corymb.simulations.data import Examples
+from corymb.simulations.engine.app import CohortApp
+from corymb.simulations.engine.engine import Engine
+from corymb.simulations.engine.making import make_engine
 from corymb.simulations.experiment import Experiment
 from corymb.simulations.grid import LocalGrid
 from corymb.simulations.models import make_model
@@ -84,7 +86,9 @@ def check(experiment: Experiment) -> None:
     for seed in experiment.seeds:
         scenario = scenario_of(experiment, seed)
         participation_of(experiment.participation, scenario, seed)
-    _client_app(experiment, scenario, 0)  # which refuses a model that its engine cannot train
+    _, engine = _client_app(experiment, scenario, 0, workers=1)  # which refuses a model that it cannot train
+    if engine is not None:
+        engine.close()
 
 
 def run(
@@ -93,8 +97,9 @@ def run(
     seed: int,
     folder: Path,
     on_round: Callable[[RoundRecord], None] | None = None,
+    workers: int = 1,
 ) -> None:
-    """Run `rule` with `seed`; the journal in `folder` is its record.
+    """Run `rule` with `seed`; the journal in `folder` is its record. Engines may use `workers` processes.
 
     The data's partition, the participation and the initial model depend on the seed only, so that
     all rules meet the same. Test accuracy and loss are the server's metrics.
@@ -104,17 +109,19 @@ def run(
     scenario = scenario_of(experiment, seed)
     participation, probabilities = participation_of(experiment.participation, scenario, seed)
     settings = experiment.train_for(rule).model_copy(update={"seed": seed})
-    configs: list[dict[str, Any]] = [{} for _ in scenario.names]
-    if probabilities is not None:
-        configs = [{"participation": float(probability)} for probability in probabilities]
-    if experiment.target.examples:
-        configs[scenario.names.index(TARGET)] |= experiment.target_train().flat()
+    target = scenario.names.index(TARGET) if experiment.target.examples else None
+
+    def node_config(client: int) -> dict[str, Any]:
+        known = {} if probabilities is None else {"participation": float(probabilities[client])}
+        return known | (experiment.target_train().flat() if client == target else {})
+
+    clients, engine = _client_app(experiment, scenario, seed, workers)
     grid = LocalGrid(
-        _client_app(experiment, scenario, seed),
+        clients,
         scenario.names,
         run_config=settings.flat(),
         participation=participation,
-        node_configs=configs,
+        node_config=node_config,
     )
     torch.manual_seed(seed)
     module = model_of(experiment)
@@ -162,27 +169,30 @@ def run(
         app(grid=grid, context=grid.server_context())
     finally:
         journal.close()
+        if engine is not None:
+            engine.close()
 
 
-def _client_app(experiment: Experiment, scenario: Scenario, seed: int) -> Any:
-    """The clients as one app, hostile ones among them."""
+def _client_app(experiment: Experiment, scenario: Scenario, seed: int, workers: int) -> tuple[Any, Engine | None]:
+    """The clients as one app, hostile ones among them, and the engine that trains them, if it is not the app."""
     make = partial(model_of, experiment)
-    inputs, targets = scenario.train.inputs, scenario.train.targets
-    parts = [torch.from_numpy(rows) for rows in scenario.parts]
-    datasets = [TensorDataset(inputs[rows], targets[rows]) for rows in parts]
+    population = scenario.population.in_order()
 
     def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
-        mine = datasets[int(context.node_config["partition-id"])]
+        mine = TensorDataset(*population.examples(int(context.node_config["partition-id"])))
         return mine, mine
 
     app: Any = make_client_app(make, data)
-    if experiment.engine == "batched":
-        app = BatchedApp(make, inputs, targets, parts, app)
+    with torch.random.fork_rng(devices=[]):
+        layout = Layout.of_module(make())
+    engine = make_engine(experiment.engine, make, population, layout, workers)
+    if engine is not None:
+        app = CohortApp(engine, population, layout, app)
     if experiment.model.own_start:
         app = OwnStart(app, make, seed)
     if scenario.hostile and experiment.attack.kind != "labels":
         app = Attackers(app, experiment.attack.kind, scenario.hostile, experiment.attack.scale, seed)
-    return app
+    return app, engine
 
 
 def _proxy(experiment: Experiment, examples: Examples) -> Proxy:

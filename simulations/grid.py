@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -17,6 +17,7 @@ from corymb.protocol.flower import (
     empty_run,
     inside_task,
     node_info,
+    quick_reply,
     stamp,
 )
 from corymb.simulations.participation import Always, Participation
@@ -25,6 +26,7 @@ log = logging.getLogger("flwr.corymb")
 RUN_ID = 1
 SERVER_ID = 1
 FIRST_NODE_ID = 1000
+OFFLINE = Error(NODE_UNAVAILABLE, "The node is offline.")
 
 
 class LocalGrid(Grid):
@@ -35,8 +37,8 @@ class LocalGrid(Grid):
     for the run. A client runs when its reply is pulled, so a strategy that pulls one id at a time
     holds one reply at a time.
 
-    `node_configs` adds to the node config of each. An app with a method `together(pairs of message and context)`
-    trains all clients of a push in one call.
+    `node_config` says what the node config of node `i` has besides. An app with a method `together(pairs of message
+    and context)` trains all clients of a push in one call, and gives back an iterator of their numbers and replies.
 
     `participation` says who is online; it moves one step with each push that trains. A node that is
     offline answers with the error that a SuperLink gives for it.
@@ -51,23 +53,26 @@ class LocalGrid(Grid):
         *,
         run_config: Mapping[str, Any] | None = None,
         participation: Participation | None = None,
-        node_configs: Sequence[UserConfig] | None = None,
+        node_config: Callable[[int], UserConfig] = lambda node: {},
     ) -> None:
         names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
             raise ValueError("A federation of 0 nodes cannot run; give at least one.")
         inside_task(RUN_ID, SERVER_ID)
         self._app = client_app
-        self._nodes = [node_info(FIRST_NODE_ID + i, name) for i, name in enumerate(names)]
-        self._ids = [node.node_id for node in self._nodes]
+        self._together = getattr(client_app, "together", None)
+        self._names = names
+        self._nodes: list[Any] = []
         self._run_config: UserConfig = dict(run_config or {})
-        self._node_configs = node_configs or [{}] * len(names)
+        self._node_config = node_config
         self._participation = participation or Always(len(names))
         self._online = self._participation.step()
         self._rounds = 0
         self._contexts: dict[int, Context] = {}
         self._waiting: dict[str, Message] = {}
-        self._trained: dict[str, Message] = {}  # by an app that trains all clients of a push at once
+        self._begun: dict[str, Message] = {}  # with an app that trains all clients of a push together
+        self._answers: Iterator[tuple[str, Message | Exception]] = iter(())
+        self._ready: dict[str, Message] = {}
         self._numbers = count(1)
         self._run = empty_run(RUN_ID)
         self.answered = 0  # messages
@@ -99,10 +104,12 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> list[int]:
         """The ids of all nodes, online or not."""
-        return list(self._ids)
+        return [FIRST_NODE_ID + row for row in range(len(self._names))]
 
     def get_nodes(self) -> list[Any]:
         """All nodes, online or not."""
+        if not self._nodes:
+            self._nodes = [node_info(FIRST_NODE_ID + row, name) for row, name in enumerate(self._names)]
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -111,8 +118,10 @@ class LocalGrid(Grid):
         trains = False
         for message in messages:
             row = message.metadata.dst_node_id - FIRST_NODE_ID
-            if not 0 <= row < len(self._ids):
-                raise ValueError(f"Node {message.metadata.dst_node_id} is not in this grid of {len(self._ids)} nodes.")
+            if not 0 <= row < len(self._names):
+                raise ValueError(
+                    f"Node {message.metadata.dst_node_id} is not in this grid of {len(self._names)} nodes."
+                )
             message_id = f"message-{next(self._numbers)}"
             stamp(message, message_id)
             self._waiting[message_id] = message
@@ -126,7 +135,22 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Run the clients that `message_ids` were sent to; their replies. Each is given out once."""
-        return [self._answer(self._waiting.pop(id_)) for id_ in message_ids if id_ in self._waiting]
+        return [reply for message_id in message_ids for reply in self._pulled(message_id)]
+
+    def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
+        """Replies to `message_ids` with the id that each answers, in the order in which they can be had soonest."""
+        wanted = [message_id for message_id in message_ids if message_id in self._waiting]
+        if self._together is not None and any(map(self._trains_online, wanted)):
+            self._begin_together()
+        together = {message_id for message_id in wanted if message_id in self._begun}
+        for message_id in wanted:
+            if message_id not in together:
+                yield message_id, self._answer(self._waiting.pop(message_id))
+        while together:
+            message_id = self._next_begun()
+            if message_id in together:
+                together.discard(message_id)
+                yield message_id, self._ready.pop(message_id)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push `messages` and pull all replies; a client in process is never late."""
@@ -138,45 +162,71 @@ class LocalGrid(Grid):
             reason, times = self.failures.most_common(1)[0]
             raise ValueError(f"Every client failed, {times} times with: {' '.join(reason.split())}")
 
+    def _pulled(self, message_id: str) -> Iterator[Message]:
+        if self._together is not None and message_id in self._waiting and self._trains_online(message_id):
+            self._begin_together()
+        while message_id in self._begun:
+            self._next_begun()
+        if message_id in self._ready:
+            yield self._ready.pop(message_id)
+        elif message_id in self._waiting:
+            yield self._answer(self._waiting.pop(message_id))
+
+    def _trains_online(self, message_id: str) -> bool:
+        metadata = self._waiting[message_id].metadata
+        return metadata.message_type.startswith("train") and bool(self._online[metadata.dst_node_id - FIRST_NODE_ID])
+
+    def _begin_together(self) -> None:
+        """Have the app train all who are online of those that wait."""
+        ids = [message_id for message_id in self._waiting if self._trains_online(message_id)]
+        messages = [self._waiting.pop(message_id) for message_id in ids]
+        self._begun, self._ready = dict(zip(ids, messages, strict=True)), {}
+        assert self._together is not None
+        answers = self._together([(m, self._context(m.metadata.dst_node_id)) for m in messages])
+        self._answers = ((ids[number], reply) for number, reply in answers)
+
+    def _next_begun(self) -> str:
+        """Wait for one more reply of those that are trained together; the id that it answers."""
+        message_id, reply = next(self._answers)
+        self._ready[message_id] = self._checked(self._begun.pop(message_id), reply)
+        return message_id
+
     def _answer(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
-        if self._online[node_id - FIRST_NODE_ID]:
-            try:
-                reply = self._reply(message)
-                if not isinstance(reply, Message):
-                    raise TypeError(f"The client app returned a {type(reply).__name__}, not a Message.")
-                self.answered += 1
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                if reason not in self.failures:
-                    log.warning("The client app raised at %s", self._nodes[node_id - FIRST_NODE_ID].name, exc_info=True)
-                self.failures[reason] += 1
-                reply = Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
-        else:
-            reply = Message(Error(NODE_UNAVAILABLE, "The node is offline."), reply_to=message)
-        stamp(reply, f"reply-{message.metadata.message_id}")
-        return reply
+        if not self._online[node_id - FIRST_NODE_ID]:
+            return quick_reply(message, error=OFFLINE)
+        context = self._context(node_id)
+        reply: Message | Exception
+        try:
+            reply = self._app(_delivered(message), context)
+        except Exception as error:
+            reply = error
+        if context.state:
+            self._contexts[node_id] = context
+        return self._checked(message, reply)
 
-    def _reply(self, message: Message) -> Message:
-        """The app's reply, made with those of all waiting clients where the app can train them together."""
-        together = getattr(self._app, "together", None)
-        if together is None or not message.metadata.message_type.startswith("train"):
-            return self._app(_delivered(message), self._context(message.metadata.dst_node_id))
-        mine = message.metadata.message_id
-        if mine not in self._trained:
-            asked = [message, *self._waiting.values()]
-            asked = [m for m in asked if m.metadata.message_type == message.metadata.message_type]
-            asked = [m for m in asked if self._online[m.metadata.dst_node_id - FIRST_NODE_ID]]
-            replies = together([(_delivered(m), self._context(m.metadata.dst_node_id)) for m in asked])
-            self._trained = {m.metadata.message_id: r for m, r in zip(asked, replies, strict=True)}
-        return self._trained.pop(mine)
+    def _checked(self, message: Message, reply: Message | Exception) -> Message:
+        """A client's `reply`, or the error reply that a node sends when its app has raised."""
+        if not isinstance(reply, (Message, Exception)):
+            reply = TypeError(f"The client app returned a {type(reply).__name__}, not a Message.")
+        if isinstance(reply, Message):
+            self.answered += 1
+            stamp(reply, f"reply-{message.metadata.message_id}")
+            return reply
+        reason = f"{type(reply).__name__}: {reply}"
+        if reason not in self.failures:
+            name = self._names[message.metadata.dst_node_id - FIRST_NODE_ID]
+            log.warning("The client app raised at %s", name, exc_info=reply)
+        self.failures[reason] += 1
+        return quick_reply(message, error=Error(CLIENT_APP_RAISED, reason))
 
     def _context(self, node_id: int) -> Context:
-        if node_id not in self._contexts:
-            row = node_id - FIRST_NODE_ID
-            config: UserConfig = {"partition-id": row, "num-partitions": len(self._ids), **self._node_configs[row]}
-            self._contexts[node_id] = Context(RUN_ID, node_id, config, RecordDict(), dict(self._run_config))
-        return self._contexts[node_id]
+        """The node's Context: the one that holds its state, or a new one. 100,000 that hold nothing are not kept."""
+        if node_id in self._contexts:
+            return self._contexts[node_id]
+        row = node_id - FIRST_NODE_ID
+        config = {"partition-id": row, "num-partitions": len(self._names), **self._node_config(row)}
+        return Context(RUN_ID, node_id, config, RecordDict(), self._run_config.copy())
 
 
 def client_names(count: int) -> list[str]:

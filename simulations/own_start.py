@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -34,7 +35,11 @@ class OwnStart:
                 client = int(context.node_config["partition-id"])
                 torch.default_generator.manual_seed(1_000_003 * (self._seed + 1) + client)
                 state = self._model().state_dict()
-            for name, record in message.content.items():
+            content = message.content.copy()
+            for name, record in content.items():
                 if isinstance(record, ArrayRecord):
-                    message.content[name] = to_arrays(state)
+                    content[name] = to_arrays(state)
+            own = copy(message)
+            own.content = content
+            return own
         return message

@@ -46,11 +46,32 @@ def by_site(sites: tuple[str, ...]) -> tuple[list[Rows], list[str]]:
     return [np.flatnonzero(where == name) for name in names], names
 
 
-def label_distributions(labels: Labels, parts: list[Rows], classes: int) -> NDArray[np.float64]:
-    """The share of each class at each client, `[N, C]`."""
-    counts = np.stack([np.bincount(labels[rows], minlength=classes) for rows in parts])
-    shares: NDArray[np.float64] = counts / counts.sum(axis=1, keepdims=True)
-    return shares
+def drawn(
+    labels: Labels, clients: int, rng: np.random.Generator, mean: int, sigma: float, alpha: float
+) -> tuple[Rows, NDArray[np.int64]]:
+    """Clients draw from all examples, with replacement, so that there may be more clients than examples.
+
+    Sizes are lognormal with the `mean` and the `sigma` of their logarithms, at least one; the classes of each client
+    follow Dir(`alpha`). Returns the rows of all clients, one after another, and their offsets `[N + 1]`.
+    """
+    sizes = np.full(clients, mean)
+    if sigma:
+        sizes = np.maximum(1, np.round(mean * rng.lognormal(-(sigma**2) / 2, sigma, clients))).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    firsts = np.cumsum(counts) - counts
+    rows = np.empty(offsets[-1], dtype=np.int64)
+    for start in range(0, clients, 1000):  # in pieces: a table of all examples by classes would not fit
+        some = slice(start, min(start + 1000, clients))
+        shares = rng.dirichlet(np.full(len(counts), alpha), some.stop - some.start) * (counts > 0)
+        limits = np.cumsum(shares, axis=1)
+        mine = np.repeat(np.arange(len(limits)), sizes[some])
+        chance = rng.random(len(mine)) * limits[mine, -1]
+        classes = (chance[:, None] > limits[mine]).sum(axis=1)
+        picks = firsts[classes] + (rng.random(len(mine)) * counts[classes]).astype(np.int64)
+        rows[offsets[some.start] : offsets[some.stop]] = order[picks]
+    return rows, offsets
 
 
 def _none_empty(parts: list[Rows]) -> list[Rows]:

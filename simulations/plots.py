@@ -113,7 +113,7 @@ def _weight_map(run: Run, scenario: Scenario) -> NDArray[np.float64]:
 
 def labels(scenario: Scenario) -> Figure:
     """A stacked bar per client."""
-    sizes = np.array([len(rows) for rows in scenario.parts])
+    sizes = scenario.population.sizes
     counts = scenario.labels * sizes[:, None]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()

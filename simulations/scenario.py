@@ -13,25 +13,23 @@ from torch import Tensor
 from corymb.simulations.attacks import shuffled_labels
 from corymb.simulations.data import Examples, Source, load
 from corymb.simulations.experiment import Experiment
-from corymb.simulations.grid import client_names
-from corymb.simulations.partition import by_site, dirichlet, iid, label_distributions, shards
-from corymb.simulations.settings import DataSettings, PartitionSettings
+from corymb.simulations.population import Population
+from corymb.simulations.settings import DataSettings
+from corymb.simulations.spreading import spread
 
 TARGET = "target"
-Parts = list[NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """The clients of a seed: their names, their rows of `train`, their label distributions `labels [N, C]`.
+    """The clients of a seed: their names, their examples, their label distributions `labels [N, C]`.
 
     `hostile` are the numbers of the hostile clients; `proxy` is what the server holds, of what was the test set.
     """
 
     names: list[str]
-    parts: Parts
+    population: Population
     labels: NDArray[np.float64]
-    train: Examples
     test: Examples
     proxy: Examples | None
     hostile: tuple[int, ...] = ()
@@ -67,49 +65,21 @@ def scenario_of(experiment: Experiment, seed: int) -> Scenario:
         rows = _drawn(len(train), target.examples, "target.examples", rng)
         wanted, train = _noisy(train.rows(rows), target.noise, seed), train.rows(_others(len(train), rows))
         test = _noisy(test, target.noise, seed + 1)
-    names, parts = _spread(train, experiment.partition, experiment.data.source, np.random.default_rng([seed, 1]))
+    names, population = spread(train, experiment.partition, experiment.data.source, np.random.default_rng([seed, 1]))
     hostile: tuple[int, ...] = ()
     if experiment.attack.clients:
         if experiment.attack.clients > len(names):
             raise ValueError(f"attack.clients = {experiment.attack.clients} is more than the {len(names)} clients.")
         hostile = tuple(sorted(rng.choice(len(names), experiment.attack.clients, replace=False).tolist()))
     if hostile and experiment.attack.kind == "labels":
-        targets = train.targets.clone()
+        targets = population.store.targets.clone()
         for row in hostile:
-            targets[torch.from_numpy(parts[row])] = shuffled_labels(train.targets, parts[row], rng)
-        train = replace(train, targets=targets)
+            rows = population.places_of(row)
+            targets[rows] = shuffled_labels(population.store.targets, rows.numpy(), rng)
+        population = replace(population, store=replace(population.store, targets=targets))
     if wanted is not None:
-        parts.append(np.arange(len(train), len(train) + len(wanted)))
-        names = [*names, TARGET]
-        train = Examples(torch.cat([train.inputs, wanted.inputs]), torch.cat([train.targets, wanted.targets]))
-    labels = label_distributions(train.targets.numpy(), parts, source.classes)
-    return Scenario(names, parts, labels, train, test, proxy, hostile)
-
-
-def _spread(
-    train: Examples, settings: PartitionSettings, source: str, rng: np.random.Generator
-) -> tuple[list[str], Parts]:
-    labels = train.targets.numpy()
-    if settings.kind == "site":
-        if train.sites is None:
-            raise ValueError(
-                f"The data {source!r} has no sites for partition.kind = 'site'; "
-                "give a folder with one table per site, or another partition."
-            )
-        parts, names = by_site(train.sites)
-        return names, parts
-    clients = settings.clients
-    pieces = clients * settings.shards_per_client if settings.kind == "shards" else clients
-    if pieces > len(labels):
-        raise ValueError(
-            f"partition.clients = {clients} needs {pieces} examples or more and there are {len(labels)}; "
-            "take fewer clients."
-        )
-    if settings.kind == "iid":
-        return client_names(clients), iid(labels, clients, rng)
-    if settings.kind == "shards":
-        return client_names(clients), shards(labels, clients, rng, settings.shards_per_client)
-    return client_names(clients), dirichlet(labels, clients, rng, settings.alpha)
+        names, population = [*names, TARGET], population.joined_by(wanted)
+    return Scenario(names, population, population.labels(source.classes), test, proxy, hostile)
 
 
 def _drawn(count: int, wanted: int, key: str, rng: np.random.Generator) -> Tensor:

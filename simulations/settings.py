@@ -31,12 +31,17 @@ class DataSettings(Strict):
 
 
 class PartitionSettings(Strict):
-    """How the examples are spread over clients; "site" takes the data's own sites, and their number."""
+    """How the examples are spread over clients; "site" takes the data's own sites, and their number.
 
-    kind: Literal["dirichlet", "shards", "iid", "site"] = "dirichlet"
+    Under "drawn" each client draws about `examples` from all, lognormal with `sigma`; other kinds deal them out once.
+    """
+
+    kind: Literal["dirichlet", "shards", "iid", "site", "drawn"] = "dirichlet"
     clients: int = Field(10, ge=1)
     alpha: float = Field(0.1, gt=0)
     shards_per_client: int = Field(2, ge=1)
+    examples: int = Field(100, ge=1)
+    sigma: float = Field(0.0, ge=0)
 
 
 class ParticipationSettings(Strict):

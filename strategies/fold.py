@@ -7,6 +7,7 @@ from math import fsum
 import torch
 from torch import Tensor
 
+from corymb.strategies.block import Block, InBlock
 from corymb.strategies.layout import Model
 from corymb.strategies.reply import Reply
 
@@ -27,12 +28,16 @@ class Fold:
         self._buffers = torch.zeros(origin.buffers.numel(), dtype=torch.float64)
         self._weights: list[float] = []
         self._examples = 0
+        self._blocks: dict[Block, dict[int, float]] = {}  # weights of the clients that came, until all have
 
     def add(self, reply: Reply, weight: float) -> None:
         """Fold one reply in with `weight`."""
         self._weights.append(weight)
         self._examples += reply.report.examples
         self._buffers.add_(reply.buffers.double(), alpha=reply.report.examples)
+        if isinstance(reply.parts, InBlock):
+            self._add_in_block(reply.parts, weight)
+            return
         start = 0
         for part in reply.parts:
             for piece in part.split(BLOCK):
@@ -40,6 +45,19 @@ class Fold:
                 difference = piece.to(self._origin.parameters.dtype) - self._origin.parameters[start:stop]
                 self._moved[start:stop] += difference.mul_(weight)
                 start = stop
+
+    def _add_in_block(self, parts: InBlock, weight: float) -> None:
+        """A block answers its weighted sum by itself, once all of its clients are here, so that no order shows."""
+        weights = self._blocks.setdefault(parts.block, {})
+        weights[parts.index] = weight
+        if len(weights) == parts.block.clients:
+            self._take_block(parts.block)
+
+    def _take_block(self, block: Block) -> None:
+        weights = torch.zeros(block.clients, dtype=torch.float64)
+        for index, weight in self._blocks.pop(block).items():
+            weights[index] = weight
+        self._moved += block.moved(weights, self._origin.parameters)
 
     @property
     def total(self) -> float:
@@ -50,6 +68,8 @@ class Fold:
         """`origin + scale * sum`, with buffers averaged by size; the origin itself when nothing came."""
         if not self._weights:
             return self._origin
+        for block in list(self._blocks):
+            self._take_block(block)
         moved = torch.empty_like(self._origin.parameters)
         pieces = zip(*(t.split(BLOCK) for t in (moved, self._origin.parameters, self._moved)), strict=True)
         for target, origin, total in pieces:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,7 +43,7 @@ class Reply:
     """
 
     report: Report
-    parts: tuple[Tensor, ...]
+    parts: Sequence[Tensor]
     buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
     steps: Tensor | None = None
 

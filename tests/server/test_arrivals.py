@@ -28,6 +28,8 @@ def echo(message: Message, context: Context) -> Message:
 class Slow(LocalGrid):
     """Never answers the first message."""
 
+    stream = None  # type: ignore[assignment]  # replies are pulled
+
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         return super().pull_messages([id_ for id_ in message_ids if id_ != "message-1"])
 

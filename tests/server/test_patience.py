@@ -22,6 +22,8 @@ SECONDS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.6]  # the last site is slow
 class Slow(LocalGrid):
     """Replies can be pulled after their site's time."""
 
+    stream = None  # type: ignore[assignment]  # replies are pulled
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = super().push_messages(messages)
         self.pushed = time.monotonic()

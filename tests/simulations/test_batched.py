@@ -54,11 +54,13 @@ def test_batched_is_serial(changes: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_what_it_cannot_train_is_refused() -> None:
-    changes = {"engine": "batched", "model": {"kind": "corymb.tests.simulations.test_batched:with_dropout"}}
-    with pytest.raises(ValueError, match="engine = 'batched' cannot train '1', a Dropout; use 'serial'"):
+    changes = {"engine": "batched", "model": {"kind": "corymb.tests.simulations.test_batched:with_norm"}}
+    with pytest.raises(
+        ValueError, match="engine = 'batched' cannot train this model: the layer '1' is a BatchNorm1d; use 'serial'"
+    ):
         check(Experiment(**{**SMALL, **changes}))
 
 
-def with_dropout(shape: tuple[int, ...], classes: int) -> torch.nn.Module:
+def with_norm(shape: tuple[int, ...], classes: int) -> torch.nn.Module:
     size = torch.Size(shape).numel()
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(size, classes))
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(size), torch.nn.Linear(size, classes))

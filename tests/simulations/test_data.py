@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corymb.simulations.data import load
-from corymb.simulations.partition import by_site, dirichlet, iid, label_distributions, shards
+from corymb.simulations.data import Examples, load
+from corymb.simulations.partition import by_site, dirichlet, iid, shards
+from corymb.simulations.population import Population
 
 
 def test_digits() -> None:
@@ -137,10 +139,11 @@ def test_every_partition_uses_every_row_once_and_leaves_nobody_empty(clients: in
 
 def test_alpha_says_how_mixed_the_clients_are() -> None:
     labels = np.repeat(np.arange(10), 100)
+    examples = Examples(torch.zeros(1000, 1), torch.from_numpy(labels))
 
     def purity(alpha: float) -> float:
         parts = dirichlet(labels, 20, np.random.default_rng(0), alpha)
-        return float(label_distributions(labels, parts, 10).max(axis=1).mean())
+        return float(Population.of(examples, parts).labels(10).max(axis=1).mean())
 
     assert purity(0.05) > 0.7
     assert purity(100) < 0.2

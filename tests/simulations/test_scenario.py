@@ -44,19 +44,20 @@ def test_proxy_test_and_training_data_are_apart() -> None:
     assert len(found.test) + 53 == len(source.test)
     assert rows(found.proxy.inputs) | rows(found.test.inputs) == rows(source.test.inputs)
     assert not rows(found.proxy.inputs) & rows(found.test.inputs)
-    assert len(found.train) == 300
-    assert rows(found.train.inputs) <= rows(source.train.inputs)
+    assert len(found.population.store) == 300
+    assert rows(found.population.store.inputs) <= rows(source.train.inputs)
     again, other = scenario_of(setting, 0), scenario_of(setting, 1)
-    assert torch.equal(again.train.inputs, found.train.inputs)
-    assert not torch.equal(other.train.inputs, found.train.inputs)
+    assert torch.equal(again.population.store.inputs, found.population.store.inputs)
+    assert not torch.equal(other.population.store.inputs, found.population.store.inputs)
 
 
 def test_shuffled_labels_are_the_hostile_clients_only() -> None:
     clean = scenario_of(experiment(), 0)
     found = scenario_of(experiment(attack={"kind": "labels", "clients": 2}), 0)
     assert len(found.hostile) == 2
-    for client, part in enumerate(found.parts):
-        same = torch.equal(found.train.targets[part], clean.train.targets[part])
+    for client in range(len(found.names)):
+        part = found.population.places_of(client)
+        same = torch.equal(found.population.store.targets[part], clean.population.store.targets[part])
         assert same == (client not in found.hostile)
         assert np.array_equal(found.labels[client], clean.labels[client])
 
@@ -65,11 +66,11 @@ def test_a_target_site_has_its_own_kind_of_data() -> None:
     setting = experiment(target={"examples": 40, "noise": 0.5})
     found = scenario_of(setting, 0)
     assert found.names[-1] == "target"
-    assert len(found.parts[-1]) == 40
+    assert found.population.size(len(found.names) - 1) == 40
     source = source_of(setting.data)
     assert (found.test.inputs - source.test.inputs).std() == pytest.approx(0.5, rel=0.05)
-    assert rows(found.train.inputs[:-40]) < rows(source.train.inputs)
-    assert not rows(found.train.inputs[-40:]) & rows(source.train.inputs)
+    assert rows(found.population.store.inputs[:-40]) < rows(source.train.inputs)
+    assert not rows(found.population.store.inputs[-40:]) & rows(source.train.inputs)
 
 
 @pytest.mark.parametrize("kind", ["noise", "opposite", "reversed"])

@@ -1,0 +1,168 @@
+"""Clients that are described by a module and their data, trained in blocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from torch import Tensor
+
+from corymb.client import TrainSettings
+from corymb.client.app import only_arrays, own_metrics, round_of
+from corymb.client.settings import PREFIX
+from corymb.protocol.block import BlockArrays
+from corymb.protocol.codec import to_state
+from corymb.protocol.flower import quick_metrics, quick_record, quick_reply
+from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, of_kind
+from corymb.simulations.engine.blocks import Task, cut
+from corymb.simulations.engine.engine import Answered, Engine, trains
+from corymb.simulations.population import Population
+from corymb.strategies import Layout
+
+Client = Callable[[Message, Context], Message]
+Asked = Sequence[tuple[Message, Context]]
+Answers = Iterator[tuple[int, Message | Exception]]
+
+
+@dataclass
+class _Group:
+    """Those of a push who train the same model in the same way: their numbers among the asked."""
+
+    arrays: ArrayRecord
+    settings: TrainSettings
+    server_round: int
+    numbers: list[int] = field(default_factory=list)
+
+    def is_like(self, other: _Group) -> bool:
+        """Whether both train in the same way, each its own model."""
+        return (self.settings, self.server_round) == (other.settings, other.server_round)
+
+
+class CohortApp:
+    """A client app that answers all training messages of a push together.
+
+    `alone` is the app that answers one by itself: to evaluate, for settings that no engine has, and where a block
+    fails.
+    """
+
+    def __init__(self, engine: Engine, population: Population, layout: Layout, alone: Client) -> None:
+        self._engine, self._population, self._layout, self._alone = engine, population, layout, alone
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """One message by itself."""
+        return self._alone(message, context)
+
+    def together(self, asked: Asked) -> Answers:
+        """The number and the reply of each of `asked`, as they come; training begins at once."""
+        groups, alone = self._groups(asked)
+        own = [group for group in groups if len(group.numbers) == 1] if len(groups) > 1 else []
+        shared = [group for group in groups if group not in own]
+        first = self._trained(asked, shared[0]) if shared else iter(())
+        return self._answers(asked, first, shared[1:], own, alone)
+
+    def close(self) -> None:
+        """End what the engine started."""
+        self._engine.close()
+
+    def _answers(
+        self, asked: Asked, first: Iterator[Answered], shared: list[_Group], own: list[_Group], alone: list[int]
+    ) -> Answers:
+        started = time.perf_counter()
+        yield from self._replies(asked, first, started)
+        for group in shared:
+            yield from self._replies(asked, self._trained(asked, group), started)
+        while own:
+            like = [
+                group for group in own if (group.settings, group.server_round) == (own[0].settings, own[0].server_round)
+            ]
+            own = [group for group in own if group not in like]
+            yield from self._replies(asked, self._trained_own(asked, like), started)
+        for number in alone:
+            yield number, self._by_itself(*asked[number])
+
+    def _groups(self, asked: Asked) -> tuple[list[_Group], list[int]]:
+        """Who trains alike, and who has to train by itself."""
+        groups: dict[tuple[int, int], _Group] = {}
+        alone = []
+        for number, (message, context) in enumerate(asked):
+            node = context.node_config if any(key.startswith(PREFIX) for key in context.node_config) else {}
+            key = (id(message.content), id(node) if node else 0)
+            if key not in groups:
+                configs = of_kind(message.content, ConfigRecord)
+                settings = TrainSettings.read(context.run_config, node, *configs)
+                groups[key] = _Group(only_arrays(message.content), settings, round_of(configs))
+            if trains(groups[key].settings):
+                groups[key].numbers.append(number)
+            else:
+                alone.append(number)
+        return [group for group in groups.values() if group.numbers], alone
+
+    def _trained(self, asked: Asked, group: _Group) -> Iterator[Answered]:
+        clients = [_client(asked[number][1]) for number in group.numbers]
+        blocks = cut([self._population.size(client) for client in clients], group.settings)
+        tasks = [
+            Task(
+                tuple(group.numbers[place] for place in block),
+                tuple(clients[place] for place in block),
+                group.settings,
+                group.server_round,
+            )
+            for block in blocks
+        ]
+        return self._engine.train(tasks, self._vector(group.arrays))
+
+    def _trained_own(self, asked: Asked, groups: list[_Group]) -> Iterator[Answered]:
+        clients = [_client(asked[group.numbers[0]][1]) for group in groups]
+        for block in cut([self._population.size(client) for client in clients], groups[0].settings):
+            task = Task(
+                tuple(groups[place].numbers[0] for place in block),
+                tuple(clients[place] for place in block),
+                groups[0].settings,
+                groups[0].server_round,
+            )
+            starts = torch.stack([self._vector(groups[place].arrays) for place in block])
+            yield self._engine.train_own(task, starts)
+
+    def _vector(self, arrays: ArrayRecord) -> Tensor:
+        return self._layout.flatten(to_state(arrays)).parameters
+
+    def _replies(self, asked: Asked, answered: Iterator[Answered], started: float) -> Answers:
+        """The replies of each block, whose models stay where they are until somebody looks at them."""
+        for task, block, report in answered:
+            if isinstance(block, Exception) or report is None:
+                # One client's data may be to blame, so each shows by itself whether it can train.
+                yield from ((number, self._by_itself(*asked[number])) for number in task.asked)
+                continue
+            seconds = (time.perf_counter() - started) / len(task.asked)
+            started = time.perf_counter()
+            told = zip(
+                task.asked, report.losses, report.correct, report.examples, report.steps, report.bounds, strict=True
+            )
+            for index, (number, loss, correct, examples, steps, bound) in enumerate(told):
+                message, context = asked[number]
+                metrics = quick_metrics(
+                    {
+                        EXAMPLES: self._population.size(task.clients[index]),
+                        "loss": loss / examples,
+                        "accuracy": correct / examples,
+                        "steps": steps,
+                        "seconds": seconds,
+                        **own_metrics(context),
+                    }
+                )
+                arrays = BlockArrays(block, index, self._layout, bound)
+                yield number, quick_reply(message, content=quick_record({ARRAYS: arrays, METRICS: metrics}))
+            del block, arrays  # its memory goes to the next
+
+    def _by_itself(self, message: Message, context: Context) -> Message | Exception:
+        try:
+            return self._alone(message, context)
+        except Exception as error:
+            return error
+
+
+def _client(context: Context) -> int:
+    return int(context.node_config["partition-id"])

@@ -1,0 +1,105 @@
+"""A push of training messages, cut into blocks of clients that are trained at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corymb.client import TrainSettings
+from corymb.simulations.engine.trained import Trained
+from corymb.strategies import Layout
+
+MOST = 32  # clients in a block
+FEWEST = 4  # blocks in a large enough push: some are trained while replies of others are read
+PADDED = 1.5  # times its examples, what a block may hold with its padding
+
+
+@dataclass(frozen=True)
+class Task:
+    """Clients to train at once, largest first; the numbers of their messages among those asked are `asked`."""
+
+    asked: tuple[int, ...]
+    clients: tuple[int, ...]
+    settings: TrainSettings
+    server_round: int
+
+
+def cut(sizes: Sequence[int], settings: TrainSettings) -> list[list[int]]:
+    """Blocks of places in `sizes` (the examples of each client), by size so that little is padding.
+
+    What the blocks are depends on nothing else, so that it does not matter who trains them.
+    """
+    order = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
+    limit = min(MOST, max(1, -(-len(order) // FEWEST)))
+    blocks: list[list[int]] = []
+    real = 0
+    for place in order:
+        largest = sizes[blocks[-1][0]] if blocks else 0
+        full = not blocks or len(blocks[-1]) >= limit
+        # Under a fixed number of steps all do the same, whatever their sizes.
+        if full or (settings.steps is None and largest * (len(blocks[-1]) + 1) > PADDED * (real + sizes[place])):
+            blocks.append([])
+            real = 0
+        blocks[-1].append(place)
+        real += sizes[place]
+    return blocks
+
+
+class TrainedBlock:
+    """A block that was trained in this process, in the form that rules use."""
+
+    def __init__(self, trained: Trained, start: Tensor, layout: Layout) -> None:
+        self._trained, self._start, self._layout = trained, start, layout
+        self._models: Tensor | None = None
+
+    @property
+    def clients(self) -> int:
+        """How many there are."""
+        return len(self._trained.report.steps)
+
+    def moved(self, weights: Tensor, origin: Tensor) -> Tensor:
+        """See `strategies.block.Block`."""
+        total = self._trained.moved(weights.to(self._start.dtype)).double()
+        return with_drift(total, weights, self._start, origin)
+
+    def model(self, index: int) -> tuple[Tensor, ...]:
+        """See `strategies.block.Block`; all models are written out for the first that is asked for."""
+        if self._models is None:
+            self._models = self._trained.models()
+        return cut_up(self._models[index], self._layout)
+
+
+class WrittenBlock:
+    """A block of models that are written out, `[K, P]`."""
+
+    def __init__(self, models: Tensor, layout: Layout) -> None:
+        self._models, self._layout = models, layout
+
+    @property
+    def clients(self) -> int:
+        """How many there are."""
+        return len(self._models)
+
+    def moved(self, weights: Tensor, origin: Tensor) -> Tensor:
+        """See `strategies.block.Block`."""
+        kept = weights.nonzero()[:, 0]
+        return weights[kept].double() @ (self._models[kept] - origin).double()
+
+    def model(self, index: int) -> tuple[Tensor, ...]:
+        """See `strategies.block.Block`."""
+        return cut_up(self._models[index], self._layout)
+
+
+def with_drift(total: Tensor, weights: Tensor, start: Tensor, origin: Tensor) -> Tensor:
+    """The `total` of moves from `start`, as moves from `origin`."""
+    if start.data_ptr() != origin.data_ptr() and not torch.equal(start, origin):
+        total = total + (start.double() - origin) * weights.sum()
+    return total
+
+
+def cut_up(vector: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """A flat model as the layout's pieces."""
+    return tuple(vector[entry.start : entry.stop] for entry in layout.parameters)

@@ -1,0 +1,86 @@
+"""Where blocks of clients are trained: in this process, or in persistent ones with one thread each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from corymb.client import TrainSettings
+from corymb.simulations.engine.blocks import Task, TrainedBlock, WrittenBlock
+from corymb.simulations.engine.optimizer import ELEMENTWISE
+from corymb.simulations.engine.trained import Report, Trained
+from corymb.simulations.population import Population
+from corymb.strategies import Layout
+from corymb.strategies.block import Block
+
+Answered = tuple[Task, Block | Exception, Report | None]
+
+
+class Trainer(Protocol):
+    """Trains one block."""
+
+    def train(
+        self,
+        start: dict[str, Tensor],
+        clients: Sequence[int],
+        settings: TrainSettings,
+        server_round: int,
+        own: bool = False,
+    ) -> Trained:
+        """See `Program.train`."""
+
+    def tried(self, few: Population, start: dict[str, Tensor], settings: TrainSettings) -> list[Tensor]:
+        """See `Program.tried`."""
+
+
+class Engine(Protocol):
+    """Trains blocks of clients."""
+
+    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
+        """Train the clients of all `tasks` from `start [P]`: begins at once, and gives each block when it is there."""
+
+    def train_own(self, task: Task, starts: Tensor) -> Answered:
+        """Train clients that begin from models of their own, `starts [K, P]`."""
+
+    def close(self) -> None:
+        """End what it started."""
+
+
+def trains(settings: TrainSettings) -> bool:
+    """Whether a block can be trained so; the rest is for a client by itself."""
+    special = settings.batch_updates or settings.report_classes or settings.precision != "float32"
+    return not special and settings.optimizer in ELEMENTWISE and settings.device in ("auto", "cpu")
+
+
+class InProcess:
+    """Trains one block after another, each when it is asked for."""
+
+    def __init__(self, trainer: Trainer, layout: Layout) -> None:
+        self._trainer, self._layout = trainer, layout
+
+    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
+        """See `Engine.train`."""
+        state = self._layout.split(start)
+        for task in tasks:
+            try:
+                trained = self._trainer.train(state, task.clients, task.settings, task.server_round)
+            except Exception as error:
+                yield task, error, None
+            else:
+                yield task, TrainedBlock(trained, start, self._layout), trained.report
+                del trained
+
+    def train_own(self, task: Task, starts: Tensor) -> Answered:
+        """See `Engine.train_own`."""
+        try:
+            trained = self._trainer.train(
+                self._layout.split(starts), task.clients, task.settings, task.server_round, own=True
+            )
+        except Exception as error:
+            return task, error, None
+        return task, WrittenBlock(trained.models(), self._layout), trained.report
+
+    def close(self) -> None:
+        """Nothing was started."""

@@ -1,0 +1,172 @@
+"""A module turned into one that trains a block of clients at once, each with parameters of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corymb.client import TrainSettings
+from corymb.client.app import batch_generator, seed_of
+from corymb.simulations.engine.batches import Batches
+from corymb.simulations.engine.forms import Factored, Form, Stacked, Static
+from corymb.simulations.engine.layers import ClientConv2d, ClientDropout, ClientLayer, ClientLinear, Now
+from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
+from corymb.simulations.engine.products import Products
+from corymb.simulations.engine.trained import Trained
+from corymb.simulations.population import Population
+
+State = Mapping[str, Tensor]
+
+
+class Program:
+    """Trains blocks of `population`'s clients as `client.train` would train each, with cross-entropy.
+
+    `factored` says whether layers may take factored form. Raises `ValueError`, naming the layer, for a module that
+    it cannot train.
+    """
+
+    def __init__(self, module: nn.Module, population: Population, factored: bool = True) -> None:
+        self._population, self._may_factor = population, factored
+        self._now = Now()
+        self._draws = False
+        self._names = [name for name, _ in module.named_parameters()]
+        self._layers: dict[str, ClientLayer] = {}
+        self._steps = 0
+        if any(not parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError("some of its parameters do not learn")
+        self._module = self._turned(deepcopy(module), "").train()
+        if {f"{name}.weight" for name in self._layers} - set(self._names):
+            raise ValueError("two of its layers share their parameters")
+        self._products = Products(population)
+        self._first: ClientLinear | None = None  # the layer that the examples enter, if that is all they do
+
+    def _turned(self, module: nn.Module, name: str) -> nn.Module:
+        """`module` with client layers in the places of its own."""
+        if type(module) is nn.Linear:  # a class of its own may do something else
+            self._layers[name] = ClientLinear(module, self._now)
+            return self._layers[name]
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            self._layers[name] = ClientConv2d(module, self._now)
+            return self._layers[name]
+        if type(module) is nn.Dropout:
+            self._draws = True
+            return ClientDropout(module, self._now)
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own or isinstance(module, nn.modules.dropout._DropoutNd):
+            raise ValueError(f"the layer {name or 'at the top'!r} is a {type(module).__name__}")
+        for child, inner in module.named_children():
+            setattr(module, child, self._turned(inner, f"{name}.{child}".removeprefix(".")))
+        return module
+
+    def tried(self, few: Population, start: State, settings: TrainSettings) -> list[Tensor]:
+        """The models `[K, P]` of a `few` clients in each way that this program may train them.
+
+        If the first layer may stand on the examples themselves, without anybody else looking at them, it will.
+        """
+        kept, self._population = self._population, few
+        products, self._products = self._products, Products(few)
+        everyone = list(range(len(few)))
+        try:
+            models = [self.train(start, everyone, settings, 1).models()]
+            layer = next(iter(self._layers.values()), None)
+            if self._may_factor and isinstance(layer, ClientLinear) and layer.calls == self._steps:
+                self._first, self._products.forced = layer, True
+                try:
+                    static = self.train(start, everyone, settings, 1).models()
+                except RuntimeError:
+                    static = torch.zeros_like(models[0])
+                if not torch.allclose(static, models[0], rtol=1e-3, atol=1e-5):
+                    self._first = None
+            return models
+        finally:
+            self._population, self._products = kept, products
+
+    def train(
+        self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
+    ) -> Trained:
+        """Train `clients`, largest first, from `start` on the batches that each draws for the round.
+
+        With `own` each client has its own start, `{name: [K, ...]}`.
+        """
+        now, store = self._now, self._population.store
+        sites = [(settings.seed, client, server_round) for client in clients]
+        sizes = [self._population.size(client) for client in clients]
+        batches = Batches.drawn(sizes, settings, [batch_generator(*site) for site in sites])
+        now.clients = len(clients)
+        now.generators = [torch.Generator().manual_seed(seed_of(*site)) for site in sites] if self._draws else []
+        plain = is_plain(settings)
+        now.rate = settings.rate(server_round) if plain else None
+        self._begin(start, clients, batches, settings, own)
+        optimizer = None if plain else Optimizer(self._coordinates(), settings, settings.rate(server_round))
+
+        places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
+        targets, shares = store.targets[places], batches.weights.transpose(0, 1)
+        static = self._first.form if self._first is not None and isinstance(self._first.form, Static) else None
+        rows = batches.rows.transpose(0, 1) + torch.arange(len(clients))[:, None] * (static.width if static else 0)
+        example = store.inputs_at(slice(0, 1))
+        outputs: list[Tensor] = []
+        minus = example.new_full((rows[0].numel(), 1), -1.0)
+        for step in range(len(places)):
+            # Plain SGD leaves those alone who have finished; under another they are put back after the step.
+            active = sum(steps > step for steps in batches.steps) if plain else len(clients)
+            now.clients = active
+            now.lengths = batches.lengths_at(step)[:active] if self._draws else []
+            if static is not None:
+                static.rows = rows[step, :active].flatten()
+                inputs = example.new_zeros(1).expand(len(static.rows), *example.shape[1:])
+            else:
+                inputs = store.inputs_at(places[step, :active].flatten())
+            scores = self._module(inputs)
+            self._steps += 1
+            slopes = torch.softmax(scores.detach(), dim=1)
+            slopes.scatter_add_(1, targets[step, :active].reshape(-1, 1), minus[: len(slopes)])
+            scores.backward(slopes.mul_(shares[step, :active].reshape(-1, 1)))
+            outputs.append(scores.detach())
+            if optimizer is not None:
+                optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
+        return Trained.of(self._pieces(), outputs, targets, batches)
+
+    def _begin(
+        self, start: State, clients: Sequence[int], batches: Batches, settings: TrainSettings, own: bool
+    ) -> None:
+        factors = self._may_factor and not own and is_linear(settings)
+        for name, layer in self._layers.items():
+            weight, bias = start[f"{name}.weight"], start.get(f"{name}.bias")
+            if isinstance(layer, ClientConv2d):
+                form: Form = Stacked(weight.flatten(2 if own else 1), len(clients), own)
+            else:
+                form = self._form(layer, weight, clients, batches, factors, own)
+            layer.begin(form, None if bias is None else Stacked(bias, len(clients), own))
+
+    def _form(
+        self, layer: Any, weight: Tensor, clients: Sequence[int], batches: Batches, factors: bool, own: bool
+    ) -> Form:
+        """The cheapest form of a linear layer."""
+        _, steps, width = batches.rows.shape
+        if factors and layer is self._first and self._products.are_cheap(clients, batches, weight.shape):
+            return Static(
+                weight, [self._population.examples(k)[0].flatten(1) for k in clients], self._products.of(clients)
+            )
+        if factors and factored_is_cheaper(steps * width, *weight.shape):
+            return Factored(weight, len(clients), steps * width)
+        return Stacked(weight, len(clients), own)
+
+    def _coordinates(self) -> list[tuple[Tensor, Tensor]]:
+        forms = [form for layer in self._layers.values() for form in (layer.form, layer.bias) if form is not None]
+        return [pair for form in forms for pair in form.coordinates()]
+
+    def _pieces(self) -> list[Form]:
+        """The forms of all parameters, in the model's order."""
+        forms = {}
+        for name, layer in self._layers.items():
+            forms[f"{name}.weight"], forms[f"{name}.bias"] = layer.form, layer.bias
+        return [forms[name] for name in self._names]
+
+
+def factored_is_cheaper(rows: int, outputs: int, inputs: int) -> bool:
+    """Whether a history of so many rows costs less than weights that are read and written at each step."""
+    return rows < outputs * inputs / (outputs + inputs)

@@ -1,0 +1,58 @@
+"""A block of clients after their training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from corymb.simulations.engine.batches import Batches
+from corymb.simulations.engine.forms import Form
+
+
+@dataclass(frozen=True)
+class Report:
+    """What K clients tell of their training: sums of losses and of right answers, examples and steps, each `[K]`.
+
+    `bounds [K]` is what no parameter of theirs exceeds; NaN where one may be.
+    """
+
+    losses: list[float]
+    correct: list[float]
+    examples: list[int]
+    steps: list[int]
+    bounds: list[float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The clients' models, as the forms of their parameters in the model's order, and their report."""
+
+    pieces: list[Form]
+    report: Report
+
+    @classmethod
+    def of(cls, pieces: list[Form], outputs: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
+        """From the outputs of each step, `[A * B, C]` for the first A clients, and the `targets [S, K, B]`."""
+        steps, clients, width = targets.shape
+        scores = outputs[0].new_zeros(steps, clients * width, outputs[0].shape[1])
+        for place, mine in zip(scores, outputs, strict=True):
+            place[: len(mine)] = mine
+        there = (batches.weights > 0).transpose(0, 1)
+        losses = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view_as(there)
+        right = scores.argmax(dim=2).view_as(there) == targets
+        sums = torch.where(there, torch.stack([losses.double(), right.double()]), 0.0).sum(dim=(1, 3))
+        bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
+        examples = there.sum(dim=(0, 2)).tolist()
+        return cls(pieces, Report(*sums.tolist(), examples, batches.steps, bounds.tolist()))
+
+    def moved(self, weights: Tensor) -> Tensor:
+        """`sum_k weights[k] * (model_k - start)`, `[P]`, for `weights [K]`; who has weight 0 is not looked at."""
+        every = bool((weights != 0).all())
+        kept = slice(None) if every else weights.nonzero()[:, 0]
+        return torch.cat([piece.moved(weights, kept).flatten() for piece in self.pieces])
+
+    def models(self) -> Tensor:
+        """Every client's model `[K, P]`."""
+        return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1)

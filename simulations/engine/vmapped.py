@@ -1,0 +1,83 @@
+"""Any module of parameters that does not draw random numbers, for a block of clients, by torch's own vectorisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from corymb.client import TrainSettings
+from corymb.client.app import batch_generator
+from corymb.simulations.engine.batches import Batches
+from corymb.simulations.engine.forms import Stacked
+from corymb.simulations.engine.optimizer import Optimizer
+from corymb.simulations.engine.trained import Trained
+from corymb.simulations.population import Population
+
+Tensors = dict[str, Tensor]
+
+
+class Vmapped:
+    """Trains blocks of clients as `Program` does, for modules whose layers that does not know.
+
+    Raises `ValueError`, naming the layer, for randomness, recurrence, buffers and shared parameters.
+    """
+
+    def __init__(self, module: nn.Module, population: Population) -> None:
+        self._module, self._population = module, population
+        for name, inner in module.named_modules():
+            random = isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RNNBase))
+            if random or list(inner.buffers(recurse=False)):
+                raise ValueError(f"the layer {name!r} is a {type(inner).__name__}")
+        every = dict(module.named_parameters(remove_duplicate=False))
+        if shared := every.keys() - dict(module.named_parameters()).keys():
+            raise ValueError(f"{min(shared)!r} is shared by two layers")
+
+    def tried(self, few: Population, start: Tensors, settings: TrainSettings) -> list[Tensor]:
+        """See `Program.tried`."""
+        kept, self._population = self._population, few
+        try:
+            return [self.train(start, list(range(len(few))), settings, 1).models()]
+        finally:
+            self._population = kept
+
+    def train(
+        self, start: Tensors, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
+    ) -> Trained:
+        """See `Program.train`."""
+        store = self._population.store
+        sizes = [self._population.size(client) for client in clients]
+        batches = Batches.drawn(
+            sizes, settings, [batch_generator(settings.seed, client, server_round) for client in clients]
+        )
+        pieces = {name: Stacked(tensor, len(clients), own) for name, tensor in start.items()}
+        learns = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+        moving = {name: piece.weight for name, piece in pieces.items() if name in learns}
+        fixed = {name: piece.weight for name, piece in pieces.items() if name not in learns}
+        coordinates = [pair for name in moving for pair in pieces[name].coordinates()]
+        optimizer = Optimizer(coordinates, settings, settings.rate(server_round))
+
+        def loss(
+            weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, shares: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            scores = functional_call(self._module, {**weights, **others}, (inputs,))
+            each = nn.functional.cross_entropy(scores, targets, reduction="none")
+            return (each * shares).sum(), scores
+
+        slopes = vmap(grad(loss, has_aux=True))
+        places = self._population.places(clients, batches.rows)
+        outputs = []
+        self._module.train()
+        for step in range(places.shape[1]):
+            inputs, targets = (
+                self._population.store.inputs_at(places[:, step]),
+                self._population.store.targets[places[:, step]],
+            )
+            gradients, scores = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
+            for name, tensor in moving.items():
+                tensor.grad = gradients[name]
+            optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
+            outputs.append(scores.detach().flatten(0, 1))
+        targets = store.targets[places].transpose(0, 1)
+        return Trained.of(list(pieces.values()), outputs, targets, batches)

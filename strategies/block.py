@@ -1,0 +1,41 @@
+"""Models that came about together and need not be written out: a block of clients answers a weighted sum itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, overload
+
+from torch import Tensor
+
+
+class Block(Protocol):
+    """K models of P parameters each. Blocks are compared by identity."""
+
+    @property
+    def clients(self) -> int:
+        """K."""
+
+    def moved(self, weights: Tensor, origin: Tensor) -> Tensor:
+        """`sum_k weights[k] * (model_k - origin)`, `[P]`, for `weights [K]`; who has weight 0 is not looked at."""
+
+    def model(self, index: int) -> tuple[Tensor, ...]:
+        """One model as flat pieces in the layout's order."""
+
+
+class InBlock(Sequence[Tensor]):
+    """The parts of model `index` of a `block`, written out when somebody looks at them."""
+
+    def __init__(self, block: Block, index: int) -> None:
+        self.block, self.index = block, index
+
+    def __len__(self) -> int:
+        return len(self.block.model(self.index))
+
+    @overload
+    def __getitem__(self, place: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Tensor, ...]: ...
+
+    def __getitem__(self, place: int | slice) -> Tensor | tuple[Tensor, ...]:
+        return self.block.model(self.index)[place]
