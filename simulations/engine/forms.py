@@ -9,14 +9,28 @@ another.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Form(Protocol):
-    """The weights `[out, in]` of one layer at K clients."""
+class Piece(Protocol):
+    """One parameter at K clients, after their training."""
+
+    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
+        """`sum_k weights[k] * (W_k - W0)` over the clients `kept`."""
+
+    def written(self) -> Tensor:
+        """Every client's own, `[K, ...]`."""
+
+    def bound(self) -> Tensor:
+        """What no number of a client's exceeds, `[K]`; NaN or infinite where one may be."""
+
+
+class Form(Piece, Protocol):
+    """The weights `[out, in]` of one layer at K clients, and for factors the bias too."""
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """`inputs [K, B, in]` times each client's weight, `[K, B, out]`."""
@@ -29,15 +43,6 @@ class Form(Protocol):
 
     def coordinates(self) -> list[tuple[Tensor, Tensor]]:
         """What an optimiser moves, clients first, with gradients in `.grad`; and where each began."""
-
-    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        """`sum_k weights[k] * (W_k - W0)` over the clients `kept`, `[out, in]`."""
-
-    def written(self) -> Tensor:
-        """Every client's weight `[K, out, in]`."""
-
-    def bound(self) -> Tensor:
-        """What no number of a client's weight exceeds, `[K]`; NaN or infinite where one may be."""
 
 
 Kept = slice | Tensor  # all clients, or the numbers of some
@@ -83,35 +88,82 @@ class Stacked:
         return self.weight
 
     def bound(self) -> Tensor:
-        least, most = self.weight.flatten(1).aminmax(dim=1)
-        return torch.maximum(-least, most)
+        return _size(self.weight)
 
 
-class Factored:
-    """Factors over rows that each client's layer sees: `basis [K, N, in]`, filled as batches come.
+class Factors:
+    """What the two factored forms share: `alpha [K, 1, 1]` and `factors [K, N, out]` over N rows of inputs.
 
-    `alpha [K]` and `factors [K, N, out]`; the weight is `alpha * start + factors^T basis`.
+    A bias is the weight of one more input that is always one, so it moves with the factors and takes no step of its own.
     """
 
-    def __init__(self, start: Tensor, clients: int, rows: int) -> None:
-        self._start = start
+    def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int) -> None:
+        self.start, self.bias = start, bias
+        self.alpha = start.new_ones(clients, 1, 1)
+        self.factors = start.new_zeros(clients, rows, start.shape[0])
+
+    def coordinates(self) -> list[tuple[Tensor, Tensor]]:
+        return [(tensor, tensor.clone()) for tensor in (self.alpha, self.factors)]
+
+    def gradients(self) -> Tensor:
+        """Zeros to write the factors' gradient into; alpha's is zero."""
+        self.alpha.grad, self.factors.grad = torch.zeros_like(self.alpha), torch.zeros_like(self.factors)
+        return self.factors.grad
+
+    def bound_with(self, reach: Tensor) -> Tensor:
+        """`|alpha| max|W0| + max|A| * reach`, where no sum of inputs over the rows exceeds `reach`."""
+        return self.alpha.flatten().abs() * _size(self.start[None]) + _size(self.factors) * reach
+
+    def shrunk(self, weights: Tensor, kept: Kept) -> float:
+        """`sum_k weights[k] * (alpha_k - 1)`."""
+        return float(weights[kept] @ (self.alpha[kept].flatten() - 1))
+
+
+@dataclass
+class FactoredBias:
+    """The bias of a layer whose weight is in factors."""
+
+    factors: Factors
+    start: Tensor
+
+    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
+        moves = self.factors.factors[kept].sum(dim=1)
+        return (weights[kept] @ moves).add_(self.start, alpha=self.factors.shrunk(weights, kept))
+
+    def written(self) -> Tensor:
+        return self.factors.factors.sum(dim=1) + self.factors.alpha[:, 0] * self.start
+
+    def bound(self) -> Tensor:
+        return _size(self.written()[:, None])
+
+
+class Factored(Factors):
+    """Factors over the rows that each client's layer has seen: `basis [K, N, in]`, filled as batches come."""
+
+    def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int) -> None:
+        super().__init__(start, bias, clients, rows)
         self._basis = start.new_zeros(clients, rows, start.shape[1])
-        self._alpha = start.new_ones(clients, 1, 1)
-        self._factors = start.new_zeros(clients, rows, start.shape[0])
         self._seen = 0
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        return self._through(inputs, self._start.T, self._basis, self._factors)
+        seen, active = slice(self._seen), slice(len(inputs))
+        shared = torch.mm(inputs.flatten(0, 1), self.start.T)
+        if self.bias is not None:
+            shared += self.bias
+        result = shared.unflatten(0, inputs.shape[:2]).mul_(self.alpha[active])
+        if self._seen:
+            near = torch.bmm(inputs, self._basis[active, seen].transpose(1, 2))
+            if self.bias is not None:
+                near += 1
+            result.baddbmm_(near, self.factors[active, seen])
+        return result
 
     def inward(self, slopes: Tensor) -> Tensor:
-        return self._through(slopes, self._start, self._factors, self._basis)
-
-    def _through(self, rows: Tensor, shared: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """`rows [A, B, ...]` of the first A clients times `alpha * shared + left^T right`."""
-        seen, active = slice(self._seen), slice(len(rows))
-        result = (rows.flatten(0, 1) @ shared).unflatten(0, rows.shape[:2]).mul_(self._alpha[active])
+        seen, active = slice(self._seen), slice(len(slopes))
+        result = (slopes.flatten(0, 1) @ self.start).unflatten(0, slopes.shape[:2]).mul_(self.alpha[active])
         if self._seen:
-            result.baddbmm_(torch.bmm(rows, left[active, seen].transpose(1, 2)), right[active, seen])
+            near = torch.bmm(slopes, self.factors[active, seen].transpose(1, 2))
+            result.baddbmm_(near, self._basis[active, seen])
         return result
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
@@ -119,89 +171,81 @@ class Factored:
         self._basis[active, fresh] = inputs
         self._seen = fresh.stop
         if rate is None:
-            gradient = torch.zeros_like(self._factors)
-            gradient[active, fresh] = slopes
-            self._factors.grad, self._alpha.grad = gradient, torch.zeros_like(self._alpha)
+            self.gradients()[active, fresh] = slopes
         else:
-            self._factors[active, fresh] = slopes.mul(-rate)
-
-    def coordinates(self) -> list[tuple[Tensor, Tensor]]:
-        return _factor_coordinates(self._alpha, self._factors)
+            self.factors[active, fresh] = slopes.mul(-rate)
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        weighed = self._factors[kept] * weights[kept][:, None, None]
+        weighed = self.factors[kept] * weights[kept][:, None, None]
         total = weighed.flatten(0, 1).T @ self._basis[kept].flatten(0, 1)
-        return total.add_(self._start, alpha=float(weights[kept] @ (self._alpha[kept].flatten() - 1)))
+        return total.add_(self.start, alpha=self.shrunk(weights, kept))
 
     def written(self) -> Tensor:
-        return torch.baddbmm(self._start * self._alpha, self._factors.transpose(1, 2), self._basis)
+        return torch.baddbmm(self.start * self.alpha, self.factors.transpose(1, 2), self._basis)
 
     def bound(self) -> Tensor:
-        reach = self._basis.abs().amax(dim=(1, 2)) * len(self._basis[0])
-        return _factor_bound(self._start, self._alpha, self._factors, reach)
+        return self.bound_with(_size(self._basis) * self._basis.shape[1])
 
 
-class Static:
+class Static(Factors):
     """Factors over the examples themselves, for the layer that the examples enter first.
 
     `basis` are the examples of each client, `[n_k, in]`, `products [K, N, N]` their inner products, which hold for all
-    rounds. A batch is `rows [K, B]` of them, so no input is ever looked at again.
+    rounds, and `rows [S, K, B]` which of them each batch takes, so no input is ever looked at again.
     """
 
-    def __init__(self, start: Tensor, basis: list[Tensor], products: Tensor) -> None:
-        clients, rows, _ = products.shape
-        self.width = rows
-        self._start, self._basis = start, basis
-        self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * rows
-        self._products = products.view(clients * rows, rows)
-        self._first = start.new_zeros(clients, rows, start.shape[0])
-        for mine, outputs in zip(basis, self._first, strict=True):
+    def __init__(self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor) -> None:
+        clients, width, _ = products.shape
+        super().__init__(start, bias, clients, width)
+        self._basis = basis
+        self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
+        first = start.new_zeros(clients, width, start.shape[0])
+        for mine, outputs in zip(basis, first, strict=True):
             torch.mm(mine, start.T, out=outputs[: len(mine)])
-        self._alpha = start.new_ones(clients, 1, 1)
-        self._factors = start.new_zeros(clients, rows, start.shape[0])
-        self.rows = torch.zeros(0, dtype=torch.int64)  # of this step's batch, `[K * B]`, counted over all clients
+        if bias is not None:
+            first += bias
+        self._rows = (rows + torch.arange(clients)[:, None] * width).flatten(1)
+        places = self._rows.flatten()
+        self._first = first.flatten(0, 1)[places].view(*rows.shape, -1)  # what each batch begins with
+        self._near = products.flatten(0, 1)[places].view(*rows.shape, -1)
+        if bias is not None:
+            self._near += 1
+        self._step = 0
 
     def outputs(self, inputs: Tensor) -> Tensor:
         active = slice(len(inputs))
-        first = self._first.flatten(0, 1).index_select(0, self.rows).view(len(inputs), -1, self._first.shape[2])
-        near = self._products.index_select(0, self.rows).view(len(inputs), -1, self.width)
-        return first.mul_(self._alpha[active]).baddbmm_(near, self._factors[active])
+        first, near = self._first[self._step, active], self._near[self._step, active]
+        return torch.baddbmm(first * self.alpha[active], near, self.factors[active])
 
     def inward(self, slopes: Tensor) -> Tensor:
         raise NotImplementedError("Nothing lies before the examples.")
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        into = self._factors if rate is not None else torch.zeros_like(self._factors)
-        into.view(-1, into.shape[2]).index_add_(0, self.rows, slopes.flatten(0, 1), alpha=-rate if rate else 1.0)
-        if rate is None:
-            self._factors.grad, self._alpha.grad = into, torch.zeros_like(self._alpha)
-
-    def coordinates(self) -> list[tuple[Tensor, Tensor]]:
-        return _factor_coordinates(self._alpha, self._factors)
+        rows = self._rows[self._step, : slopes.shape[0] * slopes.shape[1]]
+        self._step += 1
+        into = self.factors if rate is not None else self.gradients()
+        into.flatten(0, 1).index_add_(0, rows, slopes.flatten(0, 1), alpha=1.0 if rate is None else -rate)
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        total = self._start * float(weights[kept] @ (self._alpha[kept].flatten() - 1))
+        total = self.start * self.shrunk(weights, kept)
         clients = range(len(weights)) if isinstance(kept, slice) else kept.tolist()
-        weighed = self._factors * weights[:, None, None]
+        weighed = self.factors * weights[:, None, None]
         for client in clients:
             mine = self._basis[client]
             total.addmm_(weighed[client, : len(mine)].T, mine)
         return total
 
     def written(self) -> Tensor:
-        models = self._start * self._alpha
-        for mine, factors, model in zip(self._basis, self._factors, models, strict=True):
+        models = self.start * self.alpha
+        for mine, factors, model in zip(self._basis, self.factors, models, strict=True):
             model.addmm_(factors[: len(mine)].T, mine)
         return models
 
     def bound(self) -> Tensor:
-        return _factor_bound(self._start, self._alpha, self._factors, self._reach)
+        return self.bound_with(self._reach)
 
 
-def _factor_coordinates(alpha: Tensor, factors: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(alpha, torch.ones_like(alpha)), (factors, torch.zeros_like(factors))]
-
-
-def _factor_bound(start: Tensor, alpha: Tensor, factors: Tensor, reach: Tensor) -> Tensor:
-    """`|alpha| max|W0| + max|A| * reach`, where no sum of `|X|` over the rows exceeds `reach`."""
-    return alpha.flatten().abs() * start.abs().max() + factors.abs().amax(dim=(1, 2)) * reach
+def _size(tensors: Tensor) -> Tensor:
+    """The largest absolute number of each `[K, ...]`; NaN where one is."""
+    least, most = tensors.flatten(1).aminmax(dim=1)
+    return torch.maximum(-least, most)

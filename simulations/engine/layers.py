@@ -31,7 +31,7 @@ class _Applied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, hook: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        outputs, ctx.kept = layer.outputs(inputs)
+        outputs, ctx.kept = layer.outputs(inputs, inputs.requires_grad)
         result: Tensor = outputs
         return result
 
@@ -61,6 +61,14 @@ class ClientLayer(nn.Module):
         result: Tensor = _Applied.apply(inputs, self._hook, self)  # type: ignore[no-untyped-call]
         return result
 
+    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
+        """Outputs, and what the way back needs; it will be `inward` where slopes of the inputs are wanted."""
+        raise NotImplementedError
+
+    def back(self, slopes: Tensor, kept: Any, inward: bool) -> Any:
+        """Learn; the slopes of the inputs if they are wanted."""
+        raise NotImplementedError
+
     def learn_bias(self, slopes: Tensor) -> None:
         """From `slopes [K, B, out]`."""
         if self.bias is not None:
@@ -72,8 +80,8 @@ class ClientLinear(ClientLayer):
 
     form: Form
 
-    def outputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs, and what the way back needs."""
+    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Tensor]:
+        """Outputs, and what the way back needs, which is `inward` where slopes of the inputs are wanted."""
         rows = inputs.reshape(self.now.clients, -1, inputs.shape[-1])
         outputs = self.form.outputs(rows)
         if self.bias is not None:
@@ -108,10 +116,10 @@ class ClientConv2d(ClientLayer):
         """Of the clients that still train, `[A, out, in, height, width]`."""
         return self.form.weight[: self.now.clients].unflatten(2, self.shape[1:])
 
-    def outputs(self, inputs: Tensor) -> tuple[Tensor, Any]:
-        """Outputs, and what the way back needs."""
+    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
+        """See `ClientLayer.outputs`."""
         clients = self.now.clients
-        if self.as_patches and not inputs.requires_grad:
+        if self.as_patches and not inward:
             padded = nn.functional.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)])  # type: ignore[arg-type]
             windows = padded.unfold(2, self.shape[2], self.stride[0]).unfold(3, self.shape[3], self.stride[1])
             height, width = windows.shape[2:4]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from corymb.client import TrainSettings
 from corymb.client.app import batch_generator, seed_of
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.forms import Factored, Form, Stacked, Static
+from corymb.simulations.engine.chain import make_chain
+from corymb.simulations.engine.forms import Factored, FactoredBias, Factors, Form, Piece, Stacked, Static
 from corymb.simulations.engine.layers import ClientConv2d, ClientDropout, ClientLayer, ClientLinear, Now
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products
@@ -41,6 +42,7 @@ class Program:
         self._module = self._turned(deepcopy(module), "").train()
         if {f"{name}.weight" for name in self._layers} - set(self._names):
             raise ValueError("two of its layers share their parameters")
+        self._chain = make_chain(self._module)
         self._products = Products(population)
         self._first: ClientLinear | None = None  # the layer that the examples enter, if that is all they do
 
@@ -105,27 +107,25 @@ class Program:
 
         places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
         targets, shares = store.targets[places], batches.weights.transpose(0, 1)
-        static = self._first.form if self._first is not None and isinstance(self._first.form, Static) else None
-        rows = batches.rows.transpose(0, 1) + torch.arange(len(clients))[:, None] * (static.width if static else 0)
+        static = self._first is not None and isinstance(self._first.form, Static)
         example = store.inputs_at(slice(0, 1))
         outputs: list[Tensor] = []
-        minus = example.new_full((rows[0].numel(), 1), -1.0)
+        minus = example.new_full((targets[0].numel(), 1), -1.0)
         for step in range(len(places)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
             active = sum(steps > step for steps in batches.steps) if plain else len(clients)
             now.clients = active
             now.lengths = batches.lengths_at(step)[:active] if self._draws else []
-            if static is not None:
-                static.rows = rows[step, :active].flatten()
-                inputs = example.new_zeros(1).expand(len(static.rows), *example.shape[1:])
+            wanted = targets[step, :active].reshape(-1, 1)
+            if static:  # which looks at no input
+                inputs = example.new_zeros(1).expand(len(wanted), *example.shape[1:])
             else:
                 inputs = store.inputs_at(places[step, :active].flatten())
-            scores = self._module(inputs)
+            scores = self._chain.forward(inputs)
             self._steps += 1
-            slopes = torch.softmax(scores.detach(), dim=1)
-            slopes.scatter_add_(1, targets[step, :active].reshape(-1, 1), minus[: len(slopes)])
-            scores.backward(slopes.mul_(shares[step, :active].reshape(-1, 1)))
-            outputs.append(scores.detach())
+            slopes = torch.softmax(scores, dim=1).scatter_add_(1, wanted, minus[: len(wanted)])
+            self._chain.backward(slopes.mul_(shares[step, :active].reshape(-1, 1)))
+            outputs.append(scores)
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
         return Trained.of(self._pieces(), outputs, targets, batches)
@@ -133,38 +133,36 @@ class Program:
     def _begin(
         self, start: State, clients: Sequence[int], batches: Batches, settings: TrainSettings, own: bool
     ) -> None:
+        """Give every layer its parameters in the form that is cheapest for it."""
+        _, steps, width = batches.rows.shape
         factors = self._may_factor and not own and is_linear(settings)
         for name, layer in self._layers.items():
             weight, bias = start[f"{name}.weight"], start.get(f"{name}.bias")
-            if isinstance(layer, ClientConv2d):
-                form: Form = Stacked(weight.flatten(2 if own else 1), len(clients), own)
+            form: Form | None = None
+            if factors and layer is self._first and self._products.are_cheap(clients, batches, weight.shape):
+                basis = [self._population.examples(client)[0].flatten(1) for client in clients]
+                form = Static(weight, bias, basis, self._products.of(clients), batches.rows.transpose(0, 1))
+            elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):
+                form = Factored(weight, bias, len(clients), steps * width)
+            if form is not None:
+                layer.begin(form, None)
             else:
-                form = self._form(layer, weight, clients, batches, factors, own)
-            layer.begin(form, None if bias is None else Stacked(bias, len(clients), own))
-
-    def _form(
-        self, layer: Any, weight: Tensor, clients: Sequence[int], batches: Batches, factors: bool, own: bool
-    ) -> Form:
-        """The cheapest form of a linear layer."""
-        _, steps, width = batches.rows.shape
-        if factors and layer is self._first and self._products.are_cheap(clients, batches, weight.shape):
-            return Static(
-                weight, [self._population.examples(k)[0].flatten(1) for k in clients], self._products.of(clients)
-            )
-        if factors and factored_is_cheaper(steps * width, *weight.shape):
-            return Factored(weight, len(clients), steps * width)
-        return Stacked(weight, len(clients), own)
+                flat = weight.flatten(2 if own else 1) if isinstance(layer, ClientConv2d) else weight
+                mine = None if bias is None else Stacked(bias, len(clients), own)
+                layer.begin(Stacked(flat, len(clients), own), mine)
 
     def _coordinates(self) -> list[tuple[Tensor, Tensor]]:
         forms = [form for layer in self._layers.values() for form in (layer.form, layer.bias) if form is not None]
         return [pair for form in forms for pair in form.coordinates()]
 
-    def _pieces(self) -> list[Form]:
-        """The forms of all parameters, in the model's order."""
-        forms = {}
+    def _pieces(self) -> list[Piece]:
+        """All parameters, in the model's order."""
+        pieces: dict[str, Any] = {}
         for name, layer in self._layers.items():
-            forms[f"{name}.weight"], forms[f"{name}.bias"] = layer.form, layer.bias
-        return [forms[name] for name in self._names]
+            pieces[f"{name}.weight"], pieces[f"{name}.bias"] = layer.form, layer.bias
+            if isinstance(layer.form, Factors) and layer.form.bias is not None:
+                pieces[f"{name}.bias"] = FactoredBias(layer.form, layer.form.bias)
+        return [pieces[name] for name in self._names]
 
 
 def factored_is_cheaper(rows: int, outputs: int, inputs: int) -> bool:

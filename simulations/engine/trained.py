@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.forms import Form
+from corymb.simulations.engine.forms import Piece
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Report:
 class Trained:
     """The clients' models, as the forms of their parameters in the model's order, and their report."""
 
-    pieces: list[Form]
+    pieces: list[Piece]
     report: Report
 
     @classmethod
-    def of(cls, pieces: list[Form], outputs: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
+    def of(cls, pieces: list[Piece], outputs: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
         """From the outputs of each step, `[A * B, C]` for the first A clients, and the `targets [S, K, B]`."""
         steps, clients, width = targets.shape
         scores = outputs[0].new_zeros(steps, clients * width, outputs[0].shape[1])

@@ -1,0 +1,140 @@
+"""How long does a round take in Corymb, and on the same work in Flower's simulation, pfl-research and FedJAX?
+
+Corymb runs through `corymb simulate`, with rule, door, verdicts and journal. Runs alternate; the figure of each is the
+median of its rounds. Peers that draw the same clients in the same order (FedJAX) must end at the same checksum.
+
+    python benchmarks/simulators.py [--rows softmax mlp] [--peers fedjax] [--repeats 2]      after `make peers`
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+import workload
+
+Result = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """A workload, and how many times as fast as each peer Corymb has to be."""
+
+    model: str
+    clients: int
+    epochs: int
+    batch: int
+    rounds: int
+    bars: dict[str, float]
+
+
+ROWS = {
+    "softmax": Row("softmax", 50, 1, 10, 16, {"flower": 20, "pfl": 5, "fedjax": 4}),
+    "mlp": Row("mlp", 50, 1, 10, 10, {"flower": 15, "pfl": 4, "fedjax": 4}),
+    "mlp-5": Row("mlp", 50, 5, 20, 10, {"flower": 20, "pfl": 6, "fedjax": 6}),
+    "cnn": Row("cnn", 10, 1, 10, 6, {"flower": 2.2, "pfl": 1.5, "fedjax": 3}),
+}
+PYTHON = {
+    "flower": ROOT / ".venv/bin/python",
+    "pfl": ROOT / ".peers/pfl/bin/python",
+    "fedjax": ROOT / ".peers/fedjax/bin/python",
+}
+SCRIPTS = {"flower": "flower_simulation.py", "pfl": "pfl_research.py", "fedjax": "fedjax_simulator.py"}
+WARMUP = 2
+
+
+def by_corymb(row: Row) -> Result:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs, targets = (array.reshape(-1, *array.shape[2:]) for array in workload.data())
+        offsets = np.arange(workload.CLIENTS + 1) * workload.EXAMPLES
+        np.savez(
+            folder / "data.npz",
+            x_train=inputs, y_train=targets, x_test=inputs[:100], y_test=targets[:100], offsets=offsets,
+        )  # fmt: skip
+        online = np.zeros((WARMUP + row.rounds, workload.CLIENTS), dtype=int)
+        for number, line in enumerate(online):
+            line[workload.cohort(number, row.clients)] = 1
+        np.savetxt(folder / "trace.csv", online, fmt="%d", delimiter=",")
+        experiment = f"""
+rounds = {WARMUP + row.rounds}
+rules = ["fedavg"]
+data = {{ source = "{folder}/data.npz" }}
+partition = {{ kind = "site" }}
+participation = {{ kind = "trace", path = "{folder}/trace.csv" }}
+model = {{ kind = "workload:{row.model}" }}
+train = {{ learning_rate = {workload.RATE}, batch_size = {row.batch}, epochs = {row.epochs}, shuffle = false }}
+evaluate = {{ every = 1000 }}
+"""
+        (folder / "workload.toml").write_text(experiment)
+        command = [ROOT / ".venv/bin/corymb", "simulate", folder / "workload.toml", "--out", folder / "out"]
+        subprocess.run(command, check=True, capture_output=True, cwd=HERE)
+        (journal,) = (folder / "out/journals").iterdir()
+        with sqlite3.connect(journal / "journal.sqlite") as database:
+            seconds = [line[0] for line in database.execute("SELECT seconds FROM rounds ORDER BY round")]
+        model = load_file(max(journal.glob("model-*.safetensors")))
+        return {"seconds": seconds[WARMUP:], "checksum": workload.checksum(model.values())}
+
+
+def by_peer(peer: str, row: Row) -> Result:
+    """The faster of one process and two where a peer offers both."""
+    arguments = [
+        str(HERE / "peers" / SCRIPTS[peer]), f"--model={row.model}", f"--clients={row.clients}",
+        f"--epochs={row.epochs}", f"--batch={row.batch}", f"--rounds={row.rounds}", f"--warmup={WARMUP}",
+    ]  # fmt: skip
+    commands = [[str(PYTHON[peer]), *arguments]]
+    if peer == "pfl":
+        commands.append([str(PYTHON[peer].parent / "torchrun"), "--nproc_per_node", "2", *arguments])
+    results = []
+    for command in commands:
+        environment = os.environ | {"OMP_NUM_THREADS": "2" if len(commands) == 1 else "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+        if not lines:
+            raise RuntimeError(f"{peer} failed: {done.stderr[-2000:]}")
+        results.append(json.loads(lines[-1]))
+    return min(results, key=lambda result: workload.median(result["seconds"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--peers", nargs="*", choices=list(PYTHON), default=list(PYTHON))
+    parser.add_argument("--repeats", type=int, default=2)
+    options = parser.parse_args()
+    missed = 0
+    print(f"{'work':10}{'Corymb':>10}" + "".join(f"{peer:>34}" for peer in options.peers))
+    for name in options.rows:
+        row = ROWS[name]
+        results: dict[str, list[Result]] = {peer: [] for peer in ("corymb", *options.peers)}
+        for _ in range(options.repeats):
+            for peer in results:
+                results[peer].append(by_corymb(row) if peer == "corymb" else by_peer(peer, row))
+        times = {peer: workload.median([s for r in found for s in r["seconds"]]) for peer, found in results.items()}
+        ours = results["corymb"][0]["checksum"]
+        line = f"{name:10}{times['corymb']:7.1f} ms"
+        for peer in options.peers:
+            ratio = times[peer] / times["corymb"]
+            missed += ratio < row.bars[peer]
+            theirs = results[peer][0]["checksum"]
+            same = f", sum {theirs / ours - 1:+.0e}" if peer == "fedjax" else ""
+            line += f"{f'{times[peer]:.0f} ms = {ratio:.1f}x ({row.bars[peer]:g}x{same})':>34}"
+        print(line, flush=True)
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()

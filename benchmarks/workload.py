@@ -1,0 +1,119 @@
+"""One workload for every simulator: the same data, first model, cohorts and steps, and a checksum of what comes out.
+
+28x28 images of noise in 10 classes, 100 clients with 100 examples each, plain SGD at 0.05 on cross-entropy, the examples
+of a client always in their own order. Needs numpy only, so that each peer can read it in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CLIENTS, EXAMPLES, RATE = 100, 100, 0.05
+Arrays = list[NDArray[np.float32]]
+SHAPES = {  # weights as torch has them, and how many inputs each sums over
+    "softmax": [((10, 784), 784)],
+    "mlp": [((200, 784), 784), ((10, 200), 200)],
+    "cnn": [((32, 1, 5, 5), 25), ((64, 32, 5, 5), 800), ((512, 3136), 3136), ((10, 512), 512)],
+}
+
+
+def data() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Inputs `[100, 100, 1, 28, 28]` and targets `[100, 100]`."""
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((CLIENTS, EXAMPLES, 1, 28, 28), dtype=np.float32)
+    return inputs, rng.integers(0, 10, (CLIENTS, EXAMPLES))
+
+
+def cohort(number: int, clients: int) -> NDArray[np.int64]:
+    """Who takes part in a round, from 0."""
+    return np.sort(np.random.default_rng(1000 + number).choice(CLIENTS, clients, replace=False))
+
+
+def first_model(model: str) -> Arrays:
+    """Weights and biases in turn, uniform within one over the root of the inputs."""
+    rng = np.random.default_rng(1)
+    arrays = []
+    for shape, inputs in SHAPES[model]:
+        bound = 1 / np.sqrt(inputs)
+        arrays += [rng.uniform(-bound, bound, size).astype(np.float32) for size in (shape, shape[:1])]
+    return arrays
+
+
+def checksum(arrays: Iterable[NDArray[np.float32]]) -> float:
+    """The sum of absolute numbers."""
+    return round(float(sum(np.abs(array).sum(dtype=np.float64) for array in arrays)), 4)
+
+
+def torch_model(model: str) -> Any:
+    """The model as a sequence of torch's layers, filled with the first model."""
+    import torch
+    from torch import nn
+
+    layers: dict[str, list[nn.Module]] = {
+        "softmax": [nn.Flatten(), nn.Linear(784, 10)],
+        "mlp": [nn.Flatten(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 10)],
+        "cnn": [
+            nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10),
+        ],
+    }  # fmt: skip
+    module = nn.Sequential(*layers[model])
+    with torch.no_grad():
+        for parameter, array in zip(module.parameters(), first_model(model), strict=True):
+            parameter.copy_(torch.from_numpy(array))
+    return module
+
+
+def softmax(shape: tuple[int, ...], classes: int) -> Any:
+    """For an experiment's `model.kind`."""
+    return torch_model("softmax")
+
+
+def mlp(shape: tuple[int, ...], classes: int) -> Any:
+    """For an experiment's `model.kind`."""
+    return torch_model("mlp")
+
+
+def cnn(shape: tuple[int, ...], classes: int) -> Any:
+    """For an experiment's `model.kind`."""
+    return torch_model("cnn")
+
+
+def options() -> argparse.ArgumentParser:
+    """What every peer's script is told."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=list(SHAPES), default="mlp")
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=2)
+    return parser
+
+
+def report(seconds: list[float], warmup: int, arrays: Iterable[NDArray[np.float32]]) -> None:
+    """Print the rounds' seconds and the checksum as the last line."""
+    print(json.dumps({"seconds": seconds[warmup:], "checksum": checksum(arrays)}), flush=True)
+
+
+def timed(step: Callable[[int], None], rounds: int, clock: Callable[[], float]) -> list[float]:
+    """Seconds of each round."""
+    seconds = []
+    for number in range(rounds):
+        started = clock()
+        step(number)
+        seconds.append(clock() - started)
+    return seconds
+
+
+def median(seconds: list[float]) -> float:
+    """In milliseconds."""
+    return 1000 * statistics.median(seconds)

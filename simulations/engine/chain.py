@@ -1,0 +1,97 @@
+"""A module's way forward and back: by hand along a sequence of layers, by torch's autograd through anything else.
+
+Small layers take less time than autograd does to note them down.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from corymb.simulations.engine.layers import ClientLayer
+
+
+class Chain(Protocol):
+    """Forward, then backward, once each per step."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The outputs."""
+
+    def backward(self, slopes: Tensor) -> None:
+        """Have the layers learn from the slopes of the outputs."""
+
+
+def make_chain(module: nn.Module) -> Chain:
+    """By hand for a sequence."""
+    layers = _flat(module)
+    return ByAutograd(module) if len(layers) == 1 and not isinstance(module, ClientLayer) else ByHand(layers)
+
+
+def _flat(module: nn.Module) -> list[nn.Module]:
+    if type(module) is not nn.Sequential:
+        return [module]
+    return [layer for child in module for layer in _flat(child)]
+
+
+class ByAutograd:
+    """Any module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """See `Chain`."""
+        self._outputs = self._module(inputs)
+        return self._outputs.detach()
+
+    def backward(self, slopes: Tensor) -> None:
+        """See `Chain`."""
+        self._outputs.backward(slopes)
+
+
+class ByHand:
+    """Layers one after another; those before the first that learns need no way back."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self._layers = layers
+        self._first = next(place for place, layer in enumerate(layers) if isinstance(layer, ClientLayer))
+        self._kept: list[Any] = []
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """See `Chain`."""
+        self._kept = []
+        for place, layer in enumerate(self._layers):
+            kept = None
+            if isinstance(layer, ClientLayer):
+                layer.calls += 1
+                inputs, kept = layer.outputs(inputs, inward=place > self._first)
+            elif isinstance(layer, nn.Flatten):
+                kept, inputs = inputs.shape, layer(inputs)
+            elif isinstance(layer, nn.ReLU):
+                kept = inputs = inputs.clamp_min(0)
+            elif place < self._first:
+                inputs = layer(inputs)
+            else:
+                with torch.enable_grad():
+                    before = inputs.detach().requires_grad_()
+                    after = layer(before)
+                kept, inputs = (before, after), after.detach()
+            self._kept.append(kept)
+        return inputs
+
+    @torch.no_grad()
+    def backward(self, slopes: Tensor) -> None:
+        """See `Chain`."""
+        for place in range(len(self._layers) - 1, self._first - 1, -1):
+            layer, kept = self._layers[place], self._kept.pop()
+            if isinstance(layer, ClientLayer):
+                slopes = layer.back(slopes, kept, place > self._first)
+            elif isinstance(layer, nn.Flatten):
+                slopes = slopes.reshape(kept)
+            elif isinstance(layer, nn.ReLU):
+                slopes = torch.ops.aten.threshold_backward(slopes, kept, 0)
+            else:
+                (slopes,) = torch.autograd.grad(kept[1], kept[0], slopes)
