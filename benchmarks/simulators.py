@@ -65,16 +65,12 @@ def by_corymb(row: Row) -> Result:
             folder / "data.npz",
             x_train=inputs, y_train=targets, x_test=inputs[:100], y_test=targets[:100], offsets=offsets,
         )  # fmt: skip
-        online = np.zeros((WARMUP + row.rounds, workload.CLIENTS), dtype=int)
-        for number, line in enumerate(online):
-            line[workload.cohort(number, row.clients)] = 1
-        np.savetxt(folder / "trace.csv", online, fmt="%d", delimiter=",")
         experiment = f"""
 rounds = {WARMUP + row.rounds}
 rules = ["fedavg"]
+fraction = {row.clients / workload.CLIENTS}
 data = {{ source = "{folder}/data.npz" }}
 partition = {{ kind = "site" }}
-participation = {{ kind = "trace", path = "{folder}/trace.csv" }}
 model = {{ kind = "workload:{row.model}" }}
 train = {{ learning_rate = {workload.RATE}, batch_size = {row.batch}, epochs = {row.epochs}, shuffle = false }}
 evaluate = {{ every = 1000 }}

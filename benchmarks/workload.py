@@ -1,4 +1,4 @@
-"""One workload for every simulator: the same data, first model, cohorts and steps, and a checksum of what comes out.
+"""One workload for every simulator: the same data, first model, cohorts and steps, and a checksum of the result.
 
 28x28 images of noise in 10 classes, 100 clients with 100 examples each, plain SGD at 0.05 on cross-entropy, the examples
 of a client always in their own order. Needs numpy only, so that each peer can read it in an environment of its own.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,8 +33,8 @@ def data() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def cohort(number: int, clients: int) -> NDArray[np.int64]:
-    """Who takes part in a round, from 0."""
-    return np.sort(np.random.default_rng(1000 + number).choice(CLIENTS, clients, replace=False))
+    """Who takes part in a round, from 0: whom Corymb draws with seed 0."""
+    return np.array(sorted(random.Random(f"0/{number + 1}/train").sample(range(CLIENTS), clients)))
 
 
 def first_model(model: str) -> Arrays:

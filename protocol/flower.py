@@ -58,6 +58,19 @@ def quick_record(records: Mapping[str, ArrayRecord | MetricRecord]) -> RecordDic
     return content
 
 
+def quick_messages(content: RecordDict, node_ids: list[int], kind: str, group_id: str) -> list[Message]:
+    """`Message(content, node_id, kind, group_id=group_id)` for each of `node_ids`, checked once."""
+    first = Message(content, node_ids[0], kind, group_id=group_id)
+    messages = []
+    for node_id in node_ids:
+        metadata = Metadata.__new__(Metadata)
+        metadata.__dict__.update(first.metadata.__dict__, _dst_node_id=node_id)
+        message = Message.__new__(Message)
+        message.__dict__.update(_metadata=metadata, _content=content, _error=None)
+        messages.append(message)
+    return messages
+
+
 def quick_reply(message: Message, content: RecordDict | None = None, error: Error | None = None) -> Message:
     """`Message(content or error, reply_to=message)` for a reply within this process: as fresh as its message."""
     asked = message.metadata.__dict__

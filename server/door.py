@@ -116,9 +116,10 @@ class Door:
             if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC and name != self.examples_key
             if name.isprintable() and len(name) < 100
         }
-        classes = {name: value for name, value in numbers.items() if name.startswith(CLASS)}
-        others = {name: value for name, value in numbers.items() if name not in classes}
-        numbers = dict(islice(others.items(), MOST_METRICS)) | dict(islice(classes.items(), MOST_CLASSES))
+        if len(numbers) > MOST_METRICS:
+            classes = {name: value for name, value in numbers.items() if name.startswith(CLASS)}
+            others = {name: value for name, value in numbers.items() if name not in classes}
+            numbers = dict(islice(others.items(), MOST_METRICS)) | dict(islice(classes.items(), MOST_CLASSES))
         return Report(node, int(examples), numbers)
 
     def _check_claims(self, arrays: ArrayRecord) -> None:

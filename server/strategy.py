@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from corymb.protocol.codec import to_arrays, to_state
+from corymb.protocol.flower import quick_messages
 from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, ROUND
 from corymb.server.arrivals import arrivals
 from corymb.server.door import Code, Door, Rejection, is_bounded
@@ -212,15 +213,17 @@ class FlowerStrategy(Strategy):
         config = config.copy()
         config[ROUND] = server_round
         self._config = config
-        contents: dict[int, RecordDict] = {}  # one for all sites, or one for each model that the rule keeps
-        self._asked = {}
-        for name, node_id in nodes.items():
+        models: dict[int, tuple[Model, list[str]]] = {}  # one for all sites, or several that the rule keeps
+        for name in nodes:
             model = self.rule.model_for(name, self._origin, self.memory)
-            key = model.parameters.data_ptr()
-            if key not in contents:
-                own = self._arrays if model is self._origin else to_arrays(self._layout.restore(model))
-                contents[key] = RecordDict({self.arrayrecord_key: own, self.configrecord_key: config})
-            self._asked[name] = Message(contents[key], node_id, kind, group_id=str(server_round))
+            models.setdefault(model.parameters.data_ptr(), (model, []))[1].append(name)
+        asked: dict[str, Message] = {}
+        for model, names in models.values():
+            own = self._arrays if model is self._origin else to_arrays(self._layout.restore(model))
+            content = RecordDict({self.arrayrecord_key: own, self.configrecord_key: config})
+            messages = quick_messages(content, [nodes[name] for name in names], kind, str(server_round))
+            asked |= zip(names, messages, strict=True)
+        self._asked = {name: asked[name] for name in nodes}
         return list(self._asked.values())
 
     def _push(self, grid: Grid, messages: list[Message]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -89,9 +90,11 @@ def _run(experiment: Experiment, ticket: Ticket, folder: Path, tell: Tell, worke
     logging.getLogger("flwr").setLevel(logging.WARNING)  # the progress bar says it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small models run slower on several, and sums differ with their number
+    gc.freeze()  # half a million objects of the libraries, which Python's collector would look through again and again
     try:
         run(experiment, rule, seed, journal_folder(folder, rule, seed), tell, workers)
     finally:
+        gc.unfreeze()
         torch.set_num_threads(threads)
 
 

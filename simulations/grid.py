@@ -140,7 +140,7 @@ class LocalGrid(Grid):
     def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
         """Replies to `message_ids` with the id that each answers, in the order in which they can be had soonest."""
         wanted = [message_id for message_id in message_ids if message_id in self._waiting]
-        if self._together is not None and any(map(self._trains_online, wanted)):
+        if self._together is not None:
             self._begin_together()
         together = {message_id for message_id in wanted if message_id in self._begun}
         for message_id in wanted:
@@ -179,6 +179,8 @@ class LocalGrid(Grid):
     def _begin_together(self) -> None:
         """Have the app train all who are online of those that wait."""
         ids = [message_id for message_id in self._waiting if self._trains_online(message_id)]
+        if not ids:
+            return
         messages = [self._waiting.pop(message_id) for message_id in ids]
         self._begun, self._ready = dict(zip(ids, messages, strict=True)), {}
         assert self._together is not None

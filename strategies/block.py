@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, overload
 
 from torch import Tensor
@@ -15,8 +15,11 @@ class Block(Protocol):
     def clients(self) -> int:
         """K."""
 
-    def moved(self, weights: Tensor, origin: Tensor) -> Tensor:
-        """`sum_k weights[k] * (model_k - origin)`, `[P]`, for `weights [K]`; who has weight 0 is not looked at."""
+    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
+        """`sum_k weights[k] * (model_k - origin)`, `[P]`, for `weights [K]`; who has weight 0 is not looked at.
+
+        The work may go on elsewhere until what is returned is called.
+        """
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         """One model as flat pieces in the layout's order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from math import fsum
 
 import torch
@@ -11,6 +13,7 @@ from corymb.strategies.block import Block, InBlock
 from corymb.strategies.layout import Model
 from corymb.strategies.reply import Reply
 
+COMING = 3  # blocks whose sums are worked out while further replies are read
 BLOCK = 1 << 15  # numbers per step: scratch memory stays in the cache
 
 
@@ -28,16 +31,17 @@ class Fold:
         self._buffers = torch.zeros(origin.buffers.numel(), dtype=torch.float64)
         self._weights: list[float] = []
         self._examples = 0
+        self._coming: deque[Callable[[], Tensor]] = deque()  # sums of blocks, in the order of the blocks
         self._blocks: dict[Block, dict[int, float]] = {}  # weights of the clients that came, until all have
 
     def add(self, reply: Reply, weight: float) -> None:
         """Fold one reply in with `weight`."""
         self._weights.append(weight)
         self._examples += reply.report.examples
-        self._buffers.add_(reply.buffers.double(), alpha=reply.report.examples)
-        if isinstance(reply.parts, InBlock):
+        if isinstance(reply.parts, InBlock):  # of models without buffers
             self._add_in_block(reply.parts, weight)
             return
+        self._buffers.add_(reply.buffers.double(), alpha=reply.report.examples)
         start = 0
         for part in reply.parts:
             for piece in part.split(BLOCK):
@@ -57,7 +61,9 @@ class Fold:
         weights = torch.zeros(block.clients, dtype=torch.float64)
         for index, weight in self._blocks.pop(block).items():
             weights[index] = weight
-        self._moved += block.moved(weights, self._origin.parameters)
+        self._coming.append(block.moves(weights, self._origin.parameters))
+        if len(self._coming) > COMING:
+            self._moved += self._coming.popleft()()
 
     @property
     def total(self) -> float:
@@ -70,6 +76,8 @@ class Fold:
             return self._origin
         for block in list(self._blocks):
             self._take_block(block)
+        while self._coming:
+            self._moved += self._coming.popleft()()
         moved = torch.empty_like(self._origin.parameters)
         pieces = zip(*(t.split(BLOCK) for t in (moved, self._origin.parameters, self._moved)), strict=True)
         for target, origin, total in pieces:

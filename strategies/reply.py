@@ -34,6 +34,9 @@ def class_counts(report: Report) -> Tensor:
     return torch.tensor([counts.get(c, 0.0) for c in range(max(counts, default=-1) + 1)], dtype=torch.float64)
 
 
+NO_BUFFERS = torch.zeros(0)
+
+
 @dataclass(frozen=True)
 class Reply:
     """An admitted reply: finite, and of the layout of the round's model.
@@ -44,7 +47,7 @@ class Reply:
 
     report: Report
     parts: Sequence[Tensor]
-    buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    buffers: Tensor = NO_BUFFERS
     steps: Tensor | None = None
 
     @classmethod

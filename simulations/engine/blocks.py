@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,19 +33,21 @@ def cut(sizes: Sequence[int], settings: TrainSettings) -> list[list[int]]:
     What the blocks are depends on nothing else, so that it does not matter who trains them.
     """
     order = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
-    limit = min(MOST, max(1, -(-len(order) // FEWEST)))
+    number = max(-(-len(order) // MOST), min(FEWEST, len(order)))
+    size, more = divmod(len(order), number)
+    ends = {block * size + min(block, more) for block in range(number)}  # the larger blocks first
     blocks: list[list[int]] = []
-    real = 0
-    for place in order:
-        largest = sizes[blocks[-1][0]] if blocks else 0
-        full = not blocks or len(blocks[-1]) >= limit
-        # Under a fixed number of steps all do the same, whatever their sizes.
-        if full or (settings.steps is None and largest * (len(blocks[-1]) + 1) > PADDED * (real + sizes[place])):
+    for position, place in enumerate(order):
+        if position in ends or _is_padded([sizes[other] for other in (*blocks[-1], place)], settings):
             blocks.append([])
-            real = 0
         blocks[-1].append(place)
-        real += sizes[place]
     return blocks
+
+
+def _is_padded(sizes: list[int], settings: TrainSettings) -> bool:
+    """Whether clients of these `sizes`, largest first, would be padded too much."""
+    # Under a fixed number of steps all do the same, whatever their sizes.
+    return settings.steps is None and sizes[0] * len(sizes) > PADDED * sum(sizes)
 
 
 class TrainedBlock:
@@ -60,10 +62,10 @@ class TrainedBlock:
         """How many there are."""
         return len(self._trained.report.steps)
 
-    def moved(self, weights: Tensor, origin: Tensor) -> Tensor:
+    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
         """See `strategies.block.Block`."""
-        total = self._trained.moved(weights.to(self._start.dtype)).double()
-        return with_drift(total, weights, self._start, origin)
+        total = with_drift(self._trained.moved(weights.to(self._start.dtype)), weights, self._start, origin)
+        return lambda: total
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         """See `strategies.block.Block`; all models are written out for the first that is asked for."""
@@ -83,10 +85,11 @@ class WrittenBlock:
         """How many there are."""
         return len(self._models)
 
-    def moved(self, weights: Tensor, origin: Tensor) -> Tensor:
+    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
         """See `strategies.block.Block`."""
         kept = weights.nonzero()[:, 0]
-        return weights[kept].double() @ (self._models[kept] - origin).double()
+        total = weights[kept].double() @ (self._models[kept] - origin).double()
+        return lambda: total
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         """See `strategies.block.Block`."""

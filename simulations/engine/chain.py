@@ -5,6 +5,7 @@ Small layers take less time than autograd does to note them down.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,9 @@ class Chain(Protocol):
 def make_chain(module: nn.Module) -> Chain:
     """By hand for a sequence."""
     layers = _flat(module)
+    for place, pair in enumerate(pairwise(layers)):
+        if tuple(map(type, pair)) == (nn.ReLU, nn.MaxPool2d):  # the same the other way round, on fewer numbers
+            layers[place : place + 2] = pair[::-1]
     return ByAutograd(module) if len(layers) == 1 and not isinstance(module, ClientLayer) else ByHand(layers)
 
 

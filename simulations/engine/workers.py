@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -19,7 +20,9 @@ from corymb.simulations.engine.blocks import Task, cut_up, with_drift
 from corymb.simulations.engine.engine import Answered, InProcess, Trainer
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
+from corymb.strategies.fold import COMING
 
+ASKED = COMING + 1  # sums that may be asked for before the first is read
 AHEAD = 2  # blocks that each worker is given before it has trained them: it never waits for more work
 
 
@@ -28,8 +31,10 @@ class _Worker:
     process: Any
     tasks: Connection
     questions: Connection  # about blocks that are trained; they go before tasks
-    result: Tensor  # shared [P]: the weighted sum that was asked for last
+    results: Tensor  # shared [ASKED, P]: the weighted sums that were asked for last
     left: int = 0  # tasks that it was given and has not told of
+    asked: int = 0  # sums, over all rounds
+    done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
 
 
 class Workers:
@@ -47,17 +52,17 @@ class Workers:
         for _ in range(processes):
             tasks, its_tasks = context.Pipe()
             questions, its_questions = context.Pipe()
-            result = torch.zeros_like(self._start).share_memory_()
+            results = torch.zeros(ASKED, len(self._start), dtype=layout.dtype).share_memory_()
             ours = [tasks, questions, *(pipe for w in self._workers for pipe in (w.tasks, w.questions))]
             process = context.Process(
                 target=_work,
-                args=(its_tasks, its_questions, trainer, layout, self._start, result, ours),
+                args=(its_tasks, its_questions, trainer, layout, self._start, results, ours),
                 daemon=True,
             )
             process.start()
             its_tasks.close()
             its_questions.close()
-            self._workers.append(_Worker(process, tasks, questions, result))
+            self._workers.append(_Worker(process, tasks, questions, results))
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
         """See `Engine.train`."""
@@ -68,9 +73,10 @@ class Workers:
         waiting = [(next(self._numbers), task) for task in tasks]
         numbered = dict(waiting)
         waiting.reverse()
-        for _ in range(AHEAD):
-            for worker in self._workers:
-                self._give(worker, waiting)
+        first = [waiting[-1 - place :: -len(self._workers)][:AHEAD] for place in range(len(self._workers))]
+        for worker, mine in zip(self._workers, first, strict=True):
+            self._give(worker, mine)
+        del waiting[-AHEAD * len(self._workers) :]
         return self._answers(numbered, waiting, start)
 
     def train_own(self, task: Task, starts: Tensor) -> Answered:
@@ -97,17 +103,18 @@ class Workers:
                     worker = next(worker for worker in self._workers if worker.tasks is pipe)
                     done, report = self._told(worker)
                     ready[done] = (worker, report)
-                    self._give(worker, waiting)
+                    self._give(worker, [waiting.pop()] if waiting else [])
             worker, report = ready.pop(number)
             if isinstance(report, Exception):
                 yield task, report, None
             else:  # without a name here: it goes when nobody else holds it
                 yield task, _RemoteBlock(worker, number, len(task.clients), start, self._layout), report
 
-    def _give(self, worker: _Worker, waiting: list[tuple[int, Task]]) -> None:
-        if waiting:
-            worker.tasks.send(waiting.pop())
-            worker.left += 1
+    def _give(self, worker: _Worker, tasks: list[tuple[int, Task]]) -> None:
+        if tasks:
+            done_with, worker.done_with = worker.done_with, []
+            worker.tasks.send((tasks, done_with))
+            worker.left += len(tasks)
 
     def _told(self, worker: _Worker) -> Any:
         worker.left -= 1
@@ -121,32 +128,36 @@ class _RemoteBlock:
         self._worker, self._number, self._clients = worker, number, clients
         self._start, self._layout = start, layout
         self._models: Tensor | None = None
-        weakref.finalize(self, _forget, worker.questions, number)
+        weakref.finalize(self, _forget, worker, number)
 
     @property
     def clients(self) -> int:
         """How many there are."""
         return self._clients
 
-    def moved(self, weights: Tensor, origin: Tensor) -> Tensor:
-        """See `strategies.block.Block`."""
-        self._asked("moved", weights.tolist())
-        return with_drift(self._worker.result, weights, self._start, origin)
+    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
+        """See `strategies.block.Block`; the worker adds up while this process reads on."""
+        worker, start = self._worker, self._start
+        place = worker.asked % ASKED
+        worker.asked += 1
+        worker.questions.send(("moved", self._number, (place, weights.tolist())))
+
+        def total() -> Tensor:
+            _received(worker.questions)
+            return with_drift(worker.results[place], weights, start, origin)
+
+        return total
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         """See `strategies.block.Block`; all models come over for the first that is asked for."""
         if self._models is None:
-            self._models = torch.from_numpy(self._asked("models", None))
+            self._worker.questions.send(("models", self._number, None))
+            self._models = torch.from_numpy(_received(self._worker.questions))
         return cut_up(self._models[index], self._layout)
 
-    def _asked(self, what: str, value: Any) -> Any:
-        self._worker.questions.send((what, self._number, value))
-        return _received(self._worker.questions)
 
-
-def _forget(questions: Connection, number: int) -> None:
-    with suppress(OSError):  # it has ended
-        questions.send(("forget", number, None))
+def _forget(worker: _Worker, number: int) -> None:
+    worker.done_with.append(number)
 
 
 def _received(pipe: Connection) -> Any:
@@ -162,7 +173,7 @@ def _work(
     trainer: Trainer,
     layout: Layout,
     start: Tensor,
-    result: Tensor,
+    results: Tensor,
     others: list[Connection],
 ) -> None:
     """A worker's life: it ends when the pipes do."""
@@ -171,13 +182,19 @@ def _work(
     for pipe in others:  # of which this process has copies that would keep them open
         pipe.close()
     blocks: dict[int, Trained] = {}
+    given: deque[tuple[int, Task]] = deque()
     state = layout.split(start)
     with suppress(EOFError, OSError):
         while True:
-            if questions in wait([tasks, questions]):
-                _answer(blocks, questions, result)
+            if questions in wait([tasks, questions], 0 if given else None):
+                _answer(blocks, questions, results)
                 continue
-            number, task = tasks.recv()
+            if tasks.poll():
+                more, done_with = tasks.recv()
+                given.extend(more)
+                for number in done_with:
+                    blocks.pop(number, None)
+            number, task = given.popleft()
             try:
                 blocks[number] = trainer.train(state, task.clients, task.settings, task.server_round)
             except Exception as error:
@@ -186,12 +203,11 @@ def _work(
                 tasks.send((number, blocks[number].report))
 
 
-def _answer(blocks: dict[int, Trained], questions: Connection, result: Tensor) -> None:
+def _answer(blocks: dict[int, Trained], questions: Connection, results: Tensor) -> None:
     what, number, value = questions.recv()
     if what == "moved":
-        result.copy_(blocks[number].moved(torch.tensor(value, dtype=result.dtype)))
+        place, weights = value
+        results[place] = blocks[number].moved(torch.tensor(weights, dtype=results.dtype))
         questions.send(None)
-    elif what == "models":
-        questions.send(blocks[number].models().numpy())
     else:
-        blocks.pop(number, None)
+        questions.send(blocks[number].models().numpy())
