@@ -79,5 +79,6 @@ class Population:
 
     def first(self, clients: int, examples: int) -> Population:
         """A few clients with a few of the store's first examples each, as many as there are."""
+        clients = min(clients, len(self.store))
         each = min(examples, len(self.store) // clients)
         return Population(self.store, np.arange(clients + 1) * each)

@@ -10,6 +10,7 @@ from torch import Tensor
 from corymb.strategies.checks import at_least
 from corymb.strategies.cohort import Cohort
 from corymb.strategies.geometry import squared_distances
+from corymb.strategies.network import median
 from corymb.strategies.krum import krum_scores
 from corymb.strategies.sighted import SightedRule
 
@@ -44,9 +45,7 @@ class Bulyan(SightedRule[None]):
 
         def near_median(models: Tensor) -> Tensor:
             values = models[rows].double()
-            ordered = values.sort(dim=0).values
-            median = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
-            nearest = (values - median).abs().argsort(dim=0, stable=True)[:count]
+            nearest = (values - median(values)).abs().argsort(dim=0, stable=True)[:count]
             return values.gather(0, nearest).mean(dim=0)
 
         return cohort.by_columns(near_median), None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 1 << 20  # numbers in a block of coordinates
+LOST = 1e-6  # of two squares, what is left between rows whose distance float64 gives to ten digits
 
 
 def blocks(models: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -19,11 +20,20 @@ def blocks(models: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def squared_distances(models: Tensor) -> Tensor:
-    """The squared distance between every two rows of `models [K, P]`, `[K, K]` float64."""
-    total = torch.zeros(len(models), len(models), dtype=torch.float64)
-    for (block,) in blocks(models):
-        total += torch.cdist(block, block, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return total
+    """The squared distance between every two rows of `models [K, P]`, `[K, K]` float64.
+
+    From the inner products of the rows' differences from one of them, in float64; where so little is left of those that
+    rounding may show, from the two rows themselves.
+    """
+    inner = products(models, models[0])
+    squares = inner.diagonal()
+    sums = squares[:, None] + squares
+    total = (sums - 2 * inner).clamp_(min=0)
+    doubtful = (total < LOST * sums).triu(diagonal=1).nonzero().tolist()
+    for one, other in doubtful:
+        apart = norms(models[one : one + 1], models[other]).square()
+        total[one, other] = total[other, one] = apart
+    return total.fill_diagonal_(0)
 
 
 def norms(models: Tensor, centre: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from corymb.strategies.cohort import Cohort
+from corymb.strategies.network import median
 from corymb.strategies.sighted import SightedRule
 
 
@@ -21,11 +22,5 @@ class Median(SightedRule[None]):
         return (clients - 1) // 2
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
-        """Sort each coordinate and take the middle."""
-        clients = len(cohort.nodes)
-
-        def median(models: Tensor) -> Tensor:
-            ordered = models.sort(dim=0).values.double()
-            return (ordered[(clients - 1) // 2] + ordered[clients // 2]) / 2
-
-        return cohort.by_columns(median), None
+        """The middle of each coordinate."""
+        return median(cohort.models), None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corymb.strategies.cohort import Cohort
 from corymb.strategies.layout import Model, joined
+from corymb.strategies.network import median
 from corymb.strategies.proxy import Proxy
 from corymb.strategies.reply import Reply
 from corymb.strategies.rule import M, Outcome, Rule
@@ -74,7 +75,7 @@ class SightedRule(Rule[M]):
         rows = torch.stack([reply.buffers.double() for reply in replies])
         examples = torch.tensor([float(reply.report.examples) for reply in replies], dtype=torch.float64)
         if self.buffers == "median":
-            buffers = rows.sort(dim=0).values[[(len(rows) - 1) // 2, len(rows) // 2]].mean(dim=0)
+            buffers = median(rows)
         elif examples.sum() > 0:
             buffers = examples @ rows / examples.sum()
         else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from corymb.strategies.cohort import Cohort
+from corymb.strategies.network import middle
 from corymb.strategies.sighted import SightedRule
 
 
@@ -32,8 +33,4 @@ class TrimmedMean(SightedRule[None]):
         """The mean of the middle of each coordinate, summed in float64."""
         clients = len(cohort.nodes)
         cut = int(self.trim * clients)
-
-        def middle(models: Tensor) -> Tensor:
-            return models.sort(dim=0).values[cut : clients - cut].double().mean(dim=0)
-
-        return cohort.by_columns(middle), None
+        return middle(cohort.models, cut, clients - cut - 1), None

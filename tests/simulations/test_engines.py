@@ -1,0 +1,374 @@
+"""Clients trained together are those trained one by one: `serial` is the reference of every engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from corymb.client import TrainSettings, train
+from corymb.client.app import batch_generator, seed_of
+from corymb.client.batches import training_batches
+from corymb.simulations.data import Examples
+from corymb.simulations.engine import program as programs
+from corymb.simulations.engine.batches import Batches
+from corymb.simulations.engine.blocks import PADDED, cut
+from corymb.simulations.engine.making import make_engine, make_trainer
+from corymb.simulations.engine.program import Program
+from corymb.simulations.engine.vmapped import Vmapped
+from corymb.simulations.experiment import Experiment
+from corymb.simulations.federation import check, run
+from corymb.simulations.population import Population
+from corymb.strategies import Layout
+
+CLOSE = 1e-5  # relative, per parameter, after five rounds
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "rounds": 3,
+    "rules": ["fedavg"],
+    "partition": {"clients": 7, "alpha": 0.3},  # sizes differ, so batches end at different steps
+    "participation": {"kind": "bernoulli", "probability": 0.7},
+    "model": {"kind": "mlp", "options": {"hidden": 9}},
+}
+SCHEDULE = {"schedule": "StepLR", "schedule_options": {"step_size": 1}}
+CNN = {"model": {"kind": "cnn", "options": {"hidden": 8, "channels": 3}}}
+
+
+def population(sizes: Sequence[int], shape: tuple[int, ...] = (1, 6, 6), seed: int = 0) -> Population:
+    generator = torch.Generator().manual_seed(seed)
+    count = sum(sizes)
+    inputs = torch.randn(count, *shape, generator=generator)
+    return Population(Examples(inputs, torch.randint(0, 4, (count,), generator=generator)), np.cumsum([0, *sizes]))
+
+
+def one_by_one(module: nn.Module, start: Tensor, people: Population, how: TrainSettings, number: int) -> Tensor:
+    """Every client's model `[K, P]`, each trained by itself."""
+    models = []
+    for client in range(len(people)):
+        nn.utils.vector_to_parameters(start.clone(), module.parameters())
+        torch.default_generator.manual_seed(seed_of(how.seed, client, number))
+        batches = training_batches(
+            TensorDataset(*people.examples(client)), how, batch_generator(how.seed, client, number)
+        )
+        train(module, batches, how, server_round=number)
+        models.append(nn.utils.parameters_to_vector(module.parameters()).detach())
+    return torch.stack(models)
+
+
+def together(
+    trainer: Any, layout: Layout, start: Tensor, people: Population, how: TrainSettings, number: int
+) -> Tensor:
+    models = torch.empty(len(people), len(start), dtype=start.dtype)
+    for block in cut([people.size(client) for client in range(len(people))], how):
+        trained = trainer.train(layout.split(start), block, how, number)
+        models[block] = trained.models()
+        weights = torch.rand(len(block), generator=torch.Generator().manual_seed(number), dtype=start.dtype)
+        moved = weights @ (models[block] - start)
+        torch.testing.assert_close(trained.moved(weights), moved, rtol=1e-4, atol=1e-5)
+        assert (models[block].abs().amax(dim=1) <= torch.tensor(trained.report.bounds) * 1.0001).all()
+    return models
+
+
+def differences(
+    module: nn.Module, trainer: Any, people: Population, how: TrainSettings, rounds: int = 5
+) -> list[float]:
+    """The relative difference of each parameter of the mean model, after some rounds of the engine and of `serial`."""
+    layout = Layout.of_module(module)
+    expected = found = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    for number in range(1, rounds + 1):
+        found = together(trainer, layout, found, people, how, number).mean(dim=0)
+        expected = one_by_one(module, expected, people, how, number).mean(dim=0)
+    pairs = zip(layout.split(found).values(), layout.split(expected).values(), strict=True)
+    return [float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in pairs]
+
+
+ACTIVATIONS = [nn.ReLU, nn.Tanh, lambda: nn.Dropout(0.3), nn.Sigmoid]
+
+
+@st.composite
+def networks(draw: Any) -> nn.Module:
+    """Small sequences, with and without convolutions, dropout and biases."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    layers: list[nn.Module] = []
+    channels, side = 1, 6
+    for _ in range(draw(st.integers(0, 2))):
+        wider = draw(st.integers(1, 3))
+        kernel = draw(st.sampled_from([1, 3]))
+        layers += [nn.Conv2d(channels, wider, kernel, padding=kernel // 2, bias=draw(st.booleans()))]
+        layers += [draw(st.sampled_from(ACTIVATIONS))()]
+        channels = wider
+        if side > 3 and draw(st.booleans()):
+            layers.append(nn.MaxPool2d(2))
+            side //= 2
+    layers.append(nn.Flatten())
+    width = channels * side * side
+    for _ in range(draw(st.integers(0, 2))):
+        hidden = draw(st.integers(2, 40))
+        layers += [nn.Linear(width, hidden, bias=draw(st.booleans())), draw(st.sampled_from(ACTIVATIONS))()]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, 4))
+
+
+LINEAR = [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01}, {"weight_decay": 0.1}]
+
+
+@st.composite
+def ways(draw: Any, optimizers: Sequence[str]) -> TrainSettings:
+    """How clients train."""
+    optimizer = draw(st.sampled_from(optimizers))
+    length = draw(st.sampled_from([{"epochs": 1}, {"epochs": 3}, {"steps": 4}, {"steps": 1}]))
+    return TrainSettings(
+        learning_rate=0.05 if optimizer == "SGD" else 0.005,
+        batch_size=draw(st.integers(2, 9)),
+        optimizer=optimizer,
+        optimizer_options=draw(st.sampled_from(LINEAR)) if optimizer == "SGD" else {},
+        proximal=draw(st.sampled_from([0.0, 0.5])),
+        drop_last=draw(st.booleans()),
+        shuffle=draw(st.booleans()),
+        seed=draw(st.integers(0, 9)),
+        **length,
+    )
+
+
+SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=7)
+SEARCH = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@SEARCH
+@given(networks(), ways(["SGD"]), SIZES, st.sampled_from(["cheapest", "always", "static"]))
+def test_factored_is_serial(module: nn.Module, how: TrainSettings, sizes: list[int], form: str) -> None:
+    """Whichever layers are in factors: those where it pays, all linear ones, or the first over the examples."""
+    people = population(sizes)
+    trainer = Program(module, people)
+    with pytest.MonkeyPatch.context() as patch:
+        if form == "always":
+            patch.setattr(programs, "factored_is_cheaper", lambda *shape: True)
+        trainer.tried(people.first(2, 3), dict(module.named_parameters()), TrainSettings(batch_size=2, epochs=1))
+        trainer._products.forced = form == "static"
+        assert max(differences(module, trainer, people, how)) < CLOSE
+
+
+@SEARCH
+@given(networks(), ways(["SGD", "Adam", "RMSprop"]), SIZES)
+def test_batched_is_serial(module: nn.Module, how: TrainSettings, sizes: list[int]) -> None:
+    people = population(sizes)
+    if how.optimizer != "SGD":  # others divide by the root of squares that may be next to nothing
+        module, people = (
+            module.double(),
+            replace(people, store=replace(people.store, inputs=people.store.inputs.double())),
+        )
+    assert max(differences(module, Program(module, people, factored=False), people, how)) < CLOSE
+
+
+def test_a_wrong_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation check of the two tests above: with a mask one example too short, or too long, they would fail.
+
+    The same mistake was made by hand in `Batches.drawn` (`column < lengths` to `<=` and to `< lengths - 1`), and
+    `test_batched_is_serial` and `test_factored_is_serial` failed both times.
+    """
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 4))
+    people, how = population([7, 12, 3]), TrainSettings(batch_size=5, epochs=2)
+    right = Batches.drawn
+    for shift in (1, -1):
+
+        def wrong(*arguments: Any, shift: int = shift) -> Batches:
+            batches = right(*arguments)
+            lengths = (batches.weights > 0).sum(dim=2, keepdim=True)
+            there = (torch.arange(batches.weights.shape[2]) < lengths + shift) & (lengths > 0)
+            return Batches(batches.rows, there / lengths.clamp(min=1), batches.steps)
+
+        for factored in (True, False):
+            trainer = Program(module, people, factored)
+            monkeypatch.setattr(Batches, "drawn", right)
+            assert max(differences(module, trainer, people, how, rounds=1)) < CLOSE
+            monkeypatch.setattr(Batches, "drawn", wrong)
+            assert max(differences(module, trainer, people, how, rounds=1)) > 10 * CLOSE
+
+
+class Scaled(nn.Module):
+    """Has a parameter of its own, which only torch's vectorisation can give every client."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(36))
+        self.last = nn.Linear(36, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.last(inputs.flatten(1) * self.scale)
+        return outputs
+
+
+def test_any_module_of_parameters_is_vectorised() -> None:
+    people = population([9, 4, 12])
+    torch.manual_seed(1)
+    module = Scaled()
+    trainer = make_trainer(lambda: module, people, factored=True)
+    assert isinstance(trainer, Vmapped)
+    for options in LINEAR:
+        how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options)
+        assert max(differences(module, trainer, people, how)) < CLOSE
+
+
+class Residual(nn.Module):
+    """Looks at its input twice, so the first layer must not stand on the examples alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(36, 36), nn.Linear(36, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.flatten(1)
+        outputs: Tensor = self.last(torch.relu(self.first(flat)) + flat)
+        return outputs
+
+
+def test_a_first_layer_that_is_not_alone_with_the_input() -> None:
+    people = population([9, 4])
+    torch.manual_seed(1)
+    module = Residual()
+    trainer = make_trainer(lambda: module, people, factored=True)
+    assert isinstance(trainer, Program)
+    assert trainer._first is None
+    trainer._products.forced = True
+    assert max(differences(module, trainer, people, TrainSettings(batch_size=4, epochs=1))) < CLOSE
+
+
+class Mixing(nn.Linear):
+    """Subtracts the mean of the batch, which is another when clients are trained together."""
+
+    def __init__(self) -> None:
+        super().__init__(36, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.flatten(1)
+        return super().forward(flat - flat.mean())
+
+
+class MixingInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(36, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.flatten(1)
+        outputs: Tensor = self.last(flat - flat.mean(dim=0))
+        return outputs
+
+
+def test_a_module_that_mixes_its_batch_trains_by_itself() -> None:
+    for make in (Mixing, MixingInside):
+        with pytest.raises(ValueError, match="a client does not learn what it learns by itself"):
+            make_trainer(make, population([5, 6]), factored=True)
+
+
+def with_norm(shape: tuple[int, ...], classes: int) -> nn.Module:
+    size = torch.Size(shape).numel()
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(size), nn.Linear(size, classes))
+
+
+def test_what_it_cannot_train_is_refused(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"engine": "batched", "model": {"kind": "corymb.tests.simulations.test_engines:with_norm"}}
+    with pytest.raises(ValueError, match="engine = 'batched' cannot train this model: the layer '1' is a BatchNorm1d"):
+        check(Experiment(**{**SMALL, **changes}))
+    people = population([5, 6])
+    layout = Layout.of_module(with_norm((36,), 4))
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        assert make_engine("auto", lambda: with_norm((36,), 4), people, layout, 2) is None
+    assert caplog.messages == ["Clients are trained one after another, as the layer '1' is a BatchNorm1d."]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": {"epochs": 2, "batch_size": 10}},
+        {"train": {"steps": 7, "batch_size": 8, "drop_last": True, **SCHEDULE}},
+        {"train": {"epochs": 1, "optimizer": "Adam", "learning_rate": 0.01}},
+        {"train": {"steps": 3, "batch_size": 16}, **CNN},
+        {"train": {"steps": 3}, "model": {"kind": "mlp", "options": {"hidden": 9}, "own_start": True}},
+        {"train": {"steps": 3}, "attack": {"kind": "opposite", "clients": 2}},
+        {"train": {"steps": 3}, "rules": [{"name": "run_off", "parameters": {"groups": 3}}]},
+        {"train": {"steps": 3}, "rules": ["median"]},
+        {"train": {"steps": 3, "report_classes": True}},
+    ],
+    ids=str,
+)
+def test_a_federation_is_the_same_under_every_engine(changes: dict[str, Any], tmp_path: Path) -> None:
+    models, records = {}, {}
+    for engine in ("serial", "batched", "factored", "processes"):
+        experiment = Experiment(**{**SMALL, **changes, "engine": engine})
+        seen: list[Any] = []
+        run(experiment, experiment.rules[0], 0, tmp_path / engine, seen.append, workers=2)
+        models[engine] = load_file(tmp_path / engine / "model-000003.safetensors")
+        records[engine] = [[(v.node, v.code, v.examples) for v in record.verdicts] for record in seen]
+        losses = [record.train.get("loss") for record in seen]
+        assert all(loss is None or 0 < loss < 10 for loss in losses)
+    for engine in ("batched", "factored", "processes"):
+        assert records["serial"] == records[engine]
+        for name, tensor in models["serial"].items():
+            torch.testing.assert_close(models[engine][name], tensor, rtol=1e-5, atol=1e-5)
+    for name, tensor in models["factored"].items():
+        assert torch.equal(models["processes"][name], tensor), "it matters who trains a block"
+
+
+def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
+    experiment = Experiment(**{**SMALL, "engine": "processes", "train": {"epochs": 1, "batch_size": 10}})
+    models = []
+    for workers in (1, 2, 3):
+        run(experiment, experiment.rules[0], 0, tmp_path / str(workers), workers=workers)
+        models.append((tmp_path / str(workers) / "model-000003.safetensors").read_bytes())
+    assert models[0] == models[1] == models[2]
+
+
+@pytest.mark.parametrize("engine", ["factored", "processes"])
+def test_one_client_s_broken_data_cost_nobody_else(engine: str, tmp_path: Path) -> None:
+    """A client whose numbers are no numbers is turned away; the others' model is what it is without it."""
+    inputs = np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32)
+    targets = np.random.default_rng(1).integers(0, 3, 60)
+    offsets = np.arange(7) * 10
+    models = []
+    for broken in (False, True):
+        mine = inputs.copy()
+        if broken:
+            mine[25] = np.nan
+        np.savez(tmp_path / "data.npz", x_train=mine, y_train=targets, x_test=inputs, y_test=targets, offsets=offsets)
+        seen: list[Any] = []
+        trace = tmp_path / "trace.csv"
+        trace.write_text("1,1,1,1,1,1\n" if broken else "1,1,0,1,1,1\n")
+        experiment = Experiment(
+            name="broken", rounds=2, rules=["fedavg"], data={"source": str(tmp_path / "data.npz")},
+            partition={"kind": "site"}, participation={"kind": "trace", "path": trace}, engine=engine,
+            train={"epochs": 2, "batch_size": 4}, model={"kind": "mlp", "options": {"hidden": 6}},
+        )  # fmt: skip
+        from corymb.simulations.scenario import source_of
+
+        source_of.cache_clear()
+        run(experiment, experiment.rules[0], 0, tmp_path / f"{engine}{broken}", seen.append, workers=2)
+        codes = {verdict.node: verdict.code for verdict in seen[1].verdicts}
+        assert codes.pop("client-2") == ("not finite" if broken else "offline")
+        assert set(codes.values()) == {"admitted"}
+        models.append(load_file(tmp_path / f"{engine}{broken}/model-000002.safetensors"))
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(models[1][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=300))
+def test_blocks_hold_everybody_once_and_little_padding(sizes: list[int]) -> None:
+    blocks = cut(sizes, TrainSettings(epochs=1))
+    assert sorted(place for block in blocks for place in block) == list(range(len(sizes)))
+    for block in blocks:
+        mine = [sizes[place] for place in block]
+        assert mine == sorted(mine, reverse=True)
+        assert mine[0] * len(mine) <= PADDED * sum(mine)
