@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from typing import Self
 
 from flwr.app import Array, ArrayRecord
 
@@ -27,11 +26,16 @@ class BlockArrays(ArrayRecord):
 
     def fits(self, layout: Layout) -> bool:
         """Whether its model has this layout."""
-        mine: Layout = self.__dict__["_layout"]
-        return mine is layout or mine == layout
+        mine: Layout | None = self.__dict__["_layout"]
+        return mine is not None and (mine is layout or mine == layout)
+
+    def _change(self) -> None:
+        """From here on it is a record like any other."""
+        self._read()
+        self.__dict__["_layout"] = None
 
     def _read(self) -> None:
-        if self.__dict__["_data"]:
+        if self.__dict__["_layout"] is None or self.__dict__["_data"]:
             return
         entries = self.__dict__["_layout"].parameters
         pieces = zip(entries, self.place, strict=True)
@@ -47,7 +51,20 @@ class BlockArrays(ArrayRecord):
         return super().__iter__()
 
     def __len__(self) -> int:
-        return len(self.__dict__["_layout"].parameters)
+        self._read()
+        return super().__len__()
+
+    def __setitem__(self, key: str, value: Array) -> None:
+        self._change()
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self._change()
+        super().__delitem__(key)
+
+    def __repr__(self) -> str:
+        self._read()
+        return super().__repr__()
 
     def __contains__(self, key: object) -> bool:
         self._read()
@@ -74,7 +91,6 @@ class BlockArrays(ArrayRecord):
         self._read()
         return super().items()
 
-    def copy(self) -> Self:
-        """A copy that may be changed."""
-        self._read()
-        return super().copy()
+    def copy(self) -> ArrayRecord:  # type: ignore[override]
+        """A plain record that may be changed."""
+        return ArrayRecord(dict(self.items()))

@@ -49,9 +49,10 @@ class Array(flwr.app.Array):
     @property
     def data(self) -> bytes:
         """The .npy bytes, made anew at each call so that no second copy of the model stays in memory."""
-        buffer = BytesIO()
-        np.save(buffer, self.numpy(copy=False), allow_pickle=False)
-        return buffer.getvalue()
+        numbers = np.asarray(self.numpy(copy=False), order="C")
+        header = BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(numbers))
+        return b"".join((header.getvalue(), numbers.data))  # one copy, where np.save makes several
 
     @data.setter
     def data(self, value: bytes) -> None:

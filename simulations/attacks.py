@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from corymb.client.app import round_of, seed_of, site_of
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import of_kind
 
@@ -33,7 +34,7 @@ class Attackers:
 
     def __init__(self, app: Client, kind: str, rows: Collection[int], scale: float, seed: int) -> None:
         self._app, self._kind, self._rows, self._scale = app, kind, set(rows), scale
-        self._random = torch.Generator().manual_seed(seed)
+        self._seed = seed
         if hasattr(app, "together"):
             self.together = self._together
 
@@ -49,6 +50,8 @@ class Attackers:
         if int(context.node_config["partition-id"]) not in self._rows or not of_kind(reply.content, ArrayRecord):
             return reply
         received = to_state(of_kind(message.content, ArrayRecord)[0])
+        server_round = round_of(of_kind(message.content, ConfigRecord))
+        self._random = torch.Generator().manual_seed(seed_of(self._seed, site_of(context), server_round, "attack"))
         content = RecordDict(
             {
                 name: to_arrays(self._sent(received, to_state(record)))

@@ -143,14 +143,19 @@ class LocalGrid(Grid):
         if self._together is not None:
             self._begin_together()
         together = {message_id for message_id in wanted if message_id in self._begun}
-        for message_id in wanted:
-            if message_id not in together:
-                yield message_id, self._answer(self._waiting.pop(message_id))
-        while together:
-            message_id = self._next_begun()
-            if message_id in together:
-                together.discard(message_id)
-                yield message_id, self._ready.pop(message_id)
+        try:
+            for message_id in wanted:
+                if message_id not in together:
+                    yield message_id, self._answer(self._waiting.pop(message_id))
+            while together:
+                message_id = self._next_begun()
+                if message_id in together:
+                    together.discard(message_id)
+                    yield message_id, self._ready.pop(message_id)
+        finally:  # who is not waited for any more is not answered
+            for message_id in wanted:
+                for kept in (self._waiting, self._begun, self._ready):
+                    kept.pop(message_id, None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Push `messages` and pull all replies; a client in process is never late."""
@@ -181,8 +186,10 @@ class LocalGrid(Grid):
         ids = [message_id for message_id in self._waiting if self._trains_online(message_id)]
         if not ids:
             return
+        while self._begun:  # of an earlier push; a strategy may still ask for them
+            self._next_begun()
         messages = [self._waiting.pop(message_id) for message_id in ids]
-        self._begun, self._ready = dict(zip(ids, messages, strict=True)), {}
+        self._begun = dict(zip(ids, messages, strict=True))
         assert self._together is not None
         answers = self._together([(m, self._context(m.metadata.dst_node_id)) for m in messages])
         self._answers = ((ids[number], reply) for number, reply in answers)
@@ -190,7 +197,8 @@ class LocalGrid(Grid):
     def _next_begun(self) -> str:
         """Wait for one more reply of those that are trained together; the id that it answers."""
         message_id, reply = next(self._answers)
-        self._ready[message_id] = self._checked(self._begun.pop(message_id), reply)
+        if message_id in self._begun:  # else nobody waits for it any more
+            self._ready[message_id] = self._checked(self._begun.pop(message_id), reply)
         return message_id
 
     def _answer(self, message: Message) -> Message:

@@ -76,9 +76,3 @@ class Population:
         first = torch.from_numpy(self.offsets[list(clients)])
         places = rows + first.view(-1, *[1] * (rows.dim() - 1))
         return places if self.rows is None else self.rows[places]
-
-    def first(self, clients: int, examples: int) -> Population:
-        """A few clients with a few of the store's first examples each, as many as there are."""
-        clients = min(clients, len(self.store))
-        each = min(examples, len(self.store) // clients)
-        return Population(self.store, np.arange(clients + 1) * each)

@@ -62,6 +62,10 @@ def scenario_of(experiment: Experiment, seed: int) -> Scenario:
     target = experiment.target
     wanted = None
     if target.examples:
+        if train.inputs.dtype != torch.float32:
+            raise ValueError(
+                f"target.examples needs inputs of float32 and they are {train.inputs.dtype}; convert them."
+            )
         rows = _drawn(len(train), target.examples, "target.examples", rng)
         wanted, train = _noisy(train.rows(rows), target.noise, seed), train.rows(_others(len(train), rows))
         test = _noisy(test, target.noise, seed + 1)
@@ -72,6 +76,11 @@ def scenario_of(experiment: Experiment, seed: int) -> Scenario:
             raise ValueError(f"attack.clients = {experiment.attack.clients} is more than the {len(names)} clients.")
         hostile = tuple(sorted(rng.choice(len(names), experiment.attack.clients, replace=False).tolist()))
     if hostile and experiment.attack.kind == "labels":
+        if experiment.partition.kind == "drawn":
+            raise ValueError(
+                "attack.kind = 'labels' would change the labels of others, who draw the same examples under "
+                "partition.kind = 'drawn'; take another kind of either."
+            )
         targets = population.store.targets.clone()
         for row in hostile:
             rows = population.places_of(row)

@@ -10,8 +10,8 @@ from torch import Tensor
 from corymb.strategies.checks import at_least
 from corymb.strategies.cohort import Cohort
 from corymb.strategies.geometry import squared_distances
-from corymb.strategies.network import median
 from corymb.strategies.krum import krum_scores
+from corymb.strategies.ranks import median
 from corymb.strategies.sighted import SightedRule
 
 

@@ -14,7 +14,8 @@ from corymb.strategies.layout import Model
 from corymb.strategies.reply import Reply
 
 COMING = 3  # blocks whose sums are worked out while further replies are read
-BLOCK = 1 << 15  # numbers per step: scratch memory stays in the cache
+WAITED_FOR = 8  # blocks of which not all clients are here
+BLOCK = 1 << 16  # numbers per step: scratch memory stays in the cache
 
 
 class Fold:
@@ -29,6 +30,7 @@ class Fold:
         self._origin = origin
         self._moved = torch.zeros(origin.parameters.numel(), dtype=torch.float64)
         self._buffers = torch.zeros(origin.buffers.numel(), dtype=torch.float64)
+        self._scratch = torch.empty(BLOCK, dtype=origin.parameters.dtype)
         self._weights: list[float] = []
         self._examples = 0
         self._coming: deque[Callable[[], Tensor]] = deque()  # sums of blocks, in the order of the blocks
@@ -45,8 +47,8 @@ class Fold:
         start = 0
         for part in reply.parts:
             for piece in part.split(BLOCK):
-                stop = start + piece.numel()
-                difference = piece.to(self._origin.parameters.dtype) - self._origin.parameters[start:stop]
+                stop = start + len(piece)
+                difference = torch.sub(piece, self._origin.parameters[start:stop], out=self._scratch[: stop - start])
                 self._moved[start:stop] += difference.mul_(weight)
                 start = stop
 
@@ -56,6 +58,8 @@ class Fold:
         weights[parts.index] = weight
         if len(weights) == parts.block.clients:
             self._take_block(parts.block)
+        elif len(self._blocks) > WAITED_FOR:  # of some, not all were admitted
+            self._take_block(next(iter(self._blocks)))
 
     def _take_block(self, block: Block) -> None:
         weights = torch.zeros(block.clients, dtype=torch.float64)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 COLUMNS = 1 << 20  # numbers in a block of coordinates
-LOST = 1e-6  # of two squares, what is left between rows whose distance float64 gives to ten digits
+WIDTH = 1 << 14  # the same for float32, of every row
+LEFT = 0.03  # of two squares, what has to be left of them for their rounding not to matter
 
 
 def blocks(models: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -20,20 +21,27 @@ def blocks(models: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def squared_distances(models: Tensor) -> Tensor:
-    """The squared distance between every two rows of `models [K, P]`, `[K, K]` float64.
+    """The squared distance between every two rows of `models [K, P]`, `[K, K]` float64, right to 1e-5.
 
-    From the inner products of the rows' differences from one of them, in float64; where so little is left of those that
-    rounding may show, from the two rows themselves.
+    From the inner products of the rows' differences from one of them: five times as fast as every two rows' difference,
+    by which it is done where too little is left of those products: where some rows lie much closer to each other than
+    to that one.
     """
-    inner = products(models, models[0])
+    inner = torch.zeros(len(models), len(models), dtype=torch.float64)
+    for start in range(0, models.shape[1], WIDTH):
+        block = models[:, start : start + WIDTH]
+        block = block - block[len(block) // 2]
+        inner += block @ block.T
     squares = inner.diagonal()
     sums = squares[:, None] + squares
-    total = (sums - 2 * inner).clamp_(min=0)
-    doubtful = (total < LOST * sums).triu(diagonal=1).nonzero().tolist()
-    for one, other in doubtful:
-        apart = norms(models[one : one + 1], models[other]).square()
-        total[one, other] = total[other, one] = apart
-    return total.fill_diagonal_(0)
+    total = (sums - (inner + inner.T)).clamp_(min=0)  # of equals, whom a rule prefers must not depend on rounding
+    sound = total.isfinite() & (total > LEFT * sums)
+    if bool(sound.fill_diagonal_(True).all()):
+        return total.fill_diagonal_(0)
+    total = torch.zeros_like(total)
+    for (block,) in blocks(models):
+        total += torch.cdist(block, block, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return total
 
 
 def norms(models: Tensor, centre: Tensor) -> Tensor:

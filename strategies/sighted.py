@@ -12,8 +12,8 @@ from torch import Tensor
 
 from corymb.strategies.cohort import Cohort
 from corymb.strategies.layout import Model, joined
-from corymb.strategies.network import median
 from corymb.strategies.proxy import Proxy
+from corymb.strategies.ranks import median
 from corymb.strategies.reply import Reply
 from corymb.strategies.rule import M, Outcome, Rule
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from corymb.strategies.cohort import Cohort
-from corymb.strategies.network import middle
+from corymb.strategies.ranks import middle
 from corymb.strategies.sighted import SightedRule
 
 

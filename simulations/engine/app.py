@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from corymb.simulations.engine.engine import Answered, Engine, trains
 from corymb.simulations.population import Population
 from corymb.strategies import Layout
 
+log = logging.getLogger("flwr.corymb")
 Client = Callable[[Message, Context], Message]
 Asked = Sequence[tuple[Message, Context]]
 Answers = Iterator[tuple[int, Message | Exception]]
@@ -50,6 +52,7 @@ class CohortApp:
 
     def __init__(self, engine: Engine, population: Population, layout: Layout, alone: Client) -> None:
         self._engine, self._population, self._layout, self._alone = engine, population, layout, alone
+        self._told: set[str] = set()  # failures of blocks, each logged once
 
     def __call__(self, message: Message, context: Context) -> Message:
         """One message by itself."""
@@ -75,10 +78,8 @@ class CohortApp:
         for group in shared:
             yield from self._replies(asked, self._trained(asked, group), started)
         while own:
-            like = [
-                group for group in own if (group.settings, group.server_round) == (own[0].settings, own[0].server_round)
-            ]
-            own = [group for group in own if group not in like]
+            like = [group for group in own if group.is_like(own[0])]
+            own = [group for group in own if not group.is_like(like[0])]
             yield from self._replies(asked, self._trained_own(asked, like), started)
         for number in alone:
             yield number, self._by_itself(*asked[number])
@@ -92,8 +93,12 @@ class CohortApp:
             key = (id(message.content), id(node) if node else 0)
             if key not in groups:
                 configs = of_kind(message.content, ConfigRecord)
-                settings = TrainSettings.read(context.run_config, node, *configs)
-                groups[key] = _Group(only_arrays(message.content), settings, round_of(configs))
+                try:
+                    settings = TrainSettings.read(context.run_config, node, *configs)
+                    groups[key] = _Group(only_arrays(message.content), settings, round_of(configs))
+                except ValueError:
+                    alone.append(number)  # where it is told what is wrong
+                    continue
             if trains(groups[key].settings):
                 groups[key].numbers.append(number)
             else:
@@ -102,7 +107,7 @@ class CohortApp:
 
     def _trained(self, asked: Asked, group: _Group) -> Iterator[Answered]:
         clients = [_client(asked[number][1]) for number in group.numbers]
-        blocks = cut([self._population.size(client) for client in clients], group.settings)
+        blocks = cut([self._population.size(client) for client in clients], group.settings, self._layout.num_parameters)
         tasks = [
             Task(
                 tuple(group.numbers[place] for place in block),
@@ -116,7 +121,9 @@ class CohortApp:
 
     def _trained_own(self, asked: Asked, groups: list[_Group]) -> Iterator[Answered]:
         clients = [_client(asked[group.numbers[0]][1]) for group in groups]
-        for block in cut([self._population.size(client) for client in clients], groups[0].settings):
+        for block in cut(
+            [self._population.size(client) for client in clients], groups[0].settings, self._layout.num_parameters
+        ):
             task = Task(
                 tuple(groups[place].numbers[0] for place in block),
                 tuple(clients[place] for place in block),
@@ -134,6 +141,9 @@ class CohortApp:
         for task, block, report in answered:
             if isinstance(block, Exception) or report is None:
                 # One client's data may be to blame, so each shows by itself whether it can train.
+                if str(block) not in self._told:
+                    log.warning("A block of %d clients is trained one by one, as it failed: %s", len(task.asked), block)
+                    self._told.add(str(block))
                 yield from ((number, self._by_itself(*asked[number])) for number in task.asked)
                 continue
             seconds = (time.perf_counter() - started) / len(task.asked)

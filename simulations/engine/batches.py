@@ -23,22 +23,28 @@ class Batches:
     steps: list[int]
 
     @classmethod
-    def drawn(cls, sizes: Sequence[int], settings: TrainSettings, generators: Sequence[torch.Generator]) -> Batches:
-        """What clients of so many examples draw from their generators."""
+    def drawn(
+        cls,
+        sizes: Sequence[int],
+        settings: TrainSettings,
+        generators: Sequence[torch.Generator],
+        dtype: torch.dtype = torch.float32,
+    ) -> Batches:
+        """What clients of so many examples draw from their generators; weights have the model's `dtype`."""
         drawn = [drawn_rows(size, settings, generator) for size, generator in zip(sizes, generators, strict=True)]
         width = max(max(lengths) for _, lengths in drawn)
         steps = [len(lengths) for _, lengths in drawn]
         if all(len(order) == max(steps) * width for order, _ in drawn):  # nothing to pad
             rows = torch.stack([order for order, _ in drawn]).view(len(drawn), max(steps), width)
-            return cls(rows, torch.full(rows.shape, 1 / width), steps)
+            return cls(rows, torch.full(rows.shape, 1 / width, dtype=dtype), steps)
         rows = torch.zeros(len(drawn), max(steps), width, dtype=torch.int64)
-        weights = torch.zeros(len(drawn), max(steps), width)
+        weights = torch.zeros(len(drawn), max(steps), width, dtype=dtype)
         column = torch.arange(width)
         for k, (order, taken) in enumerate(drawn):
             lengths = torch.tensor(taken)[:, None]
             there = column < lengths
             rows[k, : len(taken)][there] = order
-            weights[k, : len(taken)] = there / lengths
+            weights[k, : len(taken)] = there.to(dtype) / lengths
         return cls(rows, weights, steps)
 
     def lengths_at(self, step: int) -> list[int]:

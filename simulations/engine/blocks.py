@@ -13,6 +13,7 @@ from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
 
 MOST = 32  # clients in a block
+LARGEST = 1 << 26  # parameters in a block, should all have to be written out
 FEWEST = 4  # blocks in a large enough push: some are trained while replies of others are read
 PADDED = 1.5  # times its examples, what a block may hold with its padding
 
@@ -27,13 +28,14 @@ class Task:
     server_round: int
 
 
-def cut(sizes: Sequence[int], settings: TrainSettings) -> list[list[int]]:
+def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1) -> list[list[int]]:
     """Blocks of places in `sizes` (the examples of each client), by size so that little is padding.
 
-    What the blocks are depends on nothing else, so that it does not matter who trains them.
+    What the blocks are depends on that and on how many `parameters` a model has, so it does not matter who trains them.
     """
+    most = max(1, min(MOST, LARGEST // parameters))
     order = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
-    number = max(-(-len(order) // MOST), min(FEWEST, len(order)))
+    number = max(-(-len(order) // most), min(FEWEST, len(order)))
     size, more = divmod(len(order), number)
     ends = {block * size + min(block, more) for block in range(number)}  # the larger blocks first
     blocks: list[list[int]] = []

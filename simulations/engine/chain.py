@@ -15,7 +15,12 @@ from corymb.simulations.engine.layers import ClientLayer
 
 
 class Chain(Protocol):
-    """Forward, then backward, once each per step."""
+    """Forward, then backward, once each per step.
+
+    `enters_directly` is whether the examples may enter the first client layer as they are, or nobody knows.
+    """
+
+    enters_directly: bool
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The outputs."""
@@ -27,6 +32,9 @@ class Chain(Protocol):
 def make_chain(module: nn.Module) -> Chain:
     """By hand for a sequence."""
     layers = _flat(module)
+    inside = [layer for layer in layers if not isinstance(layer, ClientLayer)]
+    if any(isinstance(part, ClientLayer) for layer in inside for part in layer.modules()):
+        return ByAutograd(module)
     for place, pair in enumerate(pairwise(layers)):
         if tuple(map(type, pair)) == (nn.ReLU, nn.MaxPool2d):  # the same the other way round, on fewer numbers
             layers[place : place + 2] = pair[::-1]
@@ -41,6 +49,8 @@ def _flat(module: nn.Module) -> list[nn.Module]:
 
 class ByAutograd:
     """Any module."""
+
+    enters_directly = True
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -62,6 +72,7 @@ class ByHand:
         self._layers = layers
         self._first = next(place for place, layer in enumerate(layers) if isinstance(layer, ClientLayer))
         self._kept: list[Any] = []
+        self.enters_directly = all(type(layer) in (nn.Flatten, nn.Identity) for layer in layers[: self._first])
 
     @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
@@ -72,16 +83,16 @@ class ByHand:
             if isinstance(layer, ClientLayer):
                 layer.calls += 1
                 inputs, kept = layer.outputs(inputs, inward=place > self._first)
-            elif isinstance(layer, nn.Flatten):
+            elif type(layer) is nn.Flatten:
                 kept, inputs = inputs.shape, layer(inputs)
-            elif isinstance(layer, nn.ReLU):
+            elif type(layer) is nn.ReLU:
                 kept = inputs = inputs.clamp_min(0)
             elif place < self._first:
                 inputs = layer(inputs)
             else:
                 with torch.enable_grad():
                     before = inputs.detach().requires_grad_()
-                    after = layer(before)
+                    after = layer(before.clone())  # some change their input
                 kept, inputs = (before, after), after.detach()
             self._kept.append(kept)
         return inputs
@@ -93,9 +104,9 @@ class ByHand:
             layer, kept = self._layers[place], self._kept.pop()
             if isinstance(layer, ClientLayer):
                 slopes = layer.back(slopes, kept, place > self._first)
-            elif isinstance(layer, nn.Flatten):
+            elif type(layer) is nn.Flatten:
                 slopes = slopes.reshape(kept)
-            elif isinstance(layer, nn.ReLU):
+            elif type(layer) is nn.ReLU:
                 slopes = torch.ops.aten.threshold_backward(slopes, kept, 0)
             else:
                 (slopes,) = torch.autograd.grad(kept[1], kept[0], slopes)

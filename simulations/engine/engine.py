@@ -8,10 +8,10 @@ from typing import Protocol
 from torch import Tensor
 
 from corymb.client import TrainSettings
+from corymb.client.device import choose_device
 from corymb.simulations.engine.blocks import Task, TrainedBlock, WrittenBlock
 from corymb.simulations.engine.optimizer import ELEMENTWISE
 from corymb.simulations.engine.trained import Report, Trained
-from corymb.simulations.population import Population
 from corymb.strategies import Layout
 from corymb.strategies.block import Block
 
@@ -31,9 +31,6 @@ class Trainer(Protocol):
     ) -> Trained:
         """See `Program.train`."""
 
-    def tried(self, few: Population, start: dict[str, Tensor], settings: TrainSettings) -> list[Tensor]:
-        """See `Program.tried`."""
-
 
 class Engine(Protocol):
     """Trains blocks of clients."""
@@ -51,7 +48,7 @@ class Engine(Protocol):
 def trains(settings: TrainSettings) -> bool:
     """Whether a block can be trained so; the rest is for a client by itself."""
     special = settings.batch_updates or settings.report_classes or settings.precision != "float32"
-    return not special and settings.optimizer in ELEMENTWISE and settings.device in ("auto", "cpu")
+    return not special and settings.optimizer in ELEMENTWISE and choose_device(settings.device).type == "cpu"
 
 
 class InProcess:

@@ -49,7 +49,7 @@ Kept = slice | Tensor  # all clients, or the numbers of some
 
 
 class Stacked:
-    """Each client's weight in full, `[K, ...]`; a step of plain SGD is fused with the product that is its gradient.
+    """Each client's weight in full, `[K, ...]`; a step of plain SGD is fused with the product that is its slope.
 
     `start` is what all begin with or, where it is their `own`, one for each.
     """
@@ -94,7 +94,8 @@ class Stacked:
 class Factors:
     """What the two factored forms share: `alpha [K, 1, 1]` and `factors [K, N, out]` over N rows of inputs.
 
-    A bias is the weight of one more input that is always one, so it moves with the factors and takes no step of its own.
+    A bias is the weight of one more input that is always one, so it moves with the factors and takes no step of its
+    own.
     """
 
     def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int) -> None:
@@ -187,7 +188,7 @@ class Factored(Factors):
         return self.bound_with(_size(self._basis) * self._basis.shape[1])
 
 
-class Static(Factors):
+class OnExamples(Factors):
     """Factors over the examples themselves, for the layer that the examples enter first.
 
     `basis` are the examples of each client, `[n_k, in]`, `products [K, N, N]` their inner products, which hold for all

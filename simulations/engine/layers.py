@@ -184,6 +184,6 @@ class ClientDropout(nn.Module):
         pieces = keep.unflatten(0, (self.now.clients, -1))
         for mine, length, generator in zip(pieces, self.now.lengths, self.now.generators, strict=False):
             if length:  # some clients at the end may have finished
-                drawn = torch.empty(mine[:length].shape).bernoulli_(1 - self.p, generator=generator)
+                drawn = torch.empty(mine[:length].shape, dtype=inputs.dtype).bernoulli_(1 - self.p, generator=generator)
                 mine[:length] = drawn.div_(1 - self.p)
         return inputs * keep

@@ -12,6 +12,7 @@ from corymb.simulations.engine.batches import Batches
 from corymb.simulations.population import Population
 
 ROOM = 1 << 26  # numbers that are kept
+LARGEST = 1 << 24  # numbers in a table of a block's factors
 
 
 class Products:
@@ -21,27 +22,21 @@ class Products:
         self._population = population
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
         self._room = ROOM
-        self.forced = False  # to be used whatever they cost
 
     def are_cheap(self, clients: Sequence[int], batches: Batches, shape: Sequence[int]) -> bool:
         """Whether a first layer of the `shape` (out, in) costs less in factors over all examples than written out.
 
-        A matrix that is not there yet is counted at its cost shared by the rounds that a population has room to keep
-        it.
+        What is kept over rounds counts a tenth. The answer follows from sizes alone, so that it is everybody's.
         """
-        if self.forced:
-            return True
         out, width = shape
-        sizes = [self._population.size(client) for client in clients]
-        count = max(sizes)
+        count = max(self._population.size(client) for client in clients)
         _, steps, batch = batches.rows.shape
-        everyone = int((self._population.offsets[1:] - self._population.offsets[:-1]).max()) ** 2 * len(
-            self._population
-        )
-        new = sum(client not in self._kept for client in clients) / len(clients)
-        gram = (2 * count * count * width * new) * (0.1 if everyone <= ROOM else 1.0)
-        factored = gram + 4 * count * out * width + 5 * 4 * steps * batch * count * out
-        stacked = 4 * 5 * steps * batch * out * width + 30 * steps * out * width
+        if len(clients) * max(count, steps * batch) * max(count, out) > LARGEST:
+            return False
+        is_kept = int(self._population.sizes.max()) ** 2 * len(self._population) <= ROOM
+        gram = 2 * count * count * width * (0.1 if is_kept else 1.0)
+        factored = gram + 4 * count * out * width + 20 * steps * batch * count * out
+        stacked = 20 * steps * batch * out * width + 30 * steps * out * width
         return factored < stacked
 
     def of(self, clients: Sequence[int]) -> Tensor:

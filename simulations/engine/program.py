@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from enum import Enum
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from corymb.client import TrainSettings
 from corymb.client.app import batch_generator, seed_of
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.chain import make_chain
-from corymb.simulations.engine.forms import Factored, FactoredBias, Factors, Form, Piece, Stacked, Static
+from corymb.simulations.engine.forms import Factored, FactoredBias, Factors, Form, OnExamples, Piece, Stacked
 from corymb.simulations.engine.layers import ClientConv2d, ClientDropout, ClientLayer, ClientLinear, Now
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products
@@ -23,15 +24,25 @@ from corymb.simulations.population import Population
 State = Mapping[str, Tensor]
 
 
+class Static(Enum):
+    """Whether the first layer's factors stand on the examples themselves."""
+
+    NEVER = "never"
+    CHEAPEST = "where it costs less"
+    ALWAYS = "always"
+
+
 class Program:
     """Trains blocks of `population`'s clients as `client.train` would train each, with cross-entropy.
 
-    `factored` says whether layers may take factored form. Raises `ValueError`, naming the layer, for a module that
-    it cannot train.
+    `factored` says whether layers may take factored form, and `static` whether the first may stand on the examples.
+    Raises `ValueError`, naming the layer, for a module that it cannot train.
     """
 
-    def __init__(self, module: nn.Module, population: Population, factored: bool = True) -> None:
-        self._population, self._may_factor = population, factored
+    def __init__(
+        self, module: nn.Module, population: Population, factored: bool = True, static: Static = Static.NEVER
+    ) -> None:
+        self._population, self._may_factor, self._static = population, factored, static
         self._now = Now()
         self._draws = False
         self._names = [name for name, _ in module.named_parameters()]
@@ -40,11 +51,13 @@ class Program:
         if any(not parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("some of its parameters do not learn")
         self._module = self._turned(deepcopy(module), "").train()
-        if {f"{name}.weight" for name in self._layers} - set(self._names):
+        if {_parameter(name, "weight") for name in self._layers} - set(self._names):
             raise ValueError("two of its layers share their parameters")
         self._chain = make_chain(self._module)
         self._products = Products(population)
-        self._first: ClientLinear | None = None  # the layer that the examples enter, if that is all they do
+        first = next(iter(self._layers.values()), None)
+        enters = static is not Static.NEVER and isinstance(first, ClientLinear) and self._chain.enters_directly
+        self._first = first if enters else None  # the layer that the examples enter, if that is all they do
 
     def _turned(self, module: nn.Module, name: str) -> nn.Module:
         """`module` with client layers in the places of its own."""
@@ -64,28 +77,10 @@ class Program:
             setattr(module, child, self._turned(inner, f"{name}.{child}".removeprefix(".")))
         return module
 
-    def tried(self, few: Population, start: State, settings: TrainSettings) -> list[Tensor]:
-        """The models `[K, P]` of a `few` clients in each way that this program may train them.
-
-        If the first layer may stand on the examples themselves, without anybody else looking at them, it will.
-        """
-        kept, self._population = self._population, few
-        products, self._products = self._products, Products(few)
-        everyone = list(range(len(few)))
-        try:
-            models = [self.train(start, everyone, settings, 1).models()]
-            layer = next(iter(self._layers.values()), None)
-            if self._may_factor and isinstance(layer, ClientLinear) and layer.calls == self._steps:
-                self._first, self._products.forced = layer, True
-                try:
-                    static = self.train(start, everyone, settings, 1).models()
-                except RuntimeError:
-                    static = torch.zeros_like(models[0])
-                if not torch.allclose(static, models[0], rtol=1e-3, atol=1e-5):
-                    self._first = None
-            return models
-        finally:
-            self._population, self._products = kept, products
+    @property
+    def uses_layers_once(self) -> bool:
+        """Whether each of its layers was called once in each step: called twice, it would learn in between."""
+        return all(layer.calls == self._steps for layer in self._layers.values())
 
     def train(
         self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
@@ -97,7 +92,8 @@ class Program:
         now, store = self._now, self._population.store
         sites = [(settings.seed, client, server_round) for client in clients]
         sizes = [self._population.size(client) for client in clients]
-        batches = Batches.drawn(sizes, settings, [batch_generator(*site) for site in sites])
+        dtype = next(iter(start.values())).dtype
+        batches = Batches.drawn(sizes, settings, [batch_generator(*site) for site in sites], dtype)
         now.clients = len(clients)
         now.generators = [torch.Generator().manual_seed(seed_of(*site)) for site in sites] if self._draws else []
         plain = is_plain(settings)
@@ -107,7 +103,7 @@ class Program:
 
         places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
         targets, shares = store.targets[places], batches.weights.transpose(0, 1)
-        static = self._first is not None and isinstance(self._first.form, Static)
+        static = self._first is not None and isinstance(self._first.form, OnExamples)
         example = store.inputs_at(slice(0, 1))
         outputs: list[Tensor] = []
         minus = example.new_full((targets[0].numel(), 1), -1.0)
@@ -137,11 +133,15 @@ class Program:
         _, steps, width = batches.rows.shape
         factors = self._may_factor and not own and is_linear(settings)
         for name, layer in self._layers.items():
-            weight, bias = start[f"{name}.weight"], start.get(f"{name}.bias")
+            weight, bias = start[_parameter(name, "weight")], start.get(_parameter(name, "bias"))
             form: Form | None = None
-            if factors and layer is self._first and self._products.are_cheap(clients, batches, weight.shape):
+            if (
+                factors
+                and layer is self._first
+                and (self._static is Static.ALWAYS or self._products.are_cheap(clients, batches, weight.shape))
+            ):
                 basis = [self._population.examples(client)[0].flatten(1) for client in clients]
-                form = Static(weight, bias, basis, self._products.of(clients), batches.rows.transpose(0, 1))
+                form = OnExamples(weight, bias, basis, self._products.of(clients), batches.rows.transpose(0, 1))
             elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):
                 form = Factored(weight, bias, len(clients), steps * width)
             if form is not None:
@@ -159,10 +159,14 @@ class Program:
         """All parameters, in the model's order."""
         pieces: dict[str, Any] = {}
         for name, layer in self._layers.items():
-            pieces[f"{name}.weight"], pieces[f"{name}.bias"] = layer.form, layer.bias
+            pieces[_parameter(name, "weight")], pieces[_parameter(name, "bias")] = layer.form, layer.bias
             if isinstance(layer.form, Factors) and layer.form.bias is not None:
-                pieces[f"{name}.bias"] = FactoredBias(layer.form, layer.form.bias)
+                pieces[_parameter(name, "bias")] = FactoredBias(layer.form, layer.form.bias)
         return [pieces[name] for name in self._names]
+
+
+def _parameter(layer: str, kind: str) -> str:
+    return f"{layer}.{kind}".removeprefix(".")
 
 
 def factored_is_cheaper(rows: int, outputs: int, inputs: int) -> bool:

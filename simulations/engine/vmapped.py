@@ -34,23 +34,14 @@ class Vmapped:
         if shared := every.keys() - dict(module.named_parameters()).keys():
             raise ValueError(f"{min(shared)!r} is shared by two layers")
 
-    def tried(self, few: Population, start: Tensors, settings: TrainSettings) -> list[Tensor]:
-        """See `Program.tried`."""
-        kept, self._population = self._population, few
-        try:
-            return [self.train(start, list(range(len(few))), settings, 1).models()]
-        finally:
-            self._population = kept
-
     def train(
         self, start: Tensors, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
     ) -> Trained:
         """See `Program.train`."""
         store = self._population.store
         sizes = [self._population.size(client) for client in clients]
-        batches = Batches.drawn(
-            sizes, settings, [batch_generator(settings.seed, client, server_round) for client in clients]
-        )
+        generators = [batch_generator(settings.seed, client, server_round) for client in clients]
+        batches = Batches.drawn(sizes, settings, generators, next(iter(start.values())).dtype)
         pieces = {name: Stacked(tensor, len(clients), own) for name, tensor in start.items()}
         learns = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
         moving = {name: piece.weight for name, piece in pieces.items() if name in learns}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import signal
 import weakref
@@ -20,10 +21,10 @@ from corymb.simulations.engine.blocks import Task, cut_up, with_drift
 from corymb.simulations.engine.engine import Answered, InProcess, Trainer
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
-from corymb.strategies.fold import COMING
 
-ASKED = COMING + 1  # sums that may be asked for before the first is read
 AHEAD = 2  # blocks that each worker is given before it has trained them: it never waits for more work
+HELD = 8  # blocks for each worker that may be trained and not yet read
+SLOTS = 4  # sums that a worker may have worked out and that are not yet read
 
 
 @dataclass
@@ -31,10 +32,19 @@ class _Worker:
     process: Any
     tasks: Connection
     questions: Connection  # about blocks that are trained; they go before tasks
-    results: Tensor  # shared [ASKED, P]: the weighted sums that were asked for last
+    sums: Tensor  # shared [SLOTS, P]
     left: int = 0  # tasks that it was given and has not told of
-    asked: int = 0  # sums, over all rounds
+    free: list[int] = field(default_factory=lambda: list(range(SLOTS)))  # places in `sums`
+    asked: dict[tuple[int, int], int | None] = field(
+        default_factory=dict
+    )  # questions without an answer yet, and their slots
+    answers: dict[tuple[int, int], Any] = field(default_factory=dict)  # that came before they were wanted
     done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
+
+
+def are_possible() -> bool:
+    """Whether processes can be forked here, and the model is not on a GPU, of which a fork cannot make use."""
+    return "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
 
 
 class Workers:
@@ -45,39 +55,33 @@ class Workers:
 
     def __init__(self, trainer: Trainer, layout: Layout, processes: int) -> None:
         self._here, self._layout = InProcess(trainer, layout), layout
-        self._start = torch.zeros(layout.num_parameters, dtype=layout.dtype).share_memory_()
-        self._numbers = count()  # of tasks, over all rounds
+        self._start = _shared(1, layout)[0]
+        self._generation = 0  # of what is in `_start`
+        self._numbers = count()  # of tasks and questions, over all rounds
         self._workers: list[_Worker] = []
         context: Any = multiprocessing.get_context("fork")
         for _ in range(processes):
             tasks, its_tasks = context.Pipe()
             questions, its_questions = context.Pipe()
-            results = torch.zeros(ASKED, len(self._start), dtype=layout.dtype).share_memory_()
+            sums = _shared(SLOTS, layout)
             ours = [tasks, questions, *(pipe for w in self._workers for pipe in (w.tasks, w.questions))]
             process = context.Process(
-                target=_work,
-                args=(its_tasks, its_questions, trainer, layout, self._start, results, ours),
-                daemon=True,
+                target=_work, args=(its_tasks, its_questions, trainer, layout, self._start, sums, ours), daemon=True
             )
             process.start()
             its_tasks.close()
             its_questions.close()
-            self._workers.append(_Worker(process, tasks, questions, results))
+            self._workers.append(_Worker(process, tasks, questions, sums))
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
-        """See `Engine.train`."""
-        for worker in self._workers:  # what is left of a round that nobody read to its end
-            while worker.left:
-                self._told(worker)
+        """See `Engine.train`; it ends what is left of the call before."""
+        self._end_round()
         self._start.copy_(start)
-        waiting = [(next(self._numbers), task) for task in tasks]
+        self._generation += 1
+        waiting = deque((next(self._numbers), task) for task in tasks)
         numbered = dict(waiting)
-        waiting.reverse()
-        first = [waiting[-1 - place :: -len(self._workers)][:AHEAD] for place in range(len(self._workers))]
-        for worker, mine in zip(self._workers, first, strict=True):
-            self._give(worker, mine)
-        del waiting[-AHEAD * len(self._workers) :]
-        return self._answers(numbered, waiting, start)
+        self._feed(waiting, 0)
+        return self._answers(numbered, waiting, start, self._generation)
 
     def train_own(self, task: Task, starts: Tensor) -> Answered:
         """See `Engine.train_own`; in this process."""
@@ -94,31 +98,53 @@ class Workers:
                 worker.process.kill()
         self._workers = []
 
-    def _answers(self, tasks: dict[int, Task], waiting: list[tuple[int, Task]], start: Tensor) -> Iterator[Answered]:
+    def _answers(
+        self, tasks: dict[int, Task], waiting: deque[tuple[int, Task]], start: Tensor, generation: int
+    ) -> Iterator[Answered]:
         """The blocks in the order of their tasks, whichever is ready first, so that sums come out the same."""
         ready: dict[int, tuple[_Worker, Any]] = {}
-        for number, task in tasks.items():
-            while number not in ready:
-                for pipe in wait([worker.tasks for worker in self._workers if worker.left]):
-                    worker = next(worker for worker in self._workers if worker.tasks is pipe)
-                    done, report = self._told(worker)
-                    ready[done] = (worker, report)
-                    self._give(worker, [waiting.pop()] if waiting else [])
-            worker, report = ready.pop(number)
-            if isinstance(report, Exception):
-                yield task, report, None
-            else:  # without a name here: it goes when nobody else holds it
-                yield task, _RemoteBlock(worker, number, len(task.clients), start, self._layout), report
+        try:
+            for number, task in tasks.items():
+                while number not in ready:
+                    if generation != self._generation:
+                        raise RuntimeError("The replies of a round were asked for after the next had begun.")
+                    for pipe in wait([worker.tasks for worker in self._workers if worker.left]):
+                        worker = next(worker for worker in self._workers if worker.tasks is pipe)
+                        done, report = self._told(worker)
+                        ready[done] = (worker, report)
+                    self._feed(waiting, len(ready))
+                worker, report = ready.pop(number)
+                self._feed(waiting, len(ready))
+                if isinstance(report, Exception):
+                    yield task, report, None
+                else:  # without a name here: it goes when nobody else holds it
+                    yield task, _RemoteBlock(worker, number, len(task.clients), start, self._layout), report
+        finally:
+            for number, (worker, _) in ready.items():
+                worker.done_with.append(number)
 
-    def _give(self, worker: _Worker, tasks: list[tuple[int, Task]]) -> None:
-        if tasks:
-            done_with, worker.done_with = worker.done_with, []
-            worker.tasks.send((tasks, done_with))
-            worker.left += len(tasks)
+    def _feed(self, waiting: deque[tuple[int, Task]], ready: int) -> None:
+        """Give every worker as much work as it may have ahead, the first tasks to the first."""
+        for ahead in range(AHEAD):
+            for worker in self._workers:
+                if waiting and worker.left <= ahead and ready < HELD * len(self._workers):
+                    done_with, worker.done_with = worker.done_with, []
+                    _send(worker.tasks, (self._generation, *waiting.popleft(), done_with))
+                    worker.left += 1
 
     def _told(self, worker: _Worker) -> Any:
         worker.left -= 1
         return _received(worker.tasks)
+
+    def _end_round(self) -> None:
+        """Hear what nobody waited for: blocks that were not read, and sums."""
+        for worker in self._workers:
+            while worker.left:
+                number, _ = self._told(worker)
+                worker.done_with.append(number)
+            while worker.asked:
+                _hear(worker)
+            worker.answers.clear()
 
 
 class _RemoteBlock:
@@ -127,6 +153,7 @@ class _RemoteBlock:
     def __init__(self, worker: _Worker, number: int, clients: int, start: Tensor, layout: Layout) -> None:
         self._worker, self._number, self._clients = worker, number, clients
         self._start, self._layout = start, layout
+        self._questions = 0
         self._models: Tensor | None = None
         weakref.finalize(self, _forget, worker, number)
 
@@ -138,32 +165,65 @@ class _RemoteBlock:
     def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
         """See `strategies.block.Block`; the worker adds up while this process reads on."""
         worker, start = self._worker, self._start
-        place = worker.asked % ASKED
-        worker.asked += 1
-        worker.questions.send(("moved", self._number, (place, weights.tolist())))
-
-        def total() -> Tensor:
-            _received(worker.questions)
-            return with_drift(worker.results[place], weights, start, origin)
-
-        return total
+        while not worker.free:
+            _hear(worker)
+        question = self._ask(weights.tolist(), worker.free.pop())
+        return lambda: with_drift(_answer_to(worker, question), weights, start, origin)
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         """See `strategies.block.Block`; all models come over for the first that is asked for."""
         if self._models is None:
-            self._worker.questions.send(("models", self._number, None))
-            self._models = torch.from_numpy(_received(self._worker.questions))
+            self._models = torch.from_numpy(_answer_to(self._worker, self._ask(None, None)))
         return cut_up(self._models[index], self._layout)
+
+    def _ask(self, weights: list[float] | None, slot: int | None) -> tuple[int, int]:
+        self._questions += 1
+        question = (self._number, self._questions)
+        self._worker.asked[question] = slot
+        _send(self._worker.questions, (question, weights, slot))
+        return question
+
+
+def _answer_to(worker: _Worker, question: tuple[int, int]) -> Any:
+    while question not in worker.answers:
+        if question not in worker.asked:
+            raise RuntimeError("A block was asked for its sum in one round and read in the next.")
+        _hear(worker)
+    return worker.answers.pop(question)
+
+
+def _hear(worker: _Worker) -> None:
+    """Take one answer from a worker; a sum is copied, so that its place is free again."""
+    question, answer = _received(worker.questions)
+    slot = worker.asked.pop(question)
+    if slot is not None:
+        answer = worker.sums[slot].clone()
+        worker.free.append(slot)
+    worker.answers[question] = answer
 
 
 def _forget(worker: _Worker, number: int) -> None:
     worker.done_with.append(number)
 
 
+def _shared(rows: int, layout: Layout) -> Tensor:
+    """Zeros `[rows, P]` that forked processes share."""
+    size = torch.empty(0, dtype=layout.dtype).element_size()
+    memory = mmap.mmap(-1, max(1, rows * layout.num_parameters * size))
+    return torch.frombuffer(memory, dtype=layout.dtype, count=rows * layout.num_parameters).view(rows, -1)
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    try:
+        pipe.send(message)
+    except OSError:
+        raise RuntimeError("A worker process has died; the machine may be short of memory.") from None
+
+
 def _received(pipe: Connection) -> Any:
     try:
         return pipe.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise RuntimeError("A worker process has died; the machine may be short of memory.") from None
 
 
@@ -173,7 +233,7 @@ def _work(
     trainer: Trainer,
     layout: Layout,
     start: Tensor,
-    results: Tensor,
+    sums: Tensor,
     others: list[Connection],
 ) -> None:
     """A worker's life: it ends when the pipes do."""
@@ -182,19 +242,19 @@ def _work(
     for pipe in others:  # of which this process has copies that would keep them open
         pipe.close()
     blocks: dict[int, Trained] = {}
-    given: deque[tuple[int, Task]] = deque()
-    state = layout.split(start)
+    seen, state = 0, layout.split(start)
     with suppress(EOFError, OSError):
         while True:
-            if questions in wait([tasks, questions], 0 if given else None):
-                _answer(blocks, questions, results)
+            if questions in wait([tasks, questions]):
+                _answer(blocks, questions, sums)
                 continue
-            if tasks.poll():
-                more, done_with = tasks.recv()
-                given.extend(more)
-                for number in done_with:
-                    blocks.pop(number, None)
-            number, task = given.popleft()
+            generation, number, task, done_with = tasks.recv()
+            while questions.poll():  # sent before it: maybe about blocks that are done with by now
+                _answer(blocks, questions, sums)
+            for old in done_with:
+                blocks.pop(old, None)
+            if generation != seen:  # a copy, for blocks that outlive their round
+                seen, state = generation, layout.split(start.clone())
             try:
                 blocks[number] = trainer.train(state, task.clients, task.settings, task.server_round)
             except Exception as error:
@@ -203,11 +263,11 @@ def _work(
                 tasks.send((number, blocks[number].report))
 
 
-def _answer(blocks: dict[int, Trained], questions: Connection, results: Tensor) -> None:
-    what, number, value = questions.recv()
-    if what == "moved":
-        place, weights = value
-        results[place] = blocks[number].moved(torch.tensor(weights, dtype=results.dtype))
-        questions.send(None)
+def _answer(blocks: dict[int, Trained], questions: Connection, sums: Tensor) -> None:
+    question, weights, slot = questions.recv()
+    block = blocks[question[0]]
+    if weights is None:
+        questions.send((question, block.models().numpy()))
     else:
-        questions.send(blocks[number].models().numpy())
+        sums[slot] = block.moved(torch.tensor(weights, dtype=sums.dtype))
+        questions.send((question, None))

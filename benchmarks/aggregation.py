@@ -1,0 +1,103 @@
+"""How fast are the sums, medians and distances of a round, beside Flower's and beside copying the same numbers?
+
+python benchmarks/aggregation.py [--clients 50] [--numbers 1000000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
+from flwr.serverapp.strategy.multikrum import compute_distances
+
+from corymb.strategies import Model, Reply
+from corymb.strategies.fold import Fold
+from corymb.strategies.geometry import squared_distances
+from corymb.strategies.ranks import median, middle
+
+
+def seconds(*works: Callable[[], Any], repeats: int = 5) -> list[float]:
+    """The median time of each of `works`, run in turn."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats):
+        for work, mine in zip(works, times, strict=True):
+            started = time.perf_counter()
+            work()
+            mine.append(time.perf_counter() - started)
+    return [statistics.median(mine) for mine in times]
+
+
+def told(what: str, ours: float, theirs: float, bar: float) -> bool:
+    """Print a ratio; whether it is short of its bar."""
+    print(f"{what:44} {1000 * ours:8.1f} ms, beside {1000 * theirs:8.1f} ms: {theirs / ours:5.2f}x (bar {bar:g}x)")
+    return theirs / ours < bar
+
+
+def weighted_mean(numbers: int, clients: int) -> bool:
+    """Replies that come one by one, beside copying each once."""
+    origin = Model(torch.randn(numbers))
+    few = [Reply.of(f"site-{i}", torch.randn(numbers), i + 1) for i in range(4)]
+    place = torch.empty(numbers)
+
+    def stream() -> None:
+        fold = Fold(origin)
+        for i in range(clients):
+            fold.add(few[i % 4], float(i + 1))
+        fold.model(1 / fold.total)
+
+    def copy() -> None:
+        for i in range(clients):
+            place.copy_(few[i % 4].parts[0])
+
+    ours, copies = seconds(stream, copy, repeats=3)
+    return told(f"weighted mean of {clients} x {numbers:,}, beside copies", ours, copies, 0.5)
+
+
+def robust(numbers: int, clients: int) -> int:
+    """Median, trimmed mean and distances, beside the functions of Flower's own strategies."""
+    models = torch.randn(clients, numbers)
+    arrays = list(models.numpy())
+    cut = clients // 5
+    ours, theirs = seconds(lambda: median(models), lambda: np.median(np.stack(arrays), axis=0), repeats=3)
+    missed = told(f"median of {clients} x {numbers:,}", ours, theirs, 10)
+    ours, theirs = seconds(
+        lambda: middle(models, cut, clients - cut - 1), lambda: trim_mean(np.stack(arrays), 0.2), repeats=3
+    )
+    missed += told(f"trimmed mean of {clients} x {numbers:,}", ours, theirs, 10)
+    records = [ArrayRecord({"model": Array(array)}) for array in arrays]
+    ours, theirs = seconds(lambda: squared_distances(models), lambda: compute_distances(records), repeats=3)
+    missed += told(f"all distances of {clients} x {numbers:,}", ours, theirs, 4)
+    late = 1 + 1e-4 * models
+    exact = torch.stack([(late.double() - model.double()).square().sum(dim=1) for model in late[:5]])
+    records = [ArrayRecord({"model": Array(array)}) for array in late.numpy()]
+    for name, found in (
+        ("Corymb", squared_distances(late)[:5]),
+        ("Flower", torch.from_numpy(np.asarray(compute_distances(records)))[:5].double()),
+    ):
+        errors = ((found - exact).abs() / exact)[exact > 0]
+        print(
+            f"    late in training {name} errs by {float(errors.median()):.0e} (median), {float(errors.max()):.0e} at most"
+        )
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--numbers", type=int, default=1_000_000)
+    options = parser.parse_args()
+    missed = robust(options.numbers, options.clients)
+    missed += weighted_mean(10 * options.numbers, 2 * options.clients)
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
