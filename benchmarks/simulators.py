@@ -76,7 +76,7 @@ train = {{ learning_rate = {workload.RATE}, batch_size = {row.batch}, epochs = {
 evaluate = {{ every = 1000 }}
 """
         (folder / "workload.toml").write_text(experiment)
-        command = [ROOT / ".venv/bin/corymb", "simulate", folder / "workload.toml", "--out", folder / "out"]
+        command = [str(ROOT / ".venv/bin/corymb"), "simulate", f"{folder}/workload.toml", "--out", f"{folder}/out"]
         subprocess.run(command, check=True, capture_output=True, cwd=HERE)
         (journal,) = (folder / "out/journals").iterdir()
         with sqlite3.connect(journal / "journal.sqlite") as database:

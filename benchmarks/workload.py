@@ -1,7 +1,7 @@
-"""One workload for every simulator: the same data, first model, cohorts and steps, and a checksum of the result.
+"""One workload for every simulator: the same data, first model, cohorts and steps, and a checksum.
 
-28x28 images of noise in 10 classes, 100 clients with 100 examples each, plain SGD at 0.05 on cross-entropy, the examples
-of a client always in their own order. Needs numpy only, so that each peer can read it in an environment of its own.
+28x28 images of noise in 10 classes, 100 clients with 100 examples each, plain SGD at 0.05 on cross-entropy, each
+client's examples in their own order. Needs numpy only, so that each peer can read it in an environment of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 CLIENTS, EXAMPLES, RATE = 100, 100, 0.05
 Arrays = list[NDArray[np.float32]]
-SHAPES = {  # weights as torch has them, and how many inputs each sums over
+SHAPES: dict[
+    str, list[tuple[tuple[int, ...], int]]
+] = {  # weights as torch has them, and how many inputs each sums over
     "softmax": [((10, 784), 784)],
     "mlp": [((200, 784), 784), ((10, 200), 200)],
     "cnn": [((32, 1, 5, 5), 25), ((64, 32, 5, 5), 800), ((512, 3136), 3136), ((10, 512), 512)],

@@ -44,7 +44,8 @@ class Attackers:
 
     def _together(self, asked: list[tuple[Message, Context]]) -> Iterator[tuple[int, Message | Exception]]:
         for number, reply in self._app.together(asked):  # type: ignore[attr-defined]  # it has it, or this would not be
-            yield number, self._changed(*asked[number], reply) if isinstance(reply, Message) else reply
+            message, context = asked[number]
+            yield number, self._changed(message, context, reply) if isinstance(reply, Message) else reply
 
     def _changed(self, message: Message, context: Context, reply: Message) -> Message:
         if int(context.node_config["partition-id"]) not in self._rows or not of_kind(reply.content, ArrayRecord):

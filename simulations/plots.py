@@ -25,6 +25,9 @@ STYLE: Any = {
 }
 
 
+SHOWN = 300  # clients of whom a picture shows each by itself
+
+
 def draw_all(runs: list[Run], scenario: Scenario, folder: Path) -> dict[str, str]:
     """Draw every picture into `folder`: `{file name: caption}`. `scenario` is that of the first seed."""
     seed = runs[0].seed
@@ -112,9 +115,9 @@ def _weight_map(run: Run, scenario: Scenario) -> NDArray[np.float64]:
 
 
 def labels(scenario: Scenario) -> Figure:
-    """A stacked bar per client."""
-    sizes = scenario.population.sizes
-    counts = scenario.labels * sizes[:, None]
+    """A stacked bar for each of the first clients."""
+    sizes = scenario.population.sizes[:SHOWN]
+    counts = scenario.labels[:SHOWN] * sizes[:, None]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     bottom = np.zeros(len(sizes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, overload
 
 from torch import Tensor
@@ -26,13 +26,16 @@ class Block(Protocol):
 
 
 class InBlock(Sequence[Tensor]):
-    """The parts of model `index` of a `block`, written out when somebody looks at them."""
+    """The parts of the model at `row` of a `block`, written out when somebody looks at them."""
 
     def __init__(self, block: Block, index: int) -> None:
-        self.block, self.index = block, index
+        self.block, self.row = block, index
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.block.model(self.row))
 
     def __len__(self) -> int:
-        return len(self.block.model(self.index))
+        return len(self.block.model(self.row))
 
     @overload
     def __getitem__(self, place: int) -> Tensor: ...
@@ -41,4 +44,4 @@ class InBlock(Sequence[Tensor]):
     def __getitem__(self, place: slice) -> tuple[Tensor, ...]: ...
 
     def __getitem__(self, place: int | slice) -> Tensor | tuple[Tensor, ...]:
-        return self.block.model(self.index)[place]
+        return self.block.model(self.row)[place]

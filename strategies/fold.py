@@ -55,7 +55,7 @@ class Fold:
     def _add_in_block(self, parts: InBlock, weight: float) -> None:
         """A block answers its weighted sum by itself, once all of its clients are here, so that no order shows."""
         weights = self._blocks.setdefault(parts.block, {})
-        weights[parts.index] = weight
+        weights[parts.row] = weight
         if len(weights) == parts.block.clients:
             self._take_block(parts.block)
         elif len(self._blocks) > WAITED_FOR:  # of some, not all were admitted

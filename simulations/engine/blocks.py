@@ -15,6 +15,7 @@ from corymb.strategies import Layout
 MOST = 32  # clients in a block
 LARGEST = 1 << 26  # parameters in a block, should all have to be written out
 FEWEST = 4  # blocks in a large enough push: some are trained while replies of others are read
+SMALLEST = 1 << 23  # examples times parameters, for which a block is worth its overhead
 PADDED = 1.5  # times its examples, what a block may hold with its padding
 
 
@@ -35,7 +36,11 @@ def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1) -> l
     """
     most = max(1, min(MOST, LARGEST // parameters))
     order = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
-    number = max(-(-len(order) // most), min(FEWEST, len(order)))
+    passed = [
+        settings.steps * settings.batch_size if settings.steps else size * (settings.epochs or 1) for size in sizes
+    ]
+    enough = max(1, sum(passed) * parameters // SMALLEST)
+    number = max(-(-len(order) // most), min(FEWEST, len(order), enough))
     size, more = divmod(len(order), number)
     ends = {block * size + min(block, more) for block in range(number)}  # the larger blocks first
     blocks: list[list[int]] = []

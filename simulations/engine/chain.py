@@ -57,8 +57,9 @@ class ByAutograd:
 
     def forward(self, inputs: Tensor) -> Tensor:
         """See `Chain`."""
-        self._outputs = self._module(inputs)
-        return self._outputs.detach()
+        outputs: Tensor = self._module(inputs)
+        self._outputs = outputs
+        return outputs.detach()
 
     def backward(self, slopes: Tensor) -> None:
         """See `Chain`."""

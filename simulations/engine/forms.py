@@ -129,7 +129,8 @@ class FactoredBias:
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
         moves = self.factors.factors[kept].sum(dim=1)
-        return (weights[kept] @ moves).add_(self.start, alpha=self.factors.shrunk(weights, kept))
+        total: Tensor = weights[kept] @ moves
+        return total.add_(self.start, alpha=self.factors.shrunk(weights, kept))
 
     def written(self) -> Tensor:
         return self.factors.factors.sum(dim=1) + self.factors.alpha[:, 0] * self.start
@@ -151,7 +152,7 @@ class Factored(Factors):
         shared = torch.mm(inputs.flatten(0, 1), self.start.T)
         if self.bias is not None:
             shared += self.bias
-        result = shared.unflatten(0, inputs.shape[:2]).mul_(self.alpha[active])
+        result: Tensor = shared.unflatten(0, inputs.shape[:2]).mul_(self.alpha[active])
         if self._seen:
             near = torch.bmm(inputs, self._basis[active, seen].transpose(1, 2))
             if self.bias is not None:
@@ -161,7 +162,8 @@ class Factored(Factors):
 
     def inward(self, slopes: Tensor) -> Tensor:
         seen, active = slice(self._seen), slice(len(slopes))
-        result = (slopes.flatten(0, 1) @ self.start).unflatten(0, slopes.shape[:2]).mul_(self.alpha[active])
+        shared = slopes.flatten(0, 1) @ self.start
+        result: Tensor = shared.unflatten(0, slopes.shape[:2]).mul_(self.alpha[active])
         if self._seen:
             near = torch.bmm(slopes, self.factors[active, seen].transpose(1, 2))
             result.baddbmm_(near, self._basis[active, seen])

@@ -36,7 +36,7 @@ class _Applied(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, slopes: Tensor) -> Any:
         return ctx.layer.back(slopes, ctx.kept, ctx.needs_input_grad[0]), None, None
 
 
@@ -108,19 +108,21 @@ class ClientConv2d(ClientLayer):
     def __init__(self, original: nn.Conv2d, now: Now) -> None:
         super().__init__(original, now)
         self.shape = tuple(original.weight.shape)
-        self.stride, self.padding, self.dilation = original.stride, original.padding, original.dilation
+        self.stride, self.dilation = original.stride, original.dilation
+        self.padding: tuple[int, ...] = tuple(map(int, original.padding))
         self.groups = original.groups
         self.as_patches = original.in_channels <= self.FEW and self.groups == 1 and self.dilation == (1, 1)
 
     def weights(self) -> Tensor:
         """Of the clients that still train, `[A, out, in, height, width]`."""
-        return self.form.weight[: self.now.clients].unflatten(2, self.shape[1:])
+        weights: Tensor = self.form.weight[: self.now.clients].unflatten(2, self.shape[1:])
+        return weights
 
     def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
         """See `ClientLayer.outputs`."""
         clients = self.now.clients
         if self.as_patches and not inward:
-            padded = nn.functional.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)])  # type: ignore[arg-type]
+            padded = nn.functional.pad(inputs, [p for p in reversed(self.padding) for _ in range(2)])
             windows = padded.unfold(2, self.shape[2], self.stride[0]).unfold(3, self.shape[3], self.stride[1])
             height, width = windows.shape[2:4]
             patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(clients, -1, self.form.weight.shape[2])
@@ -137,7 +139,7 @@ class ClientConv2d(ClientLayer):
                     weight.contiguous(memory_format=torch.channels_last),
                     None if self.bias is None else self.bias.weight[k],
                     self.stride,
-                    self.padding,  # type: ignore[arg-type]
+                    self.padding,
                     self.dilation,
                     self.groups,
                 )

@@ -45,7 +45,8 @@ class Trained:
         sums = torch.where(there, torch.stack([losses.double(), right.double()]), 0.0).sum(dim=(1, 3))
         bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
         examples = there.sum(dim=(0, 2)).tolist()
-        return cls(pieces, Report(*sums.tolist(), examples, batches.steps, bounds.tolist()))
+        losses_of, right_of = sums.tolist()
+        return cls(pieces, Report(losses_of, right_of, examples, batches.steps, bounds.tolist()))
 
     def moved(self, weights: Tensor) -> Tensor:
         """`sum_k weights[k] * (model_k - start)`, `[P]`, for `weights [K]`; who has weight 0 is not looked at."""

@@ -319,7 +319,7 @@ def test_blocks_outlive_their_round_in_workers() -> None:
     for engine in engines:
         assert engine is not None
         tasks = [Task((client,), (client,), how, 1) for client in range(12)]
-        blocks = [block for _, block, _ in engine.train(tasks, start)]
+        blocks: list[Any] = [block for _, block, _ in engine.train(tasks, start)]
         later = engine.train([Task((0,), (0,), how, 2)], start + 1)
         sums = [block.moves(torch.ones(1), start) for block in blocks]  # more than there are places for
         models = [torch.cat(list(block.model(0))) for block in blocks[::-1]][::-1]
