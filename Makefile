@@ -30,7 +30,20 @@ nightly: .venv/installed  ## run the benchmarks
 	$(BIN)/python benchmarks/streaming_memory.py
 	$(BIN)/python benchmarks/grid_overhead.py
 
-clean:  ## remove .venv, caches and runs
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+.peers/installed:
+	$(PYTHON) -m venv .peers/pfl
+	.peers/pfl/bin/python -m pip install --quiet torch==2.13.0 'pfl[pytorch]==0.6.0'
+	$(PYTHON) -m venv .peers/fedjax
+	.peers/fedjax/bin/python -m pip install --quiet jax==0.10.2 jaxlib==0.10.2 fedjax==0.0.17
+	@touch $@
 
-.PHONY: help setup demo test check nightly clean
+bench: .venv/installed .peers/installed  ## race the peers, in environments of their own (.peers), and measure the rest
+	-$(BIN)/python benchmarks/simulators.py
+	-$(BIN)/python benchmarks/population.py
+	-$(BIN)/python benchmarks/aggregation.py
+	-$(BIN)/python benchmarks/codec.py
+
+clean:  ## remove .venv, caches and runs
+	rm -rf .venv .peers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help setup demo test check nightly bench clean

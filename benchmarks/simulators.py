@@ -3,7 +3,7 @@
 Corymb runs through `corymb simulate`, with rule, door, verdicts and journal. Runs alternate; the figure of each is the
 median of its rounds. Peers that draw the same clients in the same order (FedJAX) must end at the same checksum.
 
-    python benchmarks/simulators.py [--rows softmax mlp] [--peers fedjax] [--repeats 2]      after `make peers`
+    python benchmarks/simulators.py [--rows softmax mlp] [--peers fedjax] [--repeats 2]      all of it: `make bench`
 """
 
 from __future__ import annotations
