@@ -51,8 +51,9 @@ def test_arrays_are_mapped_and_cut_by_offsets(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (30, 1, 4, 4), dtype=np.uint8)
     labels = rng.integers(0, 3, 30)
-    for name, array in {"x_train": pixels, "y_train": labels, "x_test": pixels[:6], "y_test": labels[:6]}.items():
-        np.save(tmp_path / f"{name}.npy", array)
+    for part, rows in (("train", 30), ("test", 6)):
+        np.save(tmp_path / f"x_{part}.npy", pixels[:rows])
+        np.save(tmp_path / f"y_{part}.npy", labels[:rows])
     np.save(tmp_path / "offsets.npy", np.array([0, 10, 30]))
     source = load(str(tmp_path), mean=0.5, deviation=0.25)
     assert source.train.is_mapped
