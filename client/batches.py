@@ -82,6 +82,9 @@ def evaluation_batches(data: Examples, size: int = 1024) -> Iterator[Batch]:
     if isinstance(data, DataLoader):
         yield from data
         return
+    if isinstance(data, TensorDataset):  # views: a test set is large
+        yield from zip(*(tensor.split(size) for tensor in data.tensors), strict=True)
+        return
     for rows in torch.arange(count(data)).split(size):
         yield _take(data, rows)
 
