@@ -29,7 +29,7 @@ Asked = Sequence[tuple[Message, Context]]
 Answers = Iterator[tuple[int, Message | Exception]]
 
 
-@dataclass
+@dataclass(eq=False)  # by identity: equal models are another matter
 class _Group:
     """Those of a push who train the same model in the same way: their numbers among the asked."""
 
@@ -65,10 +65,6 @@ class CohortApp:
         shared = [group for group in groups if group not in own]
         first = self._trained(asked, shared[0]) if shared else iter(())
         return self._answers(asked, first, shared[1:], own, alone)
-
-    def close(self) -> None:
-        """End what the engine started."""
-        self._engine.close()
 
     def _answers(
         self, asked: Asked, first: Iterator[Answered], shared: list[_Group], own: list[_Group], alone: list[int]
@@ -106,32 +102,27 @@ class CohortApp:
         return [group for group in groups.values() if group.numbers], alone
 
     def _trained(self, asked: Asked, group: _Group) -> Iterator[Answered]:
-        clients = [_client(asked[number][1]) for number in group.numbers]
-        blocks = cut([self._population.size(client) for client in clients], group.settings, self._layout.num_parameters)
-        tasks = [
-            Task(
-                tuple(group.numbers[place] for place in block),
-                tuple(clients[place] for place in block),
-                group.settings,
-                group.server_round,
-            )
-            for block in blocks
-        ]
-        return self._engine.train(tasks, self._vector(group.arrays))
+        return self._engine.train(self._tasks(asked, group.numbers, group), self._vector(group.arrays))
 
     def _trained_own(self, asked: Asked, groups: list[_Group]) -> Iterator[Answered]:
-        clients = [_client(asked[group.numbers[0]][1]) for group in groups]
-        for block in cut(
-            [self._population.size(client) for client in clients], groups[0].settings, self._layout.num_parameters
-        ):
-            task = Task(
-                tuple(groups[place].numbers[0] for place in block),
-                tuple(clients[place] for place in block),
-                groups[0].settings,
-                groups[0].server_round,
-            )
-            starts = torch.stack([self._vector(groups[place].arrays) for place in block])
+        arrays = {group.numbers[0]: group.arrays for group in groups}
+        for task in self._tasks(asked, list(arrays), groups[0]):
+            starts = torch.stack([self._vector(arrays[number]) for number in task.asked])
             yield self._engine.train_own(task, starts)
+
+    def _tasks(self, asked: Asked, numbers: list[int], like: _Group) -> list[Task]:
+        """Blocks of the clients that were asked at `numbers`, to train as `like` says."""
+        clients = [int(asked[number][1].node_config["partition-id"]) for number in numbers]
+        sizes = [self._population.size(client) for client in clients]
+        return [
+            Task(
+                tuple(numbers[place] for place in block),
+                tuple(clients[place] for place in block),
+                like.settings,
+                like.server_round,
+            )
+            for block in cut(sizes, like.settings, self._layout.num_parameters)
+        ]
 
     def _vector(self, arrays: ArrayRecord) -> Tensor:
         return self._layout.flatten(to_state(arrays)).parameters
@@ -172,7 +163,3 @@ class CohortApp:
             return self._alone(message, context)
         except Exception as error:
             return error
-
-
-def _client(context: Context) -> int:
-    return int(context.node_config["partition-id"])

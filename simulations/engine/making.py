@@ -107,6 +107,8 @@ def _prove(trainer: Trainer, module: nn.Module, few: Population) -> None:
                 if any(parameter.requires_grad and parameter.grad is None for parameter in mine.parameters()):
                     raise ValueError("it has parameters that it does not use")
             found = trainer.train(start, range(len(few)), how, 1).models()
+        except ValueError:
+            raise
         except Exception as error:  # its own code runs here
             raise ValueError(f"a trial with two clients failed ({type(error).__name__}: {error})") from error
         wrong = (found - torch.stack(expected)).norm()

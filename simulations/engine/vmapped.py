@@ -61,10 +61,7 @@ class Vmapped:
         outputs = []
         self._module.train()
         for step in range(places.shape[1]):
-            inputs, targets = (
-                self._population.store.inputs_at(places[:, step]),
-                self._population.store.targets[places[:, step]],
-            )
+            inputs, targets = store.inputs_at(places[:, step]), store.targets[places[:, step]]
             gradients, scores = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in moving.items():
                 tensor.grad = gradients[name]
