@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from operator import itemgetter
@@ -25,9 +26,9 @@ CREATE TABLE IF NOT EXISTS rounds (
     evaluate TEXT NOT NULL,
     server TEXT NOT NULL,
     rule TEXT NOT NULL,
-    model TEXT NOT NULL,
-    model_sha256 TEXT NOT NULL,
-    memory TEXT NOT NULL
+    model TEXT,
+    model_sha256 TEXT,
+    memory TEXT
 ) STRICT;
 CREATE TABLE IF NOT EXISTS verdicts (
     round INTEGER NOT NULL REFERENCES rounds,
@@ -42,64 +43,94 @@ CREATE TABLE IF NOT EXISTS verdicts (
 """
 MEASURED = ("train", "evaluate", "server", "rule")
 KEPT = 2  # models of the newest rounds
+TOGETHER = 1.0  # seconds whose rounds a journal that is not durable commits at once
 
 
 class Journal:
     """The journal in `folder`, made when missing.
 
-    `durable=False` leaves it to the operating system when things reach the disk: for simulations,
-    which are repeated rather than resumed.
+    `durable=False` is for simulations, which are repeated rather than resumed: the rounds of a second are committed
+    together, with the model of the last of them, and the operating system decides when they reach the disk.
     """
 
     def __init__(self, folder: Path, durable: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._durable = durable
+        self._waiting: list[RoundRecord] = []  # rounds that are not committed yet, and what the last one ended with
+        self._state: Mapping[str, Tensor] = {}
+        self._memory: object = None
+        self._committed = time.monotonic()
         # A ServerApp may open it in one thread and run its rounds in another; never two at a time.
         self._database = sqlite3.connect(folder / "journal.sqlite", check_same_thread=False)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
         self._database.executescript(SCHEMA)
 
-    def write(self, record: RoundRecord, state: Mapping[str, Tensor], memory: object) -> str:
-        """Commit a finished round with the model, and the memory of rule and step, after it; the model's SHA-256.
+    def write(self, record: RoundRecord, state: Mapping[str, Tensor], memory: object) -> None:
+        """Write a finished round with the model, and the memory of rule and step, after it."""
+        self._waiting.append(record)
+        self._state, self._memory = state, memory
+        if self._durable or time.monotonic() - self._committed > TOGETHER:
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit the rounds that were written since the last time.
 
         The files are in place before the row that names them is committed, so a crash leaves the
-        journal at the round before. Models older than the last two are removed.
+        journal at the rounds before. Models older than the last two are removed.
         """
-        model = f"model-{record.round:06d}.safetensors"
-        self._save(dict(state), model)
-        plain, tensors = packed(memory)
+        records, self._waiting = self._waiting, []
+        if not records:
+            return
+        newest = f"model-{records[-1].round:06d}.safetensors"
+        self._save(dict(self._state), newest)
+        plain, tensors = packed(self._memory)
         if tensors:
-            self._save(tensors, _memory_of(model))
-        digest = sha256(self.folder / model)
+            self._save(tensors, _memory_of(newest))
+        kept = (newest, sha256(self.folder / newest), json.dumps(plain))
         with self._database as database:
-            database.execute(
+            database.executemany(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    record.round, record.seconds,
-                    *(json.dumps(getattr(record, name)) for name in MEASURED),
-                    model, digest, json.dumps(plain),
-                ),
+                [
+                    (
+                        r.round, r.seconds, *(json.dumps(getattr(r, name)) for name in MEASURED),
+                        *(kept if r is records[-1] else (None, None, None)),
+                    )
+                    for r in records
+                ],
             )  # fmt: skip
             database.executemany(
                 "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (record.round, v.node, v.code, v.reason, v.examples, v.weight, json.dumps(v.metrics))
-                    for v in record.verdicts
-                ],
+                (
+                    (
+                        r.round,
+                        v.node,
+                        v.code,
+                        v.reason,
+                        v.examples,
+                        v.weight,
+                        json.dumps(v.metrics) if v.metrics else "{}",
+                    )
+                    for r in records
+                    for v in r.verdicts
+                ),
             )
-        self._forget(record.round - KEPT)
-        return digest
+        for model in sorted((path.name for path in self.folder.glob("model-*.safetensors")), reverse=True)[KEPT:]:
+            for name in (model, _memory_of(model)):
+                (self.folder / name).unlink(missing_ok=True)
+        self._committed = time.monotonic()
 
     def require_empty(self) -> None:
         """Raise `ValueError` if a run has been written here: two runs in one journal would be neither."""
+        self.commit()
         (rounds,) = self._database.execute("SELECT COUNT(*) FROM rounds").fetchone()
         if rounds:
             raise ValueError(f"The journal in {self.folder} already holds {rounds} rounds; give a folder of its own.")
 
     def rounds(self) -> Iterator[RoundRecord]:
-        """Every committed round, in order."""
+        """Every round, in order."""
+        self.commit()
         rows = self._database.execute("SELECT * FROM verdicts ORDER BY round, node")
         verdicts = {number: [_verdict(*row[1:]) for row in group] for number, group in groupby(rows, key=itemgetter(0))}
         for number, seconds, *metrics in self._database.execute(
@@ -117,6 +148,7 @@ class Journal:
         return self._newest("model_sha256")
 
     def _newest(self, column: str) -> str:
+        self.commit()
         query = f"SELECT {column} FROM rounds ORDER BY round DESC LIMIT 1"
         row = self._database.execute(query).fetchone()
         if row is None:
@@ -125,7 +157,10 @@ class Journal:
 
     def close(self) -> None:
         """Close the database; what was written stays."""
-        self._database.close()
+        try:
+            self.commit()
+        finally:
+            self._database.close()
 
     def _save(self, tensors: dict[str, Tensor], name: str) -> None:
         """Write `name` whole or not at all."""
@@ -136,11 +171,6 @@ class Journal:
         draft.replace(self.folder / name)
         if self._durable:
             _sync(self.folder)
-
-    def _forget(self, newest: int) -> None:
-        model = f"model-{newest:06d}.safetensors"
-        for name in (model, _memory_of(model)):
-            (self.folder / name).unlink(missing_ok=True)
 
 
 def _memory_of(model: str) -> str:

@@ -161,9 +161,9 @@ class FlowerStrategy(Strategy):
         result = Result(arrays=self._arrays)
         if evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
+        started = time.monotonic()
         for number in range(1, num_rounds + 1):
             record = RoundRecord(number)
-            started = time.monotonic()
             messages = self.configure_train(number, result.arrays, train_config or ConfigRecord(), grid)
             asked = self._push(grid, messages)
             del messages
@@ -186,7 +186,8 @@ class FlowerStrategy(Strategy):
                 record.server = {
                     name: float(value) for name, value in metrics.items() if isinstance(value, (int, float))
                 }
-            record.seconds = time.monotonic() - started
+            ended = time.monotonic()  # what is written down of a round is part of the next one's time
+            record.seconds, started = ended - started, ended
             self._finish(record, num_rounds)
         return result
 

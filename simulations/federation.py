@@ -168,9 +168,9 @@ def run(
     try:
         app(grid=grid, context=grid.server_context())
     finally:
-        journal.close()
         if engine is not None:
             engine.close()
+        journal.close()
 
 
 def _client_app(experiment: Experiment, scenario: Scenario, seed: int, workers: int) -> tuple[Any, Engine | None]:

@@ -85,15 +85,16 @@ class ByHand:
                 layer.calls += 1
                 inputs, kept = layer.outputs(inputs, inward=place > self._first)
             elif type(layer) is nn.Flatten:
-                kept, inputs = inputs.shape, layer(inputs)
+                kept, inputs = inputs.shape, inputs.flatten(layer.start_dim, layer.end_dim)
             elif type(layer) is nn.ReLU:
-                kept = inputs = inputs.clamp_min(0)
+                mine = place and isinstance(self._layers[place - 1], ClientLayer)  # nobody else has its outputs
+                kept = inputs = inputs.clamp_min_(0) if mine else inputs.clamp_min(0)
             elif place < self._first:
                 inputs = layer(inputs)
             else:
                 with torch.enable_grad():
                     before = inputs.detach().requires_grad_()
-                    after = layer(before.clone())  # some change their input
+                    after = layer(before.clone() if getattr(layer, "inplace", True) else before)
                 kept, inputs = (before, after), after.detach()
             self._kept.append(kept)
         return inputs
@@ -108,6 +109,6 @@ class ByHand:
             elif type(layer) is nn.Flatten:
                 slopes = slopes.reshape(kept)
             elif type(layer) is nn.ReLU:
-                slopes = torch.ops.aten.threshold_backward(slopes, kept, 0)
+                slopes = torch.ops.aten.threshold_backward.default(slopes, kept, 0)
             else:
                 (slopes,) = torch.autograd.grad(kept[1], kept[0], slopes)

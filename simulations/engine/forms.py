@@ -48,6 +48,11 @@ class Form(Piece, Protocol):
 Kept = slice | Tensor  # all clients, or the numbers of some
 
 
+def upto(count: int, tensor: Tensor) -> Tensor:
+    """The first `count` rows: the tensor itself where there are no more, which takes no time."""
+    return tensor if tensor.shape[0] == count else tensor[:count]
+
+
 class Stacked:
     """Each client's weight in full, `[K, ...]`; a step of plain SGD is fused with the product that is its slope.
 
@@ -59,23 +64,27 @@ class Stacked:
         self.weight = start.clone() if own else start.expand(clients, *start.shape).clone()
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        return torch.bmm(inputs, self.weight[: len(inputs)].transpose(1, 2))
+        clients, width, _ = inputs.shape
+        weight = upto(clients, self.weight)
+        if weight.shape[1] < width < weight.shape[2]:  # few rows are faster than few columns
+            return torch.bmm(weight, inputs.transpose(1, 2)).transpose(1, 2)
+        return torch.bmm(inputs, weight.transpose(1, 2))
 
     def inward(self, slopes: Tensor) -> Tensor:
-        return torch.bmm(slopes, self.weight[: len(slopes)])
+        return torch.bmm(slopes, upto(slopes.shape[0], self.weight))
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
         if rate is None:
             self.weight.grad = torch.bmm(slopes.transpose(1, 2), inputs)
         else:
-            self.weight[: len(slopes)].baddbmm_(slopes.transpose(1, 2), inputs, alpha=-rate)
+            upto(slopes.shape[0], self.weight).baddbmm_(slopes.transpose(1, 2), inputs, alpha=-rate)
 
     def take(self, gradient: Tensor, rate: float | None) -> None:
         """A gradient `[K, ...]` that is there already."""
         if rate is None:
             self.weight.grad = gradient
         else:
-            self.weight[: len(gradient)].sub_(gradient, alpha=rate)
+            upto(gradient.shape[0], self.weight).sub_(gradient, alpha=rate)
 
     def coordinates(self) -> list[tuple[Tensor, Tensor]]:
         return [(self.weight, self._start.expand_as(self.weight))]
@@ -98,13 +107,18 @@ class Factors:
     own.
     """
 
-    def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int) -> None:
+    def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int, plain: bool) -> None:
         self.start, self.bias = start, bias
         self.alpha = start.new_ones(clients, 1, 1)
+        self._is_scaled = not plain  # a plain step leaves alpha alone
         self.factors = start.new_zeros(clients, rows, start.shape[0])
 
     def coordinates(self) -> list[tuple[Tensor, Tensor]]:
         return [(tensor, tensor.clone()) for tensor in (self.alpha, self.factors)]
+
+    def scaled(self, outputs: Tensor) -> Tensor:
+        """`outputs [K, B, ...]` times alpha, in place."""
+        return outputs.mul_(upto(outputs.shape[0], self.alpha)) if self._is_scaled else outputs
 
     def gradients(self) -> Tensor:
         """Zeros to write the factors' gradient into; alpha's is zero."""
@@ -142,17 +156,17 @@ class FactoredBias:
 class Factored(Factors):
     """Factors over the rows that each client's layer has seen: `basis [K, N, in]`, filled as batches come."""
 
-    def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int) -> None:
-        super().__init__(start, bias, clients, rows)
+    def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int, plain: bool) -> None:
+        super().__init__(start, bias, clients, rows, plain)
         self._basis = start.new_zeros(clients, rows, start.shape[1])
         self._seen = 0
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        seen, active = slice(self._seen), slice(len(inputs))
+        seen, active = slice(self._seen), slice(inputs.shape[0])
         shared = torch.mm(inputs.flatten(0, 1), self.start.T)
         if self.bias is not None:
             shared += self.bias
-        result: Tensor = shared.unflatten(0, inputs.shape[:2]).mul_(self.alpha[active])
+        result = self.scaled(shared.unflatten(0, inputs.shape[:2]))
         if self._seen:
             near = torch.bmm(inputs, self._basis[active, seen].transpose(1, 2))
             if self.bias is not None:
@@ -161,9 +175,9 @@ class Factored(Factors):
         return result
 
     def inward(self, slopes: Tensor) -> Tensor:
-        seen, active = slice(self._seen), slice(len(slopes))
+        seen, active = slice(self._seen), slice(slopes.shape[0])
         shared = slopes.flatten(0, 1) @ self.start
-        result: Tensor = shared.unflatten(0, slopes.shape[:2]).mul_(self.alpha[active])
+        result = self.scaled(shared.unflatten(0, slopes.shape[:2]))
         if self._seen:
             near = torch.bmm(slopes, self.factors[active, seen].transpose(1, 2))
             result.baddbmm_(near, self._basis[active, seen])
@@ -197,9 +211,11 @@ class OnExamples(Factors):
     rounds, and `rows [S, K, B]` which of them each batch takes, so no input is ever looked at again.
     """
 
-    def __init__(self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor) -> None:
+    def __init__(
+        self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor, plain: bool
+    ) -> None:
         clients, width, _ = products.shape
-        super().__init__(start, bias, clients, width)
+        super().__init__(start, bias, clients, width, plain)
         self._basis = basis
         self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
         first = start.new_zeros(clients, width, start.shape[0])
@@ -207,27 +223,26 @@ class OnExamples(Factors):
             torch.mm(mine, start.T, out=outputs[: len(mine)])
         if bias is not None:
             first += bias
-        self._rows = (rows + torch.arange(clients)[:, None] * width).flatten(1)
-        places = self._rows.flatten()
-        self._first = first.flatten(0, 1)[places].view(*rows.shape, -1)  # what each batch begins with
-        self._near = products.flatten(0, 1)[places].view(*rows.shape, -1)
-        if bias is not None:
-            self._near += 1
-        self._step = 0
+        # Of each example: what a batch with it begins with, its products with all others, and its row in the factors.
+        self._first = first.flatten(0, 1)
+        self._near = (products if bias is None else products + 1).flatten(0, 1)
+        self._flat = self.factors.flatten(0, 1)
+        self._steps = iter((rows + torch.arange(clients)[:, None] * width).flatten(1).unbind())
+        self._rows = rows.new_zeros(0)  # of this step
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        active = slice(len(inputs))
-        first, near = self._first[self._step, active], self._near[self._step, active]
-        return torch.baddbmm(first * self.alpha[active], near, self.factors[active])
+        shape = inputs.shape[:2]
+        self._rows = upto(shape.numel(), next(self._steps))
+        first = self.scaled(self._first.index_select(0, self._rows).view(*shape, -1))
+        near = self._near.index_select(0, self._rows).view(*shape, -1)
+        return first.baddbmm_(near, upto(shape[0], self.factors))
 
     def inward(self, slopes: Tensor) -> Tensor:
         raise NotImplementedError("Nothing lies before the examples.")
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        rows = self._rows[self._step, : slopes.shape[0] * slopes.shape[1]]
-        self._step += 1
-        into = self.factors if rate is not None else self.gradients()
-        into.flatten(0, 1).index_add_(0, rows, slopes.flatten(0, 1), alpha=1.0 if rate is None else -rate)
+        into = self._flat if rate is not None else self.gradients().flatten(0, 1)
+        into.index_add_(0, self._rows, slopes.flatten(0, 1), alpha=1.0 if rate is None else -rate)
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
         total = self.start * self.shrunk(weights, kept)
@@ -250,5 +265,5 @@ class OnExamples(Factors):
 
 def _size(tensors: Tensor) -> Tensor:
     """The largest absolute number of each `[K, ...]`; NaN where one is."""
-    least, most = tensors.flatten(1).aminmax(dim=1)
-    return torch.maximum(-least, most)
+    flat = tensors.flatten(1)
+    return torch.maximum(-flat.amin(dim=1), flat.amax(dim=1))  # `aminmax` along rows takes ten times as long

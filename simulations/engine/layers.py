@@ -5,14 +5,14 @@ Whatever has no parameters, like a rectifier or pooling, need not know: it treat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.forms import Form, Stacked
+from corymb.simulations.engine.forms import Form, Stacked, upto
 
 
 @dataclass
@@ -85,7 +85,7 @@ class ClientLinear(ClientLayer):
         rows = inputs.reshape(self.now.clients, -1, inputs.shape[-1])
         outputs = self.form.outputs(rows)
         if self.bias is not None:
-            outputs = outputs.add_(self.bias.weight[: self.now.clients, None])
+            outputs = outputs.add_(upto(self.now.clients, self.bias.weight).unsqueeze(1))
         return outputs.reshape(*inputs.shape[:-1], -1), rows
 
     def back(self, slopes: Tensor, rows: Tensor, inward: bool) -> Tensor | None:
@@ -99,7 +99,7 @@ class ClientLinear(ClientLayer):
 
 class ClientConv2d(ClientLayer):
     """`nn.Conv2d` for each client: its patches as rows of one batched product where the inputs have few channels
-    and no slopes of them are wanted, else the library's convolution client by client. Channels lie last.
+    and no slopes of them are wanted, else the library's convolution client by client.
     """
 
     FEW = 4
@@ -115,7 +115,7 @@ class ClientConv2d(ClientLayer):
 
     def weights(self) -> Tensor:
         """Of the clients that still train, `[A, out, in, height, width]`."""
-        weights: Tensor = self.form.weight[: self.now.clients].unflatten(2, self.shape[1:])
+        weights: Tensor = upto(self.now.clients, self.form.weight).unflatten(2, self.shape[1:])
         return weights
 
     def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
@@ -128,23 +128,13 @@ class ClientConv2d(ClientLayer):
             patches = windows.permute(0, 2, 3, 1, 4, 5).reshape(clients, -1, self.form.weight.shape[2])
             found = self.form.outputs(patches)
             if self.bias is not None:
-                found = found.add_(self.bias.weight[: self.now.clients, None])
-            return found.view(len(inputs), height, width, -1).permute(0, 3, 1, 2), patches
-        images = inputs.contiguous(memory_format=torch.channels_last)
-        pieces = images.unflatten(0, (clients, -1))
-        found = torch.cat(
-            [
-                nn.functional.conv2d(
-                    mine,
-                    weight.contiguous(memory_format=torch.channels_last),
-                    None if self.bias is None else self.bias.weight[k],
-                    self.stride,
-                    self.padding,
-                    self.dilation,
-                    self.groups,
-                )
-                for k, (mine, weight) in enumerate(zip(pieces, self.weights(), strict=True))
-            ]
+                found = found.add_(upto(self.now.clients, self.bias.weight).unsqueeze(1))
+            return found.reshape(len(inputs), height, width, -1).permute(0, 3, 1, 2), patches
+        pieces = inputs.contiguous().unflatten(0, (clients, -1))
+        biases = [None] * clients if self.bias is None else upto(clients, self.bias.weight)
+        found = _channels_last(
+            nn.functional.conv2d(mine, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+            for mine, weight, bias in zip(pieces, self.weights(), biases, strict=True)
         )
         return found, pieces
 
@@ -156,19 +146,24 @@ class ClientConv2d(ClientLayer):
             self.form.learn(outer, kept, self.now.rate)
             self.learn_bias(outer)
             return None
-        outer = slopes.contiguous(memory_format=torch.channels_last).unflatten(0, (clients, -1))
+        outer = slopes.contiguous().unflatten(0, (clients, -1))
         found = []
         gradient = torch.empty_like(self.weights())
         for k, weight in enumerate(self.weights()):
             inner, mine, _ = torch.ops.aten.convolution_backward(
-                outer[k], kept[k], weight.contiguous(memory_format=torch.channels_last), None, self.stride,
+                outer[k], kept[k], weight, None, self.stride,
                 self.padding, self.dilation, False, [0, 0], self.groups, [inward, True, False],
             )  # fmt: skip
             gradient[k] = mine
             found.append(inner)
         self.form.take(gradient.flatten(2), self.now.rate)
         self.learn_bias(outer.flatten(3).sum(dim=3))
-        return torch.cat(found) if inward else None
+        return _channels_last(found) if inward else None
+
+
+def _channels_last(images: Iterable[Tensor]) -> Tensor:
+    """One after another, as pooling has them fastest; the library's convolutions are faster the other way."""
+    return torch.cat(list(images)).contiguous(memory_format=torch.channels_last)
 
 
 class ClientDropout(nn.Module):

@@ -14,7 +14,7 @@ from corymb.client import TrainSettings
 from corymb.client.app import batch_generator, seed_of
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.chain import make_chain
-from corymb.simulations.engine.forms import Factored, FactoredBias, Factors, Form, OnExamples, Piece, Stacked
+from corymb.simulations.engine.forms import Factored, FactoredBias, Factors, Form, OnExamples, Piece, Stacked, upto
 from corymb.simulations.engine.layers import ClientConv2d, ClientDropout, ClientLayer, ClientLinear, Now
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products
@@ -102,25 +102,25 @@ class Program:
         optimizer = None if plain else Optimizer(self._coordinates(), settings, settings.rate(server_round))
 
         places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
-        targets, shares = store.targets[places], batches.weights.transpose(0, 1)
-        static = self._first is not None and isinstance(self._first.form, OnExamples)
+        targets, width = store.targets[places], places.shape[2]
+        each = [tensor.reshape(len(places), -1, 1).unbind() for tensor in (targets, batches.weights.transpose(0, 1))]
         example = store.inputs_at(slice(0, 1))
+        nothing = example.new_zeros(1).expand(len(clients) * width, *example.shape[1:])
+        static = self._first is not None and isinstance(self._first.form, OnExamples)
         outputs: list[Tensor] = []
-        minus = example.new_full((targets[0].numel(), 1), -1.0)
-        for step in range(len(places)):
+        minus = example.new_full((len(clients) * width, 1), -1.0)
+        for step, (wanted, shares) in enumerate(zip(*each, strict=True)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
             active = sum(steps > step for steps in batches.steps) if plain else len(clients)
             now.clients = active
             now.lengths = batches.lengths_at(step)[:active] if self._draws else []
-            wanted = targets[step, :active].reshape(-1, 1)
-            if static:  # which looks at no input
-                inputs = example.new_zeros(1).expand(len(wanted), *example.shape[1:])
-            else:
-                inputs = store.inputs_at(places[step, :active].flatten())
+            rows = active * width
+            # Where the examples are never looked at, anything of their shape will do.
+            inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten())
             scores = self._chain.forward(inputs)
             self._steps += 1
-            slopes = torch.softmax(scores, dim=1).scatter_add_(1, wanted, minus[: len(wanted)])
-            self._chain.backward(slopes.mul_(shares[step, :active].reshape(-1, 1)))
+            slopes = torch.softmax(scores, dim=1).scatter_add_(1, upto(rows, wanted), upto(rows, minus))
+            self._chain.backward(slopes.mul_(upto(rows, shares)))
             outputs.append(scores)
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
@@ -131,7 +131,7 @@ class Program:
     ) -> None:
         """Give every layer its parameters in the form that is cheapest for it."""
         _, steps, width = batches.rows.shape
-        factors = self._may_factor and not own and is_linear(settings)
+        factors, plain = self._may_factor and not own and is_linear(settings), is_plain(settings)
         for name, layer in self._layers.items():
             weight, bias = start[_parameter(name, "weight")], start.get(_parameter(name, "bias"))
             form: Form | None = None
@@ -141,9 +141,9 @@ class Program:
                 and (self._static is Static.ALWAYS or self._products.are_cheap(clients, batches, weight.shape))
             ):
                 basis = [self._population.examples(client)[0].flatten(1) for client in clients]
-                form = OnExamples(weight, bias, basis, self._products.of(clients), batches.rows.transpose(0, 1))
+                form = OnExamples(weight, bias, basis, self._products.of(clients), batches.rows.transpose(0, 1), plain)
             elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):
-                form = Factored(weight, bias, len(clients), steps * width)
+                form = Factored(weight, bias, len(clients), steps * width, plain)
             if form is not None:
                 layer.begin(form, None)
             else:
