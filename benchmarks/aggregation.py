@@ -29,6 +29,7 @@ def seconds(*works: Callable[[], Any], repeats: int = 5) -> list[float]:
     times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
         for work, mine in zip(works, times, strict=True):
+            time.sleep(0.3)  # the threads of the library before spin for a while
             started = time.perf_counter()
             work()
             mine.append(time.perf_counter() - started)

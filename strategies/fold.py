@@ -15,7 +15,7 @@ from corymb.strategies.reply import Reply
 
 COMING = 3  # blocks whose sums are worked out while further replies are read
 WAITED_FOR = 8  # blocks of which not all clients are here
-BLOCK = 1 << 16  # numbers per step: scratch memory stays in the cache
+BLOCK = 1 << 18  # numbers per step: scratch memory stays in the cache, and torch has work for all its threads
 
 
 class Fold:
@@ -96,8 +96,9 @@ def mixed(origin: Tensor, models: Tensor, weights: Tensor) -> Tensor:
     """`origin + sum_k weights[k] * (models[k] - origin)` for `models [K, P]`, summed in float64."""
     result = torch.empty_like(origin)
     weights = weights.double()
-    for start in range(0, origin.numel(), BLOCK):
-        block = slice(start, start + BLOCK)
+    size = BLOCK // max(1, len(models)) or 1
+    for start in range(0, origin.numel(), size):
+        block = slice(start, start + size)
         differences = models[:, block].double() - origin[block].double()
         result[block] = weights @ differences + origin[block]
     return result
