@@ -128,13 +128,13 @@ class Journal:
         if rounds:
             raise ValueError(f"The journal in {self.folder} already holds {rounds} rounds; give a folder of its own.")
 
-    def rounds(self) -> Iterator[RoundRecord]:
-        """Every round, in order."""
+    def rounds(self, after: int = 0) -> Iterator[RoundRecord]:
+        """Every round after that number, in order."""
         self.commit()
-        rows = self._database.execute("SELECT * FROM verdicts ORDER BY round, node")
+        rows = self._database.execute("SELECT * FROM verdicts WHERE round > ? ORDER BY round, node", (after,))
         verdicts = {number: [_verdict(*row[1:]) for row in group] for number, group in groupby(rows, key=itemgetter(0))}
         for number, seconds, *metrics in self._database.execute(
-            f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds ORDER BY round"
+            f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds WHERE round > ? ORDER BY round", (after,)
         ):
             measured = dict(zip(MEASURED, map(json.loads, metrics), strict=True))
             yield RoundRecord(number, verdicts.get(number, []), **measured, seconds=seconds)

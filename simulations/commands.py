@@ -17,7 +17,7 @@ from corymb.simulations.claims import findings, put_into, table
 from corymb.simulations.data import DIGITS
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
 from corymb.simulations.federation import check
-from corymb.simulations.flower_app import load_app, run_app
+from corymb.simulations.flower.app_folder import load_app, run_app
 from corymb.simulations.report import write_report
 from corymb.simulations.results import Run, collect, is_finished, prepare, scores, write
 

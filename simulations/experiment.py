@@ -19,6 +19,7 @@ from corymb.simulations.settings import (
     ParticipationSettings,
     PartitionSettings,
     ProxySettings,
+    RaySettings,
     RuleSettings,
     Strict,
     TargetSettings,
@@ -35,7 +36,7 @@ class Experiment(Strict):
     rounds: int = Field(ge=1)
     seeds: list[int] = Field([0], min_length=1)
     fraction: float = Field(1.0, gt=0, le=1)
-    engine: Literal["auto", "serial", "batched", "factored", "processes"] = "auto"
+    engine: Literal["auto", "serial", "batched", "factored", "processes", "ray"] = "auto"
     rules: list[RuleSettings] = Field(min_length=1)
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
@@ -46,6 +47,7 @@ class Experiment(Strict):
     attack: AttackSettings = AttackSettings()
     target: TargetSettings = TargetSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
+    ray: RaySettings = RaySettings()
     claims: list[Claim] = Field(default_factory=list)
 
     @field_validator("seeds", mode="before")

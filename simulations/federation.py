@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -27,6 +28,7 @@ from corymb.simulations.engine.app import CohortApp
 from corymb.simulations.engine.engine import Engine
 from corymb.simulations.engine.making import make_engine
 from corymb.simulations.experiment import Experiment
+from corymb.simulations.flower.simulation import require_ray, simulate
 from corymb.simulations.grid import LocalGrid
 from corymb.simulations.models import make_model
 from corymb.simulations.own_start import OwnStart
@@ -75,6 +77,8 @@ def model_of(experiment: Experiment) -> nn.Module:
 
 def check(experiment: Experiment) -> None:
     """Raise `ValueError` for data, clients, participation, a model or a device that cannot be, before any run."""
+    if experiment.engine == "ray":
+        require_ray()
     module = model_of(experiment).eval()
     try:
         with torch.no_grad():
@@ -91,6 +95,68 @@ def check(experiment: Experiment) -> None:
         engine.close()
 
 
+class Federation:
+    """One rule of an experiment with one seed: its clients, and the server that they have.
+
+    The data's partition, the participation and the initial model depend on the seed only, so that
+    all rules meet the same.
+    """
+
+    def __init__(self, experiment: Experiment, rule: RuleSettings, seed: int) -> None:
+        if not rule.attacked:
+            experiment = experiment.model_copy(update={"attack": AttackSettings()})
+        self._experiment, self._rule, self._seed = experiment, rule, seed
+        self.scenario = scenario_of(experiment, seed)
+        self.participation, self._probabilities = participation_of(experiment.participation, self.scenario, seed)
+        self.settings = experiment.train_for(rule).model_copy(update={"seed": seed})
+
+    def node_config(self, client: int) -> dict[str, Any]:
+        """What a client's node config says besides its partition."""
+        known = {} if self._probabilities is None else {"participation": float(self._probabilities[client])}
+        target = self._experiment.target.examples and self.scenario.names[client] == TARGET
+        return known | (self._experiment.target_train().flat() if target else {})
+
+    def clients(self, workers: int = 1) -> tuple[Any, Engine | None]:
+        """The clients as one app, hostile ones among them, and the engine that trains them, if it is not the app."""
+        return _client_app(self._experiment, self.scenario, self._seed, workers)
+
+    def serve(self, grid: Grid, folder: Path, on_round: Callable[[RoundRecord], None] | None = None) -> None:
+        """Run all rounds; the journal in `folder` is their record. Test accuracy and loss are the server's metrics."""
+        experiment, scenario = self._experiment, self.scenario
+        torch.manual_seed(self._seed)
+        module = model_of(experiment)
+        tested = _proxy(experiment, scenario.test)
+
+        def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if server_round % experiment.evaluate.every and server_round != experiment.rounds:
+                return None
+            if isinstance(strategy.rule, ElectingRule):
+                return _elected(strategy.rule, strategy.memory, tested, experiment.evaluate.budgets)
+            module.load_state_dict(to_state(arrays))
+            test = TensorDataset(scenario.test.inputs, scenario.test.targets)
+            metrics: dict[str, Any] = evaluate(module, evaluation_batches(test), TrainSettings())
+            del metrics["seconds"]
+            return MetricRecord(metrics)
+
+        with closing(Journal(folder, durable=False)) as journal:
+            strategy = FlowerStrategy(
+                self._rule.make(),
+                step=self._rule.step.make() if self._rule.step else None,
+                guard=self._rule.make_guard(),
+                proxy=_proxy(experiment, scenario.proxy) if scenario.proxy else None,
+                fraction_train=experiment.fraction,
+                fraction_evaluate=0,
+                min_available_nodes=1,
+                seed=self._seed,
+                journal=journal,
+                on_round=on_round,
+                buffers=[entry.name for entry in Layout.of_module(module).buffers],
+            )
+            initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
+            # Clients run while their replies are pulled: no clock may decide who counts.
+            strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
+
+
 def run(
     experiment: Experiment,
     rule: RuleSettings,
@@ -99,78 +165,30 @@ def run(
     on_round: Callable[[RoundRecord], None] | None = None,
     workers: int = 1,
 ) -> None:
-    """Run `rule` with `seed`; the journal in `folder` is its record. Engines may use `workers` processes.
-
-    The data's partition, the participation and the initial model depend on the seed only, so that
-    all rules meet the same. Test accuracy and loss are the server's metrics.
-    """
-    if not rule.attacked:
-        experiment = experiment.model_copy(update={"attack": AttackSettings()})
-    scenario = scenario_of(experiment, seed)
-    participation, probabilities = participation_of(experiment.participation, scenario, seed)
-    settings = experiment.train_for(rule).model_copy(update={"seed": seed})
-    target = scenario.names.index(TARGET) if experiment.target.examples else None
-
-    def node_config(client: int) -> dict[str, Any]:
-        known = {} if probabilities is None else {"participation": float(probabilities[client])}
-        return known | (experiment.target_train().flat() if client == target else {})
-
-    clients, engine = _client_app(experiment, scenario, seed, workers)
+    """Run `rule` with `seed`; the journal in `folder` is its record. Engines may use `workers` processes."""
+    if experiment.engine == "ray":
+        simulate(experiment, experiment.rules.index(rule), seed, folder, on_round)
+        return
+    federation = Federation(experiment, rule, seed)
+    clients, engine = federation.clients(workers)
     grid = LocalGrid(
         clients,
-        scenario.names,
-        run_config=settings.flat(),
-        participation=participation,
-        node_config=node_config,
+        federation.scenario.names,
+        run_config=federation.settings.flat(),
+        participation=federation.participation,
+        node_config=federation.node_config,
     )
-    torch.manual_seed(seed)
-    module = model_of(experiment)
-    tested = _proxy(experiment, scenario.test)
-
-    def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        if server_round % experiment.evaluate.every and server_round != experiment.rounds:
-            return None
-        if isinstance(strategy.rule, ElectingRule):
-            return _elected(strategy.rule, strategy.memory, tested, experiment.evaluate.budgets)
-        module.load_state_dict(to_state(arrays))
-        test = TensorDataset(scenario.test.inputs, scenario.test.targets)
-        metrics: dict[str, Any] = evaluate(module, evaluation_batches(test), TrainSettings())
-        del metrics["seconds"]
-        return MetricRecord(metrics)
 
     def watch(record: RoundRecord) -> None:
         grid.require_answers()  # in the first round already, not after the last
         if on_round is not None:
             on_round(record)
 
-    journal = Journal(folder, durable=False)
-    strategy = FlowerStrategy(
-        rule.make(),
-        step=rule.step.make() if rule.step else None,
-        guard=rule.make_guard(),
-        proxy=_proxy(experiment, scenario.proxy) if scenario.proxy else None,
-        fraction_train=experiment.fraction,
-        fraction_evaluate=0,
-        min_available_nodes=1,
-        seed=seed,
-        journal=journal,
-        on_round=watch,
-        buffers=[entry.name for entry in Layout.of_module(module).buffers],
-    )
-    app = ServerApp()
-
-    @app.main()
-    def _main(grid: Grid, context: Context) -> None:
-        initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
-        # Clients run while their replies are pulled: no clock may decide who counts.
-        strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
-
     try:
-        app(grid=grid, context=grid.server_context())
+        federation.serve(grid, folder, watch)
     finally:
         if engine is not None:
             engine.close()
-        journal.close()
 
 
 def _client_app(experiment: Experiment, scenario: Scenario, seed: int, workers: int) -> tuple[Any, Engine | None]:

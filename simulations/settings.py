@@ -164,6 +164,13 @@ class EvaluateSettings(Strict):
     budgets: list[int] = []
 
 
+class RaySettings(Strict):
+    """What a client at work takes of Ray's resources, with `engine = "ray"`."""
+
+    cpus: int = Field(1, ge=1)
+    gpus: float = Field(0.0, ge=0)
+
+
 class Claim(Strict):
     """What a paper says of this setting, and what would have to be measured for it to hold.
 

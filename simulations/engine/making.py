@@ -32,14 +32,14 @@ TRIED = [
 def make_engine(
     name: str, model: Callable[[], nn.Module], population: Population, layout: Layout, workers: int
 ) -> Engine | None:
-    """The engine called `name`, None for "serial"; with `workers` processes where more than one is worth while.
+    """The engine called `name`, with `workers` processes where more than one is worth while; None where there is none.
 
     "batched" writes every client's model out, "factored" keeps linear layers in factors where that costs less. "auto"
     takes the fastest that can train the model, and says in one line why where that is "serial".
 
     Raises `ValueError` where a model cannot be trained by the engine that was asked for.
     """
-    if name == "serial":
+    if name in ("serial", "ray"):
         return None
     try:
         trainer = make_trainer(model, population, name != "batched")

@@ -1,0 +1,47 @@
+"""The same experiment file in Flower's own simulation: real SuperLink, real Ray actors, the same model bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from corymb.simulations.experiment import read
+from corymb.simulations.federation import run
+from corymb.tests.e2e.processes import processes
+
+EXPERIMENT = """
+rounds = 3
+rules = ["fedau"]
+seeds = [1]
+partition = { clients = 5 }
+participation = { kind = "bernoulli", probability = 0.6 }
+train = { epochs = 2, batch_size = 16, learning_rate = 0.1 }
+"""
+
+
+@pytest.mark.timeout(600)
+def test_ray_gives_the_model_that_serial_gives(tmp_path: Path) -> None:
+    (tmp_path / "small.toml").write_text(EXPERIMENT)
+    found = {}
+    for engine in ("ray", "serial"):
+        out = tmp_path / engine
+        (tmp_path / f"for-{engine}").mkdir()
+        with processes(tmp_path / f"for-{engine}") as started:
+            started.run(
+                "corymb", "simulate", str(tmp_path / "small.toml"), "--out", str(out), "--set", f'engine="{engine}"'
+            )
+        (summary,) = json.loads((out / "summary.json").read_text())["runs"]
+        replies = [json.loads(line)["replies"] for line in (out / "rounds.jsonl").read_text().splitlines()]
+        found[engine] = (summary["model_sha256"], summary["final_accuracy"], replies)
+    assert found["ray"] == found["serial"]
+    assert any(counts.get("offline") for counts in found["ray"][2])
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_fails_there_shows_the_end_of_flower_s_log(tmp_path: Path) -> None:
+    (tmp_path / "wrong.toml").write_text(EXPERIMENT + 'model = { kind = "nowhere:at_all" }\n')
+    experiment = read(tmp_path / "wrong.toml", {"engine": "ray"})
+    with pytest.raises(ValueError, match=r"(?s)after round 0 of 3.*nowhere"):
+        run(experiment, experiment.rules[0], 1, tmp_path / "journal")
