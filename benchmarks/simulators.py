@@ -47,8 +47,9 @@ ROWS = {
     "mlp-5": Row("mlp", 50, 5, 20, 10, {"flower": 20, "pfl": 6, "fedjax": 6}),
     "cnn": Row("cnn", 10, 1, 10, 6, {"flower": 2.2, "pfl": 1.5, "fedjax": 3}),
 }
+CORYMB = Path(sys.executable).parent / "corymb"
 PYTHON = {
-    "flower": ROOT / ".venv/bin/python",
+    "flower": Path(sys.executable),
     "pfl": ROOT / ".peers/pfl/bin/python",
     "fedjax": ROOT / ".peers/fedjax/bin/python",
 }
@@ -56,27 +57,38 @@ SCRIPTS = {"flower": "flower_simulation.py", "pfl": "pfl_research.py", "fedjax":
 WARMUP = 2
 
 
-def by_corymb(row: Row) -> Result:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        inputs, targets = (array.reshape(-1, *array.shape[2:]) for array in workload.data())
-        offsets = np.arange(workload.CLIENTS + 1) * workload.EXAMPLES
-        np.savez(
-            folder / "data.npz",
-            x_train=inputs, y_train=targets, x_test=inputs[:100], y_test=targets[:100], offsets=offsets,
-        )  # fmt: skip
-        experiment = f"""
+def write_experiment(row: Row, folder: Path, device: str = "cpu") -> Path:
+    """The work as an experiment file, and its data beside it."""
+    inputs, targets = (array.reshape(-1, *array.shape[2:]) for array in workload.data())
+    offsets = np.arange(workload.CLIENTS + 1) * workload.EXAMPLES
+    np.savez(
+        folder / "data.npz",
+        x_train=inputs, y_train=targets, x_test=inputs[:100], y_test=targets[:100], offsets=offsets,
+    )  # fmt: skip
+    (folder / "workload.toml").write_text(f"""
 rounds = {WARMUP + row.rounds}
 rules = ["fedavg"]
 fraction = {row.clients / workload.CLIENTS}
 data = {{ source = "{folder}/data.npz" }}
 partition = {{ kind = "site" }}
 model = {{ kind = "workload:{row.model}" }}
-train = {{ learning_rate = {workload.RATE}, batch_size = {row.batch}, epochs = {row.epochs}, shuffle = false }}
 evaluate = {{ every = 1000 }}
-"""
-        (folder / "workload.toml").write_text(experiment)
-        command = [str(ROOT / ".venv/bin/corymb"), "simulate", f"{folder}/workload.toml", "--out", f"{folder}/out"]
+
+[train]
+learning_rate = {workload.RATE}
+batch_size = {row.batch}
+epochs = {row.epochs}
+shuffle = false
+device = "{device}"
+""")
+    return folder / "workload.toml"
+
+
+def by_corymb(row: Row, device: str = "cpu") -> Result:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        experiment = write_experiment(row, folder, device)
+        command = [str(CORYMB), "simulate", str(experiment), "--out", f"{folder}/out"]
         subprocess.run(command, check=True, capture_output=True, cwd=HERE)
         (journal,) = (folder / "out/journals").iterdir()
         with sqlite3.connect(journal / "journal.sqlite") as database:
@@ -105,6 +117,13 @@ def by_peer(peer: str, row: Row) -> Result:
     return min(results, key=lambda result: workload.median(result["seconds"]))
 
 
+def overhead(row: Row) -> str:
+    """Where a round of ours goes, in a run of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        command = [sys.executable, str(HERE / "overhead.py"), str(write_experiment(row, Path(name)))]
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
@@ -129,6 +148,7 @@ def main() -> None:
             same = f", sum {theirs / ours - 1:+.0e}" if peer == "fedjax" else ""
             line += f"{f'{times[peer]:.0f} ms = {ratio:.1f}x ({row.bars[peer]:g}x{same})':>34}"
         print(line, flush=True)
+        print(f"{'':10}of a round: {overhead(row)}", flush=True)
     sys.exit(missed > 0)
 
 

@@ -99,6 +99,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     return parser
 
 

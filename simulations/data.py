@@ -58,6 +58,12 @@ class Examples:
         mean, deviation = self.scaled
         return inputs.float().div_(255).sub_(mean).div_(deviation)
 
+    def to(self, device: torch.device) -> Examples:
+        """With all examples on `device`, unless they are mapped, and so may be more than it holds."""
+        if self.is_mapped or self.inputs.device == device:
+            return self
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
     def normalised(self, mean: float, deviation: float) -> Examples:
         """With inputs that are given to a model as `(input - mean) / deviation`."""
         if self.inputs.dtype == torch.uint8:

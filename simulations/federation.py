@@ -203,7 +203,8 @@ def _client_app(experiment: Experiment, scenario: Scenario, seed: int, workers: 
     app: Any = make_client_app(make, data)
     with torch.random.fork_rng(devices=[]):
         layout = Layout.of_module(make())
-    engine = make_engine(experiment.engine, make, population, layout, workers)
+    device = choose_device(experiment.train.device)
+    engine = make_engine(experiment.engine, make, population, layout, workers, device)
     if engine is not None:
         app = CohortApp(engine, population, layout, app)
     if experiment.model.own_start:

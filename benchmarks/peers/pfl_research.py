@@ -64,8 +64,8 @@ class Clock(TrainingProcessCallback):
 def main() -> None:
     options = workload.options().parse_args()
     torch.set_num_threads(1 if "WORLD_SIZE" in os.environ else 2)
-    inputs, targets = map(torch.from_numpy, workload.data())
-    module = Module(workload.torch_model(options.model))
+    inputs, targets = (torch.from_numpy(array).to(options.device) for array in workload.data())
+    module = Module(workload.torch_model(options.model)).to(options.device)
     model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), 1.0))
     users = FederatedDataset(
         lambda user: Dataset(raw_data=[inputs[user], targets[user]], user_id=str(user)),
@@ -91,7 +91,7 @@ def main() -> None:
     )
     if int(os.environ.get("RANK", 0)) == 0:
         seconds = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
-        workload.report(seconds, options.warmup, [p.detach().numpy() for p in module.parameters()])
+        workload.report(seconds, options.warmup, [p.detach().cpu().numpy() for p in module.parameters()])
 
 
 main()

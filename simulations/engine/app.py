@@ -95,7 +95,7 @@ class CohortApp:
                 except ValueError:
                     alone.append(number)  # where it is told what is wrong
                     continue
-            if trains(groups[key].settings):
+            if trains(groups[key].settings, self._engine.device):
                 groups[key].numbers.append(number)
             else:
                 alone.append(number)

@@ -47,6 +47,10 @@ class Batches:
             weights[k, : len(taken)] = there.to(dtype) / lengths
         return cls(rows, weights, steps)
 
+    def to(self, device: torch.device) -> Batches:
+        """The same on `device`."""
+        return self if device.type == "cpu" else Batches(self.rows.to(device), self.weights.to(device), self.steps)
+
     def lengths_at(self, step: int) -> list[int]:
         """The length of each client's batch in a step; 0 after its last."""
         lengths: list[int] = (self.weights[:, step] > 0).sum(dim=1).tolist()

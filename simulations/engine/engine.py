@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from corymb.client import TrainSettings
@@ -19,7 +20,9 @@ Answered = tuple[Task, Block | Exception, Report | None]
 
 
 class Trainer(Protocol):
-    """Trains one block."""
+    """Trains one block on a `device`; what it tells of it is on the CPU."""
+
+    device: torch.device
 
     def train(
         self,
@@ -33,7 +36,9 @@ class Trainer(Protocol):
 
 
 class Engine(Protocol):
-    """Trains blocks of clients."""
+    """Trains blocks of clients on a `device`."""
+
+    device: torch.device
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
         """Train the clients of all `tasks` from `start [P]`: begins at once, and gives each block when it is there."""
@@ -45,17 +50,17 @@ class Engine(Protocol):
         """End what it started."""
 
 
-def trains(settings: TrainSettings) -> bool:
-    """Whether a block can be trained so; the rest is for a client by itself."""
+def trains(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether a block can be trained so on `device`; the rest is for a client by itself."""
     special = settings.batch_updates or settings.report_classes or settings.precision != "float32"
-    return not special and settings.optimizer in ELEMENTWISE and choose_device(settings.device).type == "cpu"
+    return not special and settings.optimizer in ELEMENTWISE and choose_device(settings.device).type == device.type
 
 
 class InProcess:
     """Trains one block after another, each when it is asked for."""
 
     def __init__(self, trainer: Trainer, layout: Layout) -> None:
-        self._trainer, self._layout = trainer, layout
+        self._trainer, self._layout, self.device = trainer, layout, trainer.device
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
         """See `Engine.train`."""

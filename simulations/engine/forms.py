@@ -227,7 +227,7 @@ class OnExamples(Factors):
         self._first = first.flatten(0, 1)
         self._near = (products if bias is None else products + 1).flatten(0, 1)
         self._flat = self.factors.flatten(0, 1)
-        self._steps = iter((rows + torch.arange(clients)[:, None] * width).flatten(1).unbind())
+        self._steps = iter((rows + torch.arange(clients, device=rows.device)[:, None] * width).flatten(1).unbind())
         self._rows = rows.new_zeros(0)  # of this step
 
     def outputs(self, inputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from corymb.client.app import seed_of
 from corymb.client.batches import training_batches
 from corymb.simulations.data import Examples
 from corymb.simulations.engine.engine import Engine, InProcess, Trainer
-from corymb.simulations.engine.program import Program, Static
+from corymb.simulations.engine.program import CPU, Program, Static
 from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.workers import Workers, are_possible
 from corymb.simulations.population import Population
@@ -30,7 +30,12 @@ TRIED = [
 
 
 def make_engine(
-    name: str, model: Callable[[], nn.Module], population: Population, layout: Layout, workers: int
+    name: str,
+    model: Callable[[], nn.Module],
+    population: Population,
+    layout: Layout,
+    workers: int,
+    device: torch.device = CPU,
 ) -> Engine | None:
     """The engine called `name`, with `workers` processes where more than one is worth while; None where there is none.
 
@@ -42,30 +47,36 @@ def make_engine(
     if name in ("serial", "ray"):
         return None
     try:
-        trainer = make_trainer(model, population, name != "batched")
+        trainer = make_trainer(model, population, name != "batched", device)
     except ValueError as error:
         if name != "auto":
             raise ValueError(f"engine = {name!r} cannot train this model: {error}; use 'serial' or 'auto'.") from None
         log.warning("Clients are trained one after another, as %s.", error)
         return None
-    if are_possible() and (name == "processes" or (name == "auto" and workers > 1)):
+    if are_possible() and device == CPU and (name == "processes" or (name == "auto" and workers > 1)):
         return Workers(trainer, layout, max(workers, 1))
     return InProcess(trainer, layout)
 
 
-def make_trainer(model: Callable[[], nn.Module], population: Population, factored: bool) -> Trainer:
+def make_trainer(
+    model: Callable[[], nn.Module], population: Population, factored: bool, device: torch.device = CPU
+) -> Trainer:
     """What trains blocks of clients. Raises `ValueError` with the reasons for a module that cannot be trained so."""
     few = _few(population.store)
     makers: list[tuple[Callable[[], Trainer], Callable[[], Trainer]]] = [  # for the trial, and for good
-        (lambda: Program(model(), few, factored), lambda: Program(model(), population, factored)),
-        (lambda: Vmapped(model(), few), lambda: Vmapped(model(), population)),
+        (
+            lambda: Program(model(), few, factored, device=device),
+            lambda: Program(model(), population, factored, device=device),
+        )
     ]
+    if device == CPU:
+        makers.append((lambda: Vmapped(model(), few), lambda: Vmapped(model(), population)))
     if factored:
         makers.insert(
             0,
             (
-                lambda: Program(model(), few, factored, Static.ALWAYS),
-                lambda: Program(model(), population, factored, Static.CHEAPEST),
+                lambda: Program(model(), few, factored, Static.ALWAYS, device),
+                lambda: Program(model(), population, factored, Static.CHEAPEST, device),
             ),
         )
     reasons = []

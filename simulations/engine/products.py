@@ -18,8 +18,8 @@ LARGEST = 1 << 24  # numbers in a table of a block's factors
 class Products:
     """The matrices `X X^T [n, n]` of a population's clients."""
 
-    def __init__(self, population: Population) -> None:
-        self._population = population
+    def __init__(self, population: Population, device: torch.device) -> None:
+        self._population, self._device = population, device
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
         self._room = ROOM
 
@@ -54,7 +54,7 @@ class Products:
         if client in self._kept:
             self._kept.move_to_end(client)
             return self._kept[client]
-        examples = self._population.examples(client)[0].flatten(1)
+        examples = self._population.examples(client)[0].flatten(1).to(self._device)
         products = examples @ examples.T
         self._kept[client] = products
         self._room -= products.numel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from enum import Enum
 from typing import Any
 
@@ -14,14 +15,16 @@ from corymb.client import TrainSettings
 from corymb.client.app import batch_generator, seed_of
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.chain import make_chain
+from corymb.simulations.engine.convolution import ClientConv2d
 from corymb.simulations.engine.forms import Factored, FactoredBias, Factors, Form, OnExamples, Piece, Stacked, upto
-from corymb.simulations.engine.layers import ClientConv2d, ClientDropout, ClientLayer, ClientLinear, Now
+from corymb.simulations.engine.layers import ClientDropout, ClientLayer, ClientLinear, Now
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products
 from corymb.simulations.engine.trained import Trained
 from corymb.simulations.population import Population
 
 State = Mapping[str, Tensor]
+CPU = torch.device("cpu")
 
 
 class Static(Enum):
@@ -36,25 +39,32 @@ class Program:
     """Trains blocks of `population`'s clients as `client.train` would train each, with cross-entropy.
 
     `factored` says whether layers may take factored form, and `static` whether the first may stand on the examples.
-    Raises `ValueError`, naming the layer, for a module that it cannot train.
+    It works on `device`, where the examples stay. Raises `ValueError`, naming the layer, for a module that it cannot
+    train.
     """
 
     def __init__(
-        self, module: nn.Module, population: Population, factored: bool = True, static: Static = Static.NEVER
+        self,
+        module: nn.Module,
+        population: Population,
+        factored: bool = True,
+        static: Static = Static.NEVER,
+        device: torch.device = CPU,
     ) -> None:
-        self._population, self._may_factor, self._static = population, factored, static
-        self._now = Now()
+        population = replace(population, store=population.store.to(device))
+        self._population, self._may_factor, self._static, self.device = population, factored, static, device
+        self._now = Now(as_patches=device.type != "cpu")
         self._draws = False
         self._names = [name for name, _ in module.named_parameters()]
         self._layers: dict[str, ClientLayer] = {}
         self._steps = 0
         if any(not parameter.requires_grad for parameter in module.parameters()):
             raise ValueError("some of its parameters do not learn")
-        self._module = self._turned(deepcopy(module), "").train()
+        self._module = self._turned(deepcopy(module), "").train().to(device)
         if {_parameter(name, "weight") for name in self._layers} - set(self._names):
             raise ValueError("two of its layers share their parameters")
         self._chain = make_chain(self._module)
-        self._products = Products(population)
+        self._products = Products(population, device)
         first = next(iter(self._layers.values()), None)
         enters = static is not Static.NEVER and isinstance(first, ClientLinear) and self._chain.enters_directly
         self._first = first if enters else None  # the layer that the examples enter, if that is all they do
@@ -89,11 +99,14 @@ class Program:
 
         With `own` each client has its own start, `{name: [K, ...]}`.
         """
-        now, store = self._now, self._population.store
+        now, store, device = self._now, self._population.store, self.device
+        start = {name: tensor.to(device) for name, tensor in start.items()}
         sites = [(settings.seed, client, server_round) for client in clients]
         sizes = [self._population.size(client) for client in clients]
         dtype = next(iter(start.values())).dtype
         batches = Batches.drawn(sizes, settings, [batch_generator(*site) for site in sites], dtype)
+        places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
+        places, batches = places.to(store.inputs.device), batches.to(device)
         now.clients = len(clients)
         now.generators = [torch.Generator().manual_seed(seed_of(*site)) for site in sites] if self._draws else []
         plain = is_plain(settings)
@@ -101,10 +114,9 @@ class Program:
         self._begin(start, clients, batches, settings, own)
         optimizer = None if plain else Optimizer(self._coordinates(), settings, settings.rate(server_round))
 
-        places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
-        targets, width = store.targets[places], places.shape[2]
+        targets, width = store.targets[places].to(device), places.shape[2]
         each = [tensor.reshape(len(places), -1, 1).unbind() for tensor in (targets, batches.weights.transpose(0, 1))]
-        example = store.inputs_at(slice(0, 1))
+        example = store.inputs_at(slice(0, 1)).to(device)
         nothing = example.new_zeros(1).expand(len(clients) * width, *example.shape[1:])
         static = self._first is not None and isinstance(self._first.form, OnExamples)
         outputs: list[Tensor] = []
@@ -116,7 +128,7 @@ class Program:
             now.lengths = batches.lengths_at(step)[:active] if self._draws else []
             rows = active * width
             # Where the examples are never looked at, anything of their shape will do.
-            inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten())
+            inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(device)
             scores = self._chain.forward(inputs)
             self._steps += 1
             slopes = torch.softmax(scores, dim=1).scatter_add_(1, upto(rows, wanted), upto(rows, minus))
@@ -140,7 +152,7 @@ class Program:
                 and layer is self._first
                 and (self._static is Static.ALWAYS or self._products.are_cheap(clients, batches, weight.shape))
             ):
-                basis = [self._population.examples(client)[0].flatten(1) for client in clients]
+                basis = [self._population.examples(client)[0].flatten(1).to(self.device) for client in clients]
                 form = OnExamples(weight, bias, basis, self._products.of(clients), batches.rows.transpose(0, 1), plain)
             elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):
                 form = Factored(weight, bias, len(clients), steps * width, plain)

@@ -31,6 +31,7 @@ class Trained:
 
     pieces: list[Piece]
     report: Report
+    device: torch.device
 
     @classmethod
     def of(cls, pieces: list[Piece], outputs: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
@@ -46,14 +47,15 @@ class Trained:
         bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
         examples = there.sum(dim=(0, 2)).tolist()
         losses_of, right_of = sums.tolist()
-        return cls(pieces, Report(losses_of, right_of, examples, batches.steps, bounds.tolist()))
+        return cls(pieces, Report(losses_of, right_of, examples, batches.steps, bounds.tolist()), targets.device)
 
     def moved(self, weights: Tensor) -> Tensor:
         """`sum_k weights[k] * (model_k - start)`, `[P]`, for `weights [K]`; who has weight 0 is not looked at."""
         every = bool((weights != 0).all())
+        weights = weights.to(self.device)
         kept = slice(None) if every else weights.nonzero()[:, 0]
-        return torch.cat([piece.moved(weights, kept).flatten() for piece in self.pieces])
+        return torch.cat([piece.moved(weights, kept).flatten() for piece in self.pieces]).cpu()
 
     def models(self) -> Tensor:
         """Every client's model `[K, P]`."""
-        return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1)
+        return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1).cpu()

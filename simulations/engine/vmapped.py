@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -25,7 +26,7 @@ class Vmapped:
     """
 
     def __init__(self, module: nn.Module, population: Population) -> None:
-        self._module, self._population = module, population
+        self._module, self._population, self.device = module, population, torch.device("cpu")
         for name, inner in module.named_modules():
             random = isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RNNBase))
             if random or list(inner.buffers(recurse=False)):

@@ -54,7 +54,7 @@ class Workers:
     """
 
     def __init__(self, trainer: Trainer, layout: Layout, processes: int) -> None:
-        self._here, self._layout = InProcess(trainer, layout), layout
+        self._here, self._layout, self.device = InProcess(trainer, layout), layout, trainer.device
         self._start = _shared(1, layout)[0]
         self._generation = 0  # of what is in `_start`
         self._numbers = count()  # of tasks and questions, over all rounds

@@ -171,17 +171,49 @@ def test_batched_is_serial(module: nn.Module, how: TrainSettings, sizes: list[in
     assert max(differences(module, Program(module, people, factored=False), people, how)) < EXACT
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"stride": 2}, {"padding": 2}, {"dilation": 2, "padding": (1, 2)}, {"stride": (1, 2), "bias": False}],
+    ids=str,
+)
+def test_convolutions_as_products_of_matrices(how: dict[str, Any]) -> None:
+    """The way of a GPU, here on the CPU."""
+    torch.manual_seed(4)
+    module: nn.Module = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, **how), nn.Flatten(), nn.LazyLinear(4)
+    )
+    module(torch.zeros(1, 1, 6, 6))
+    module, people = in_double(module, population([9, 4, 12, 1]))
+    trainer = Program(module, people)
+    trainer._now.as_patches = True
+    settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
+    assert max(differences(module, trainer, people, settings)) < EXACT
+
+
 @pytest.mark.parametrize("options", LINEAR, ids=str)
 @pytest.mark.parametrize("factored", [True, False])
 def test_in_float32_they_are_close(options: dict[str, Any], factored: bool) -> None:
     torch.manual_seed(3)
-    module = nn.Sequential(
+    module: nn.Module = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(27, 40), nn.Tanh(), nn.Linear(40, 4),
     )  # fmt: skip
     how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options)
     people = population([9, 4, 12, 1])
     assert max(differences(module, Program(module, people, factored), people, how)) < CLOSE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_they_are_close() -> None:
+    torch.manual_seed(3)
+    module: nn.Module = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 40), nn.ReLU(),
+        nn.Linear(40, 4),
+    )  # fmt: skip
+    module, people = in_double(module, population([9, 4, 12, 1]))
+    trainer = Program(module, people, device=torch.device("cuda"))
+    how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
+    assert max(differences(module, trainer, people, how)) < EXACT
 
 
 def test_a_wrong_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
