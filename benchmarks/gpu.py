@@ -56,9 +56,8 @@ def main() -> None:
     mine, peer = statistics.median(ours), statistics.median(theirs)
     speed = MULTIPLIED * options.clients * workload.EXAMPLES / mine / 1e12
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device
-    print(
-        f"CNN, {options.clients} clients a round on {name}: Corymb {1000 * mine:.1f} ms, pfl-research {1000 * peer:.1f} ms"
-    )
+    print(f"CNN, {options.clients} clients a round on {name}:")
+    print(f"Corymb {1000 * mine:.1f} ms, pfl-research {1000 * peer:.1f} ms")
     print(f"ratio {peer / mine:.1f} (bar: {BAR}); {speed:.2f} TFLOP/s, {100 * speed / options.peak:.1f} % of the peak")
     sys.exit(peer / mine < BAR)
 

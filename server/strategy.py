@@ -307,7 +307,7 @@ class FlowerStrategy(Strategy):
         record.rule |= {"elected": float(choice.candidate), "elected-certificate": float(choice.certificate)}
         if choice.candidate:
             what = guard.rules[choice.candidate - 1] if choice.candidate <= len(others) else "the model before"
-            log.info("	│ The sites elected %s (%d could have lied in vain)", what, choice.certificate)
+            log.info("\t│ The sites elected %s (%d could have lied in vain)", what, choice.certificate)
         return candidates[choice.candidate]
 
     def _timed(self, replies: Named) -> Iterator[tuple[str, Message | Exception]]:

@@ -62,9 +62,8 @@ class Fold:
             self._take_block(next(iter(self._blocks)))
 
     def _take_block(self, block: Block) -> None:
-        weights = torch.zeros(block.clients, dtype=torch.float64)
-        for index, weight in self._blocks.pop(block).items():
-            weights[index] = weight
+        came = self._blocks.pop(block)
+        weights = torch.tensor([came.get(index, 0.0) for index in range(block.clients)], dtype=torch.float64)
         self._coming.append(block.moves(weights, self._origin.parameters))
         if len(self._coming) > COMING:
             self._moved += self._coming.popleft()()

@@ -36,6 +36,7 @@ class _Group:
     arrays: ArrayRecord
     settings: TrainSettings
     server_round: int
+    is_special: bool  # what no engine trains
     numbers: list[int] = field(default_factory=list)
 
     def is_like(self, other: _Group) -> bool:
@@ -91,14 +92,12 @@ class CohortApp:
                 configs = of_kind(message.content, ConfigRecord)
                 try:
                     settings = TrainSettings.read(context.run_config, node, *configs)
-                    groups[key] = _Group(only_arrays(message.content), settings, round_of(configs))
+                    special = not trains(settings, self._engine.device)
+                    groups[key] = _Group(only_arrays(message.content), settings, round_of(configs), special)
                 except ValueError:
                     alone.append(number)  # where it is told what is wrong
                     continue
-            if trains(groups[key].settings, self._engine.device):
-                groups[key].numbers.append(number)
-            else:
-                alone.append(number)
+            (alone if groups[key].is_special else groups[key].numbers).append(number)
         return [group for group in groups.values() if group.numbers], alone
 
     def _trained(self, asked: Asked, group: _Group) -> Iterator[Answered]:
