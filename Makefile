@@ -26,7 +26,8 @@ check: .venv/installed  ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-nightly: .venv/installed  ## run the benchmarks
+nightly: .venv/installed  ## run the slow tests and the older benchmarks
+	$(BIN)/python -m pytest -m nightly
 	$(BIN)/python benchmarks/streaming_memory.py
 	$(BIN)/python benchmarks/grid_overhead.py
 

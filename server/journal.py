@@ -8,6 +8,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -66,9 +67,11 @@ class Journal:
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
         self._database.executescript(SCHEMA)
+        newest = "SELECT model FROM rounds WHERE model IS NOT NULL ORDER BY round DESC LIMIT ?"
+        self._models = [name for (name,) in self._database.execute(newest, (KEPT,))][::-1]
 
     def write(self, record: RoundRecord, state: Mapping[str, Tensor], memory: object) -> None:
-        """Write a finished round with the model, and the memory of rule and step, after it."""
+        """Write a finished round with the model, and the memory of rule and step, after it: nobody may change them."""
         self._waiting.append(record)
         self._state, self._memory = state, memory
         if self._durable or time.monotonic() - self._committed > TOGETHER:
@@ -116,7 +119,9 @@ class Journal:
                     for v in r.verdicts
                 ),
             )
-        for model in sorted((path.name for path in self.folder.glob("model-*.safetensors")), reverse=True)[KEPT:]:
+        self._models.append(newest)
+        while len(self._models) > KEPT:
+            model = self._models.pop(0)
             for name in (model, _memory_of(model)):
                 (self.folder / name).unlink(missing_ok=True)
         self._committed = time.monotonic()
@@ -128,16 +133,10 @@ class Journal:
         if rounds:
             raise ValueError(f"The journal in {self.folder} already holds {rounds} rounds; give a folder of its own.")
 
-    def rounds(self, after: int = 0) -> Iterator[RoundRecord]:
-        """Every round after that number, in order."""
+    def rounds(self) -> Iterator[RoundRecord]:
+        """Every round, in order."""
         self.commit()
-        rows = self._database.execute("SELECT * FROM verdicts WHERE round > ? ORDER BY round, node", (after,))
-        verdicts = {number: [_verdict(*row[1:]) for row in group] for number, group in groupby(rows, key=itemgetter(0))}
-        for number, seconds, *metrics in self._database.execute(
-            f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds WHERE round > ? ORDER BY round", (after,)
-        ):
-            measured = dict(zip(MEASURED, map(json.loads, metrics), strict=True))
-            yield RoundRecord(number, verdicts.get(number, []), **measured, seconds=seconds)
+        return iter(_rounds(self._database, 0))
 
     def model(self) -> dict[str, Tensor]:
         """The newest committed model. Raises `LookupError` before the first round."""
@@ -171,6 +170,38 @@ class Journal:
         draft.replace(self.folder / name)
         if self._durable:
             _sync(self.folder)
+
+
+def committed(folder: Path, after: int) -> list[RoundRecord]:
+    """The rounds after that number which another process has committed in `folder` by now; none while it is busy."""
+    address = f"{(folder / 'journal.sqlite').resolve().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as database:
+            return _rounds(database, after)
+    except sqlite3.OperationalError:
+        return []
+
+
+def _rounds(database: sqlite3.Connection, after: int) -> list[RoundRecord]:
+    """Read in one transaction, so that no round comes without its verdicts."""
+    database.execute("BEGIN")
+    try:
+        rows = database.execute("SELECT * FROM verdicts WHERE round > ? ORDER BY round, node", (after,))
+        verdicts = {number: [_verdict(*row[1:]) for row in group] for number, group in groupby(rows, key=itemgetter(0))}
+        rounds = database.execute(
+            f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds WHERE round > ? ORDER BY round", (after,)
+        )
+        return [
+            RoundRecord(
+                number,
+                verdicts.get(number, []),
+                **dict(zip(MEASURED, map(json.loads, metrics), strict=True)),
+                seconds=seconds,
+            )
+            for number, seconds, *metrics in rounds
+        ]
+    finally:
+        database.execute("ROLLBACK")
 
 
 def _memory_of(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -22,6 +23,7 @@ from corymb.client.batches import evaluation_batches
 from corymb.client.device import choose_device
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
+from corymb.server.door import Code
 from corymb.simulations.attacks import Attackers
 from corymb.simulations.data import Examples
 from corymb.simulations.engine.app import CohortApp
@@ -138,6 +140,12 @@ class Federation:
             del metrics["seconds"]
             return MetricRecord(metrics)
 
+        def watch(record: RoundRecord) -> None:
+            watched.look(record)
+            if on_round is not None:
+                on_round(record)
+
+        watched = _Watched()
         with closing(Journal(folder, durable=False)) as journal:
             strategy = FlowerStrategy(
                 self._rule.make(),
@@ -149,12 +157,28 @@ class Federation:
                 min_available_nodes=1,
                 seed=self._seed,
                 journal=journal,
-                on_round=on_round,
+                on_round=watch,
                 buffers=[entry.name for entry in Layout.of_module(module).buffers],
             )
             initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
             # Clients run while their replies are pulled: no clock may decide who counts.
             strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
+
+
+class _Watched:
+    """Ends a run in which nothing but errors comes from the clients: at once, not after the last round."""
+
+    def __init__(self) -> None:
+        self._heard = False
+
+    def look(self, record: RoundRecord) -> None:
+        """Raise `ValueError` when clients were asked and every one that could be reached failed."""
+        failed = [verdict for verdict in record.verdicts if verdict.code == Code.ERROR]
+        self._heard = self._heard or any(v.code not in (Code.ERROR, Code.OFFLINE) for v in record.verdicts)
+        if failed and not self._heard:
+            reasons = Counter(verdict.reason.removeprefix(f"{verdict.node}: ") for verdict in failed)
+            reason, times = reasons.most_common(1)[0]
+            raise ValueError(f"Every client failed, {times} times with: {reason}")
 
 
 def run(
@@ -179,13 +203,8 @@ def run(
         node_config=federation.node_config,
     )
 
-    def watch(record: RoundRecord) -> None:
-        grid.require_answers()  # in the first round already, not after the last
-        if on_round is not None:
-            on_round(record)
-
     try:
-        federation.serve(grid, folder, watch)
+        federation.serve(grid, folder, on_round)
     finally:
         if engine is not None:
             engine.close()

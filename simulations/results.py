@@ -121,9 +121,12 @@ def is_finished(experiment: Experiment, folder: Path) -> bool:
     config = folder / "config.toml"
     if not ((folder / SUMMARY).exists() and config.exists()):
         return False
-    before, now = tomllib.loads(config.read_text()), tomllib.loads(_config(experiment))
-    told = ("claims", "setting")
-    return {k: v for k, v in before.items() if k not in told} == {k: v for k, v in now.items() if k not in told}
+    try:
+        before = Experiment.model_validate(tomllib.loads(config.read_text()))
+    except ValueError:  # written when experiments had other settings
+        return False
+    beside = {"claims", "setting", "engine", "ray"}  # what has no effect on results
+    return before.model_dump(exclude=beside) == experiment.model_dump(exclude=beside)
 
 
 def _config(experiment: Experiment) -> str:

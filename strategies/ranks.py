@@ -22,8 +22,7 @@ def middle(models: Tensor, first: int, last: int) -> Tensor:
     """
     clients, width = models.shape
     result = np.empty(width)
-    weights = np.zeros(clients)
-    weights[first : last + 1] = 1 / (last + 1 - first)
+    weights = np.full(last + 1 - first, 1 / (last + 1 - first))
     columns = models.numpy()
     size = max(1, NUMBERS // clients)
 
@@ -31,7 +30,8 @@ def middle(models: Tensor, first: int, last: int) -> Tensor:
         piece = slice(start, start + size)
         rows = np.array(columns[:, piece].T, order="C")
         rows.sort(axis=1)
-        np.matmul(rows.astype(np.float64), weights, out=result[piece])  # twice as fast as a mean along short rows
+        middle = rows[:, first : last + 1].astype(np.float64)
+        np.matmul(middle, weights, out=result[piece])  # twice as fast as a mean along short rows
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         list(threads.map(work, range(0, width, size)))

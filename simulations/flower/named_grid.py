@@ -28,7 +28,7 @@ def partition_reply(message: Message, partition: int) -> Message:
 class NamedGrid(Grid):
     """`grid` with `names[i]` for the node that has partition `i`; who is offline answers as on a `LocalGrid`.
 
-    Raises `TimeoutError` when a partition's node does not come, or does not say which it has.
+    Raises `TimeoutError` when nodes do not come, `ValueError` when none says that it has some partition.
     """
 
     complete = True
@@ -42,12 +42,15 @@ class NamedGrid(Grid):
             time.sleep(0.2)
         asked = [Message(RecordDict(), node_id, MessageType.QUERY) for node_id in ids]
         self._rows: dict[int, int] = {}
+        why = ""
         for reply in grid.send_and_receive(asked, timeout=WAIT_SECONDS):
-            if not reply.has_error():
+            if reply.has_error():
+                why = why or f"; a node says: {reply.error.reason}"
+            else:
                 (metrics,) = of_kind(reply.content, MetricRecord)
                 self._rows[reply.metadata.src_node_id] = int(metrics[PARTITION])  # type: ignore[arg-type]
         if missing := set(range(len(names))) - set(self._rows.values()):
-            raise TimeoutError(f"No node says that it has partition {min(missing)} of {len(names)}.")
+            raise ValueError(f"No node says that it has partition {min(missing)} of {len(names)}{why}.")
         self._nodes = [
             node_info(node_id, names[row]) for node_id, row in sorted(self._rows.items(), key=lambda i: i[1])
         ]
@@ -84,7 +87,11 @@ class NamedGrid(Grid):
         if any(message.metadata.message_type.startswith("train") for message in messages):
             self._online = self._participation.step()
         online = [self._online[self._rows[message.metadata.dst_node_id]] for message in messages]
-        sent = iter(self._grid.push_messages([m for m, here in zip(messages, online, strict=True) if here]))
+        asked = [message for message, here in zip(messages, online, strict=True) if here]
+        taken = list(self._grid.push_messages(asked)) if asked else []
+        if len(taken) < len(asked):
+            raise ValueError(f"Flower took {len(taken)} of {len(asked)} messages; the model may be too large for it.")
+        sent = iter(taken)
         return [next(sent) if here else self._kept(m) for m, here in zip(messages, online, strict=True)]
 
     def _kept(self, message: Message) -> str:

@@ -1,4 +1,4 @@
-"""The ServerApp and the ClientApp of an experiment's run in Flower's simulation; the run config names its file."""
+"""The ServerApp and the ClientApp of an experiment's run in Flower's simulation; the run config holds it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ client = ClientApp()
 
 
 @cache
-def _federation(file: str, rule: int, seed: int, folder: str) -> Federation:
+def _federation(text: str, rule: int, seed: int, folder: str) -> Federation:
     """Once in each process."""
-    os.chdir(folder)  # where the user stood: paths in an experiment may be relative
+    if Path(folder).is_dir():
+        os.chdir(folder)  # where the user stood: paths in an experiment may be relative
     torch.set_num_threads(1)
-    experiment = Experiment.model_validate_json(Path(file).read_text())
+    experiment = Experiment.model_validate_json(text)
     return Federation(experiment, experiment.rules[rule], seed)
 
 
 @cache
-def _clients(file: str, rule: int, seed: int, folder: str) -> Any:
-    app, _ = _federation(file, rule, seed, folder).clients()
+def _clients(text: str, rule: int, seed: int, folder: str) -> Any:
+    app, _ = _federation(text, rule, seed, folder).clients()
     return app
 
 

@@ -10,13 +10,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
+from threading import current_thread, main_thread
+from types import FrameType
 
 import tomli_w
 
-from corymb.server import Journal, RoundRecord
+from corymb.server import RoundRecord
+from corymb.server.journal import committed
 from corymb.simulations.experiment import Experiment
 from corymb.simulations.scenario import scenario_of
 
@@ -47,10 +51,9 @@ def simulate(
     with tempfile.TemporaryDirectory(prefix="corymb-") as name:
         home = Path(name)
         (home / "app").mkdir()
-        (home / "experiment.json").write_text(experiment.model_dump_json())
         _write_app(
             home / "app",
-            experiment=str(home / "experiment.json"),
+            experiment=experiment.model_dump_json(),
             rule=rule,
             seed=seed,
             folder=str(Path.cwd()),
@@ -60,13 +63,10 @@ def simulate(
             f"num-supernodes={len(scenario_of(experiment, seed).names)} "
             f"client-resources-num-cpus={experiment.ray.cpus} client-resources-num-gpus={experiment.ray.gpus}"
         )
-        with _superlink(home) as environment, (home / "run.log").open("wb") as log:
+        with _ends_on_signals(), _superlink(home) as environment, (home / "run.log").open("wb") as log:
             command = [_command("flwr"), "run", str(home / "app"), "--stream", "--federation-config", resources]
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            try:
-                told = _tell(process, folder, on_round)
-            finally:
-                _end(process)
+            told = _tell(process, folder, on_round)
         if told < experiment.rounds:
             tail = "\n".join((home / "run.log").read_text(errors="replace").splitlines()[-30:])
             raise ValueError(
@@ -80,13 +80,10 @@ def _tell(process: subprocess.Popen[bytes], folder: Path, on_round: Callable[[Ro
     ended = False
     while not ended:
         ended = process.poll() is not None  # looked at first, so that the last rounds are not missed
-        if (folder / "journal.sqlite").exists():
-            journal = Journal(folder, durable=False)
-            for record in list(journal.rounds(after=told)):
-                told = record.round
-                if on_round is not None:
-                    on_round(record)
-            journal.close()
+        for record in committed(folder, told):
+            told = record.round
+            if on_round is not None:
+                on_round(record)
         if not ended:
             time.sleep(1)
     return told
@@ -120,7 +117,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
     )
     environment = os.environ | {
         # Where Flower looks for its commands, and Python for a model of the user's.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -141,7 +138,9 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.2)
         yield environment
     finally:
-        _end(process)
+        process.terminate()  # where there is no /proc, what it has started is left to it
+        end_all(home)
+        process.wait()
 
 
 def _listens(port: int) -> bool:
@@ -151,17 +150,51 @@ def _listens(port: int) -> bool:
 
 
 def _command(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else which(name)
+    if found is None:
+        raise ValueError(f"Flower's command {name!r} is not found; install flwr in the environment that runs corymb.")
+    return found
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group, politely at first."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            continue
+@contextmanager
+def _ends_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that it ends what it has started first."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_all(home: Path) -> None:
+    """End every process with this FLWR_HOME, politely at first: Flower starts some in sessions of their own."""
+    deadline = time.monotonic() + 10
+    while (left := _processes_of(home)) and time.monotonic() < deadline:
+        _signal(left, signal.SIGTERM)
+        time.sleep(0.5)
+    _signal(_processes_of(home), signal.SIGKILL)
+
+
+def _processes_of(home: Path) -> list[int]:
+    marker = f"FLWR_HOME={home}".encode()
+    found = []
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        with suppress(OSError):  # it has ended, or is not ours
+            if entry.name.isdigit() and marker in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def _signal(processes: list[int], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)

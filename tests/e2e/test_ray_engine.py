@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from corymb.server.journal import committed
 from corymb.simulations.experiment import read
 from corymb.simulations.federation import run
-from corymb.tests.e2e.processes import processes
+from corymb.tests.e2e.processes import processes, until
 
 EXPERIMENT = """
 rounds = 3
@@ -39,9 +45,43 @@ def test_ray_gives_the_model_that_serial_gives(tmp_path: Path) -> None:
     assert any(counts.get("offline") for counts in found["ray"][2])
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_run_that_fails_there_shows_the_end_of_flower_s_log(tmp_path: Path) -> None:
     (tmp_path / "wrong.toml").write_text(EXPERIMENT + 'model = { kind = "nowhere:at_all" }\n')
     experiment = read(tmp_path / "wrong.toml", {"engine": "ray"})
     with pytest.raises(ValueError, match=r"(?s)after round 0 of 3.*nowhere"):
         run(experiment, experiment.rules[0], 1, tmp_path / "journal")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "long.toml").write_text(EXPERIMENT.replace("rounds = 3", "rounds = 4000"))
+    command = [str(Path(sys.executable).parent / "corymb"), "simulate", str(tmp_path / "long.toml")]
+    command += ["--out", str(tmp_path / "out"), "--set", 'engine="ray"']
+    journal = tmp_path / "out/journals/fedau-seed1"
+    with TemporaryDirectory(prefix="c-") as short:  # Ray's sockets have no room for pytest's long names
+        process = subprocess.Popen(command, env=os.environ | {"TMPDIR": short})
+        try:
+            until(lambda: committed(journal, 0), 120, "the first round")
+            assert left_of(short)
+            process.send_signal(number)
+            process.wait(60)
+        finally:
+            process.kill()
+        assert not left_of(short)
+        assert not list(Path(short).glob("corymb-*"))
+
+
+def left_of(folder: str) -> list[str]:
+    """The processes that have a FLWR_HOME in `folder`."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"FLWR_HOME={folder}".encode() in (entry / "environ").read_bytes():
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found

@@ -55,5 +55,13 @@ def test_a_partition_without_a_node_is_named() -> None:
     def confused(message: Message, context: Context) -> Message:
         return partition_reply(message, 0)
 
-    with pytest.raises(TimeoutError, match="has partition 1 of 2"):
+    with pytest.raises(ValueError, match="has partition 1 of 2"):
         NamedGrid(LocalGrid(confused, 2), ["a", "b"], Turns(2))
+
+
+def test_why_a_node_says_nothing_is_told() -> None:
+    def broken(message: Message, context: Context) -> Message:
+        raise ModuleNotFoundError("No module named 'mydata' on this machine")
+
+    with pytest.raises(ValueError, match="No module named 'mydata' on this machine"):
+        NamedGrid(LocalGrid(broken, 2), ["a", "b"], Turns(2))
