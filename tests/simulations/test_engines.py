@@ -203,15 +203,15 @@ def test_in_float32_they_are_close(options: dict[str, Any], factored: bool) -> N
     assert max(differences(module, Program(module, people, factored), people, how)) < CLOSE
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_they_are_close() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def test_on_each_device_they_are_close(device: str) -> None:
     torch.manual_seed(3)
     module: nn.Module = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 40), nn.ReLU(),
         nn.Linear(40, 4),
     )  # fmt: skip
     module, people = in_double(module, population([9, 4, 12, 1]))
-    trainer = Program(module, people, device=torch.device("cuda"))
+    trainer = Program(module, people, device=torch.device(device))
     how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
     assert max(differences(module, trainer, people, how)) < EXACT
 
