@@ -9,9 +9,7 @@ without a GPU, to see that the script runs; `make bench` makes the environment o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,20 +21,6 @@ import workload
 
 BAR = 10
 MULTIPLIED = 2 * (28 * 28 * 32 * 25 * 2 + 14 * 14 * 64 * 800 * 3 + 3136 * 512 * 3 + 512 * 10 * 3)  # FLOP per example
-
-
-def by_pfl(row: simulators.Row, device: str) -> simulators.Result:
-    script = str(simulators.HERE / "peers" / simulators.SCRIPTS["pfl"])
-    command = [
-        str(simulators.PYTHON["pfl"]), script, f"--model={row.model}", f"--clients={row.clients}",
-        f"--epochs={row.epochs}", f"--batch={row.batch}", f"--rounds={row.rounds}", f"--device={device}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
-    if not lines:
-        raise RuntimeError(f"pfl-research failed: {done.stderr[-2000:]}")
-    found: simulators.Result = json.loads(lines[-1])
-    return found
 
 
 def main() -> None:
@@ -52,7 +36,7 @@ def main() -> None:
     theirs: list[float] = []
     for _ in range(options.repeats):
         ours += simulators.by_corymb(row, options.device)["seconds"]
-        theirs += by_pfl(row, options.device)["seconds"]
+        theirs += simulators.told_by("pfl", row, [], "1", options.device)["seconds"]
     mine, peer = statistics.median(ours), statistics.median(theirs)
     speed = MULTIPLIED * options.clients * workload.EXAMPLES / mine / 1e12
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device

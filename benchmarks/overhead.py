@@ -8,7 +8,6 @@ a bare kernel and a federation with messages, rule, door, verdicts and journal.
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -72,14 +71,9 @@ def shares(file: Path) -> dict[str, float]:
     return {part: samples[part] / max(1, samples.total()) for part in PARTS}
 
 
-def told(found: dict[str, float]) -> str:
-    """In one line."""
-    return ", ".join(f"{part} {100 * share:.0f} %" for part, share in found.items())
-
-
 def main() -> None:
     found = shares(Path(sys.argv[1]))
-    print(json.dumps(found) if sys.argv[2:] == ["--json"] else told(found))
+    print(", ".join(f"{part} {100 * share:.0f} %" for part, share in found.items()))
 
 
 if __name__ == "__main__":

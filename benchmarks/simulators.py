@@ -99,22 +99,26 @@ def by_corymb(row: Row, device: str = "cpu") -> Result:
 
 def by_peer(peer: str, row: Row) -> Result:
     """The faster of one process and two where a peer offers both."""
-    arguments = [
-        str(HERE / "peers" / SCRIPTS[peer]), f"--model={row.model}", f"--clients={row.clients}",
-        f"--epochs={row.epochs}", f"--batch={row.batch}", f"--rounds={row.rounds}", f"--warmup={WARMUP}",
+    if peer != "pfl":
+        return told_by(peer, row, [], "2")
+    both = [told_by(peer, row, how, "1") for how in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])]
+    return min(both, key=lambda result: workload.median(result["seconds"]))
+
+
+def told_by(peer: str, row: Row, how: list[str], threads: str, device: str = "cpu") -> Result:
+    """What the script of a peer tells, started in its own environment `how` Python is told to."""
+    command = [
+        str(PYTHON[peer]), *how, str(HERE / "peers" / SCRIPTS[peer]), f"--model={row.model}",
+        f"--clients={row.clients}", f"--epochs={row.epochs}", f"--batch={row.batch}", f"--rounds={row.rounds}",
+        f"--warmup={WARMUP}", f"--device={device}",
     ]  # fmt: skip
-    commands = [[str(PYTHON[peer]), *arguments]]
-    if peer == "pfl":
-        commands.append([str(PYTHON[peer].parent / "torchrun"), "--nproc_per_node", "2", *arguments])
-    results = []
-    for command in commands:
-        environment = os.environ | {"OMP_NUM_THREADS": "2" if len(commands) == 1 else "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
-        if not lines:
-            raise RuntimeError(f"{peer} failed: {done.stderr[-2000:]}")
-        results.append(json.loads(lines[-1]))
-    return min(results, key=lambda result: workload.median(result["seconds"]))
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    if not lines:
+        raise RuntimeError(f"{peer} failed: {done.stderr[-2000:]}")
+    found: Result = json.loads(lines[-1])
+    return found
 
 
 def overhead(row: Row) -> str:

@@ -105,19 +105,7 @@ class Journal:
             )  # fmt: skip
             database.executemany(
                 "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    (
-                        r.round,
-                        v.node,
-                        v.code,
-                        v.reason,
-                        v.examples,
-                        v.weight,
-                        json.dumps(v.metrics) if v.metrics else "{}",
-                    )
-                    for r in records
-                    for v in r.verdicts
-                ),
+                (_row(r.round, v) for r in records for v in r.verdicts),
             )
         self._models.append(newest)
         while len(self._models) > KEPT:
@@ -220,6 +208,11 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _row(number: int, verdict: Verdict) -> tuple[object, ...]:
+    metrics = json.dumps(verdict.metrics) if verdict.metrics else "{}"  # most are offline, and `dumps` takes its time
+    return number, verdict.node, verdict.code, verdict.reason, verdict.examples, verdict.weight, metrics
 
 
 def _verdict(node: str, code: str, reason: str, examples: int, weight: float | None, metrics: str) -> Verdict:

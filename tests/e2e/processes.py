@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from corymb.simulations.flower.simulation import end_all
+
 BIN = Path(sys.executable).parent
 PEM = serialization.Encoding.PEM
 NO_PASSWORD = serialization.NoEncryption()
@@ -93,13 +95,7 @@ class Processes:
         for process in self._started:
             _kill_group(process.pid)
             process.wait()
-        marker = f"FLWR_HOME={self.folder / 'flwr'}".encode()
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and marker in (entry / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except OSError:
-                continue  # it ended by itself, or is not ours
+        end_all(self.folder / "flwr")
 
 
 def _kill_group(pid: int) -> None:

@@ -371,9 +371,8 @@ def test_blocks_outlive_their_round_in_workers() -> None:
         unread = [block.moves(torch.ones(1), start) for block in blocks[:2]]
         found.append((torch.stack([total() for total in sums]), torch.stack(models)))
         del unread
-        assert [
-            error for _, error, _ in engine.train([Task((0,), (0,), how, 3)], start) if isinstance(error, str)
-        ] == []
+        ((_, block, _),) = engine.train([Task((0,), (0,), how, 3)], start)  # sums that nobody read are in nobody's way
+        assert not isinstance(block, Exception)
         engine.close()
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-6, atol=1e-7)
