@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corymb.simulations.engine.layers import ClientLayer
+from corymb.simulations.engine.room import Room
 
 
 class Chain(Protocol):
@@ -73,6 +74,7 @@ class ByHand:
         self._layers = layers
         self._first = next(place for place, layer in enumerate(layers) if isinstance(layer, ClientLayer))
         self._kept: list[Any] = []
+        self._rooms = {place: Room() for place, layer in enumerate(layers) if type(layer) is nn.MaxPool2d}
         self.enters_directly = all(type(layer) in (nn.Flatten, nn.Identity) for layer in layers[: self._first])
 
     @torch.no_grad()
@@ -85,12 +87,15 @@ class ByHand:
                 layer.calls += 1
                 inputs, kept = layer.outputs(inputs, inward=place > self._first)
             elif type(layer) is nn.Flatten:
-                kept, inputs = inputs.shape, inputs.flatten(layer.start_dim, layer.end_dim)
+                kept, inputs = inputs, inputs.flatten(layer.start_dim, layer.end_dim)
             elif type(layer) is nn.ReLU:
-                mine = place and isinstance(self._layers[place - 1], ClientLayer)  # nobody else has its outputs
+                mine = place and isinstance(self._layers[place - 1], (ClientLayer, nn.MaxPool2d))  # nobody else's
                 kept = inputs = inputs.clamp_min_(0) if mine else inputs.clamp_min(0)
             elif place < self._first:
                 inputs = layer(inputs)
+            elif type(layer) is nn.MaxPool2d:
+                before, (inputs, chosen) = inputs, torch.ops.aten.max_pool2d_with_indices(inputs, *_geometry(layer))
+                kept = before, chosen
             else:
                 with torch.enable_grad():
                     before = inputs.detach().requires_grad_()
@@ -107,8 +112,20 @@ class ByHand:
             if isinstance(layer, ClientLayer):
                 slopes = layer.back(slopes, kept, place > self._first)
             elif type(layer) is nn.Flatten:
-                slopes = slopes.reshape(kept)
+                slopes = torch.empty_like(kept).copy_(slopes.reshape(kept.shape))  # as it lies in memory
             elif type(layer) is nn.ReLU:
                 slopes = torch.ops.aten.threshold_backward.default(slopes, kept, 0)
+            elif type(layer) is nn.MaxPool2d:
+                before, chosen = kept
+                room = self._rooms[place].of(before.shape, before).as_strided(before.shape, before.stride())
+                slopes = torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
+                    slopes, before, *_geometry(layer), chosen, grad_input=room
+                )
             else:
                 (slopes,) = torch.autograd.grad(kept[1], kept[0], slopes)
+
+
+def _geometry(pooling: nn.MaxPool2d) -> tuple[Any, ...]:
+    """Size, stride, padding and dilation, as torch's operation wants them, and whether it rounds up."""
+    pairs = (pooling.kernel_size, pooling.stride, pooling.padding, pooling.dilation)
+    return *([pair, pair] if isinstance(pair, int) else list(pair) for pair in pairs), pooling.ceil_mode

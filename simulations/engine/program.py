@@ -133,7 +133,7 @@ class Program:
             self._steps += 1
             slopes = torch.softmax(scores, dim=1).scatter_add_(1, upto(rows, wanted), upto(rows, minus))
             self._chain.backward(slopes.mul_(upto(rows, shares)))
-            outputs.append(scores)
+            outputs.append(scores.clone())  # layers use their memory again
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
         return Trained.of(self._pieces(), outputs, targets, batches)
