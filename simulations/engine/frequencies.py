@@ -68,26 +68,23 @@ class Frequencies:
     def __init__(self, rows: int, kernel: tuple[int, ...], padding: tuple[int, ...], dtype: torch.dtype) -> None:
         self._spread, self._weigh, self._gather = transforms(rows, kernel[0], padding[0], dtype)
         self._width, self._padding = kernel[1], padding[1]
-        self._windows, self._weights, self._slopes, self._found = Room(), Room(), Room(), Room()
+        self._images, self._weights, self._windows, self._slopes, self._found = (Room() for _ in range(5))
 
     def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """See `convolution.Way`; kept are windows `[K, R, B * W', w * in]` and weights `[K, R, w * in, out]`."""
+        """See `convolution.Way`; kept are the spread images `[K, B, R, W, in]` and weights `[K, R, w * in, out]`."""
         clients, batch, inner, _, columns = images.shape
         outer, count = weights.shape[1], columns + 2 * self._padding - self._width + 1
-        many, size = len(self._spread), self._width * inner
+        many = len(self._spread)
         found = self._found.of((clients, batch, self._gather.shape[1], count, outer), images)
-        windows = self._windows.of((clients, many, batch * count, size), images)
-        weighed = self._weights.of((clients, many, size, outer), images)
+        weighed = self._weights.of((clients, many, self._width * inner, outer), images)
         padded = nn.functional.pad(images.permute(0, 1, 3, 4, 2), (0, 0, self._padding, self._padding))
-        row = padded.shape[3] * inner
+        spread = self._images.of((clients, batch, many, *padded.shape[3:]), images)
         for k, mine in enumerate(padded):
-            spread = torch.bmm(self._spread.expand(batch, -1, -1), mine.flatten(2))
-            shape = many, batch, count, size
-            windows[k].view(shape).copy_(spread.as_strided(shape, (row, many * row, inner, 1)))
+            torch.bmm(self._spread.expand(batch, -1, -1), mine.flatten(2), out=spread[k].flatten(2))
             of_kernel = weights[k].permute(2, 3, 1, 0).reshape(self._weigh.shape[1], -1)
             torch.mm(self._weigh, of_kernel, out=weighed[k].view(many, -1))
-            _gathered(torch.bmm(windows[k], weighed[k]), self._gather, found[k])
-        return found.permute(0, 1, 4, 2, 3), (windows, weighed)
+            _gathered(torch.bmm(self._windowed(spread[k]), weighed[k]), self._gather, found[k])
+        return found.permute(0, 1, 4, 2, 3), (spread, weighed)
 
     def back(
         self, slopes: Tensor, kept: tuple[Tensor, Tensor], weights: Tensor, inward: bool
@@ -100,10 +97,10 @@ class Frequencies:
         found = slopes.new_empty(clients, batch, self._spread.shape[1], columns, inner) if inward else None
         gradients = torch.empty_like(weights)
         spread = self._slopes.of((many, batch, count * outer), slopes)
-        for k, (windows, weighed) in enumerate(zip(*kept, strict=True)):
+        for k, (images, weighed) in enumerate(zip(*kept, strict=True)):
             torch.bmm(self._gather.expand(batch, -1, -1), rows[k], out=spread.transpose(0, 1))
             mine = spread.view(many, -1, outer)
-            moved = torch.mm(self._weigh.T, torch.bmm(windows.mT, mine).flatten(1))
+            moved = torch.mm(self._weigh.T, torch.bmm(self._windowed(images).mT, mine).flatten(1))
             gradients[k] = moved.view(height, width, inner, outer).permute(3, 2, 0, 1)
             if found is not None:
                 each = torch.bmm(mine, weighed.mT).view(many, batch, count, width, inner)
@@ -114,6 +111,14 @@ class Frequencies:
                     total[:, :, inside.start + first : inside.stop + first] += each[:, :, inside, place]
                 _gathered(total, self._spread, found[k])
         return gradients, None if found is None else found.permute(0, 1, 4, 2, 3)
+
+    def _windowed(self, spread: Tensor) -> Tensor:
+        """Images `[B, R, W, C]` as their windows along W, `[R, B * W', width * C]`."""
+        batch, many, columns, channels = spread.shape
+        shape = many, batch, columns - self._width + 1, self._width * channels
+        windows = self._windows.of(shape, spread)
+        strides = columns * channels, many * columns * channels, channels, 1
+        return windows.copy_(spread.as_strided(shape, strides, spread.storage_offset())).flatten(1, 2)
 
 
 def _gathered(products: Tensor, matrix: Tensor, into: Tensor) -> None:
