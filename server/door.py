@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -70,8 +71,9 @@ class Door:
     def admit(self, node: str, message: Message | Exception) -> Reply | Rejection:
         """The reply to a training message, checked cheapest first; nothing large is allocated."""
         try:
+            if isinstance(message, Exception) or message.has_error():
+                return _failure(node, message)
             report = self._report(node, message)
-            assert isinstance(message, Message)  # `_report` refused anything else
             arrays = _only(message, ArrayRecord, besides=STEPS)
             if isinstance(arrays, BlockArrays) and arrays.fits(self.layout) and arrays.bound <= LARGEST_NUMBER:
                 return Reply(report, arrays.place, steps=self._steps(node, message))
@@ -92,16 +94,13 @@ class Door:
     def hear(self, node: str, message: Message | Exception) -> Report | Rejection:
         """The reply to an evaluation message, which carries metrics only."""
         try:
+            if isinstance(message, Exception) or message.has_error():
+                return _failure(node, message)
             return self._report(node, message)
         except Exception as error:
             return _rejection(node, error)
 
-    def _report(self, node: str, message: Message | Exception) -> Report:
-        if isinstance(message, Exception):
-            raise _Refused(Code.BYTES, f"its reply cannot be received: {type(message).__name__}: {_short(message)}")
-        if message.has_error():
-            code = Code.OFFLINE if message.error.code == NODE_UNAVAILABLE else Code.ERROR
-            raise _Refused(code, f"error {message.error.code}: {_short(message.error.reason)}")
+    def _report(self, node: str, message: Message) -> Report:
         metrics: Mapping[str, Any] = _only(message, MetricRecord)
         examples = metrics.get(self.examples_key)
         if not (isinstance(examples, (int, float)) and 0 <= examples <= MOST_EXAMPLES and examples == int(examples)):
@@ -183,6 +182,20 @@ def is_bounded(tensor: Tensor, bound: float) -> bool:
             if not (least >= -bound and most <= bound):
                 return False
     return True
+
+
+def _failure(node: str, message: Message | Exception) -> Rejection:
+    """What came instead of a reply."""
+    if isinstance(message, Exception):
+        what = f"{type(message).__name__}: {_short(message)}"
+        return Rejection(node, Code.BYTES, f"{node}: its reply cannot be received: {what}.")
+    return _error(node, message.error.code, str(message.error.reason)[:1000])
+
+
+@lru_cache(maxsize=4096)  # who is offline is so round after round
+def _error(node: str, number: int, reason: str) -> Rejection:
+    code = Code.OFFLINE if number == NODE_UNAVAILABLE else Code.ERROR
+    return Rejection(node, code, f"{node}: error {number}: {_short(reason)}.")
 
 
 def _rejection(node: str, error: Exception) -> Rejection:

@@ -12,6 +12,7 @@ from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -175,7 +176,11 @@ def _rounds(database: sqlite3.Connection, after: int) -> list[RoundRecord]:
     database.execute("BEGIN")
     try:
         rows = database.execute("SELECT * FROM verdicts WHERE round > ? ORDER BY round, node", (after,))
-        verdicts = {number: [_verdict(*row[1:]) for row in group] for number, group in groupby(rows, key=itemgetter(0))}
+        seen: dict[tuple[Any, ...], Verdict] = {}  # who is offline is so again and again
+        verdicts = {
+            number: [seen.get(row[1:]) or _verdict(row[1:], seen) for row in group]
+            for number, group in groupby(rows, key=itemgetter(0))
+        }
         rounds = database.execute(
             f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds WHERE round > ? ORDER BY round", (after,)
         )
@@ -215,5 +220,9 @@ def _row(number: int, verdict: Verdict) -> tuple[object, ...]:
     return number, verdict.node, verdict.code, verdict.reason, verdict.examples, verdict.weight, metrics
 
 
-def _verdict(node: str, code: str, reason: str, examples: int, weight: float | None, metrics: str) -> Verdict:
-    return Verdict(node, code, reason, examples, weight, json.loads(metrics))
+def _verdict(row: tuple[Any, ...], seen: dict[tuple[Any, ...], Verdict]) -> Verdict:
+    node, code, reason, examples, weight, metrics = row
+    verdict = Verdict(node, code, reason, examples, weight, json.loads(metrics))
+    if not verdict.metrics:
+        seen[row] = verdict
+    return verdict

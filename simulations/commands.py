@@ -76,13 +76,15 @@ def measure_claims(
 
 def _runs(experiment: Experiment, folder: Path, jobs: int, console: Console) -> list[Run]:
     """The runs of `experiment` in `folder`, made where they are not there."""
-    if not is_finished(experiment, folder):
-        console.print(f"{experiment.name}: {experiment.setting}", markup=False)
-        check(experiment)
-        prepare(folder)
-        run_all(experiment, folder, console, jobs)
-        write(experiment, collect(experiment, folder), folder)
-    return collect(experiment, folder)
+    if is_finished(experiment, folder):
+        return collect(experiment, folder)
+    console.print(f"{experiment.name}: {experiment.setting}", markup=False)
+    check(experiment)
+    prepare(folder)
+    run_all(experiment, folder, console, jobs)
+    runs = collect(experiment, folder)
+    write(experiment, runs, folder)
+    return runs
 
 
 def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console) -> None:

@@ -117,16 +117,14 @@ class LocalGrid(Grid):
         ids = []
         trains = False
         for message in messages:
-            row = message.metadata.dst_node_id - FIRST_NODE_ID
-            if not 0 <= row < len(self._names):
-                raise ValueError(
-                    f"Node {message.metadata.dst_node_id} is not in this grid of {len(self._names)} nodes."
-                )
+            metadata = message.metadata
+            if not 0 <= metadata.dst_node_id - FIRST_NODE_ID < len(self._names):
+                raise ValueError(f"Node {metadata.dst_node_id} is not in this grid of {len(self._names)} nodes.")
             message_id = f"message-{next(self._numbers)}"
             stamp(message, message_id)
             self._waiting[message_id] = message
             ids.append(message_id)
-            trains = trains or message.metadata.message_type.startswith("train")
+            trains = trains or metadata.message_type.startswith("train")
         if trains:
             self._rounds += 1
             if self._rounds > 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def write(experiment: Experiment, runs: list[Run], folder: Path) -> None:
     _write_lines(
         folder / "clients.jsonl",
         (
-            {"rule": run.rule, "seed": run.seed, "round": record.round} | _without_gaps(asdict(verdict))
+            {"rule": run.rule, "seed": run.seed, "round": record.round} | _without_gaps(vars(verdict))
             for run in runs
             for record in run.records
             for verdict in record.verdicts
@@ -134,15 +135,12 @@ def _config(experiment: Experiment) -> str:
 
 
 def _round_row(run: Run, record: RoundRecord) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for verdict in record.verdicts:
-        counts[verdict.code] = counts.get(verdict.code, 0) + 1
     row = {
         "rule": run.rule,
         "seed": run.seed,
         "round": record.round,
         "seconds": round(record.seconds, 6),
-        "replies": counts,
+        "replies": Counter(verdict.code for verdict in record.verdicts),
         "train": record.train,
         "evaluate": record.evaluate,
         "server": record.server,
@@ -151,7 +149,7 @@ def _round_row(run: Run, record: RoundRecord) -> dict[str, Any]:
     return _without_gaps(row)
 
 
-def _without_gaps(row: dict[str, Any]) -> dict[str, Any]:
+def _without_gaps(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value not in (None, "", {})}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from corymb.client import TrainSettings, train
 from corymb.client.app import batch_generator, seed_of
 from corymb.client.batches import training_batches
 from corymb.simulations.data import Examples
+from corymb.simulations.engine import frequencies
 from corymb.simulations.engine import program as programs
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import PADDED, Task, cut
@@ -153,14 +155,18 @@ def in_double(module: nn.Module, people: Population) -> tuple[nn.Module, Populat
 
 
 @SEARCH
-@given(networks(), ways(["SGD"]), SIZES, st.sampled_from(["cheapest", "always", "static"]))
-def test_factored_is_serial(module: nn.Module, how: TrainSettings, sizes: list[int], form: str) -> None:
+@given(networks(), ways(["SGD"]), SIZES, st.sampled_from(["cheapest", "always", "static"]), st.booleans())
+def test_factored_is_serial(
+    module: nn.Module, how: TrainSettings, sizes: list[int], form: str, by_frequency: bool
+) -> None:
     """Whichever layers are in factors: those where it pays, all linear ones, or the first over the examples."""
     module, people = in_double(module, population(sizes))
     trainer = Program(module, people, static=Static.ALWAYS if form == "static" else Static.CHEAPEST)
     with pytest.MonkeyPatch.context() as patch:
         if form == "always":
             patch.setattr(programs, "factored_is_cheaper", lambda *shape: True)
+        if by_frequency:  # convolutions too, small as they are
+            patch.setattr(frequencies, "WORTHWHILE", inf)
         assert max(differences(module, trainer, people, how)) < EXACT
 
 
@@ -169,6 +175,21 @@ def test_factored_is_serial(module: nn.Module, how: TrainSettings, sizes: list[i
 def test_batched_is_serial(module: nn.Module, how: TrainSettings, sizes: list[int]) -> None:
     module, people = in_double(module, population(sizes))
     assert max(differences(module, Program(module, people, factored=False), people, how)) < EXACT
+
+
+def test_convolutions_through_frequencies_are_serial_in_float32() -> None:
+    """Layers of a size for which that is chosen, on the way to another convolution."""
+    torch.manual_seed(4)
+    module: nn.Module = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 32, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(32, 32, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 4),
+    )  # fmt: skip
+    people = population([12, 10, 7])
+    trainer = Program(module, people)
+    how = TrainSettings(batch_size=10, learning_rate=0.05, optimizer_options={"momentum": 0.9})
+    assert max(differences(module, trainer, people, how)) < CLOSE
+    ways = [way for layer in trainer._layers.values() for way in getattr(layer, "_ways", {}).values()]
+    assert any(isinstance(way, frequencies.Frequencies) for way in ways)
 
 
 @pytest.mark.parametrize(
