@@ -69,6 +69,7 @@ def write_experiment(row: Row, folder: Path, device: str = "cpu") -> Path:
 rounds = {WARMUP + row.rounds}
 rules = ["fedavg"]
 fraction = {row.clients / workload.CLIENTS}
+blocks = {os.cpu_count()}
 data = {{ source = "{folder}/data.npz" }}
 partition = {{ kind = "site" }}
 model = {{ kind = "workload:{row.model}" }}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from corymb.client import TrainSettings
+from corymb.simulations.engine.blocks import FEWEST
 from corymb.simulations.settings import (
     AttackSettings,
     Claim,
@@ -37,6 +38,7 @@ class Experiment(Strict):
     seeds: list[int] = Field([0], min_length=1)
     fraction: float = Field(1.0, gt=0, le=1)
     engine: Literal["auto", "serial", "batched", "factored", "processes", "ray"] = "auto"
+    blocks: int = Field(FEWEST, ge=1)
     rules: list[RuleSettings] = Field(min_length=1)
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()

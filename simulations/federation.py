@@ -225,7 +225,7 @@ def _client_app(experiment: Experiment, scenario: Scenario, seed: int, workers: 
     device = choose_device(experiment.train.device)
     engine = make_engine(experiment.engine, make, population, layout, workers, device)
     if engine is not None:
-        app = CohortApp(engine, population, layout, app)
+        app = CohortApp(engine, population, layout, app, experiment.blocks)
     if experiment.model.own_start:
         app = OwnStart(app, make, seed)
     if scenario.hostile and experiment.attack.kind != "labels":

@@ -14,8 +14,8 @@ from corymb.strategies import Layout
 
 MOST = 32  # clients in a block
 LARGEST = 1 << 26  # parameters in a block, should all have to be written out
-FEWEST = 4  # blocks in a large enough push: some are trained while replies of others are read
-SMALLEST = 1 << 23  # examples times parameters, for which a block is worth its overhead
+FEWEST = 4  # blocks in a large enough push: as many processes have work
+SMALLEST = 1 << 24  # examples times parameters, for which a block is worth its overhead
 PADDED = 1.5  # times its examples, what a block may hold with its padding
 
 
@@ -29,10 +29,11 @@ class Task:
     server_round: int
 
 
-def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1) -> list[list[int]]:
+def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = FEWEST) -> list[list[int]]:
     """Blocks of places in `sizes` (the examples of each client), by size so that little is padding.
 
     What the blocks are depends on that and on how many `parameters` a model has, so it does not matter who trains them.
+    There are at least the `fewest` where that is worth its overhead.
     """
     most = max(1, min(MOST, LARGEST // parameters))
     order = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
@@ -40,7 +41,7 @@ def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1) -> l
         settings.steps * settings.batch_size if settings.steps else size * (settings.epochs or 1) for size in sizes
     ]
     enough = max(1, sum(passed) * parameters // SMALLEST)
-    number = max(-(-len(order) // most), min(FEWEST, len(order), enough))
+    number = max(-(-len(order) // most), min(fewest, len(order), enough))
     size, more = divmod(len(order), number)
     ends = {block * size + min(block, more) for block in range(number)}  # the larger blocks first
     blocks: list[list[int]] = []
