@@ -36,7 +36,7 @@ def main() -> None:
     theirs: list[float] = []
     for _ in range(options.repeats):
         ours += simulators.by_corymb(row, options.device)["seconds"]
-        theirs += simulators.told_by("pfl", row, [], "1", options.device)["seconds"]
+        theirs += simulators.told_by("pfl", row, [], None, options.device)["seconds"]
     mine, peer = statistics.median(ours), statistics.median(theirs)
     speed = MULTIPLIED * options.clients * workload.EXAMPLES / mine / 1e12
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device

@@ -69,7 +69,7 @@ def write_experiment(row: Row, folder: Path, device: str = "cpu") -> Path:
 rounds = {WARMUP + row.rounds}
 rules = ["fedavg"]
 fraction = {row.clients / workload.CLIENTS}
-blocks = {os.cpu_count()}
+blocks = {os.cpu_count() if device == "cpu" else 1}
 data = {{ source = "{folder}/data.npz" }}
 partition = {{ kind = "site" }}
 model = {{ kind = "workload:{row.model}" }}
@@ -106,14 +106,14 @@ def by_peer(peer: str, row: Row) -> Result:
     return min(both, key=lambda result: workload.median(result["seconds"]))
 
 
-def told_by(peer: str, row: Row, how: list[str], threads: str, device: str = "cpu") -> Result:
+def told_by(peer: str, row: Row, how: list[str], threads: str | None, device: str = "cpu") -> Result:
     """What the script of a peer tells, started in its own environment `how` Python is told to."""
     command = [
         str(PYTHON[peer]), *how, str(HERE / "peers" / SCRIPTS[peer]), f"--model={row.model}",
         f"--clients={row.clients}", f"--epochs={row.epochs}", f"--batch={row.batch}", f"--rounds={row.rounds}",
         f"--warmup={WARMUP}", f"--device={device}",
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
     if not lines:

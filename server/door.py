@@ -189,13 +189,14 @@ def _failure(node: str, message: Message | Exception) -> Rejection:
     if isinstance(message, Exception):
         what = f"{type(message).__name__}: {_short(message)}"
         return Rejection(node, Code.BYTES, f"{node}: its reply cannot be received: {what}.")
-    return _error(node, message.error.code, str(message.error.reason)[:1000])
+    if message.error.code == NODE_UNAVAILABLE:
+        return _offline(node, str(message.error.reason)[:1000])
+    return Rejection(node, Code.ERROR, f"{node}: error {message.error.code}: {_short(message.error.reason)}.")
 
 
-@lru_cache(maxsize=4096)  # who is offline is so round after round
-def _error(node: str, number: int, reason: str) -> Rejection:
-    code = Code.OFFLINE if number == NODE_UNAVAILABLE else Code.ERROR
-    return Rejection(node, code, f"{node}: error {number}: {_short(reason)}.")
+@lru_cache(maxsize=1 << 14)  # who is offline is so round after round
+def _offline(node: str, reason: str) -> Rejection:
+    return Rejection(node, Code.OFFLINE, f"{node}: error {NODE_UNAVAILABLE}: {_short(reason)}.")
 
 
 def _rejection(node: str, error: Exception) -> Rejection:

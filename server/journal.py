@@ -176,7 +176,7 @@ def _rounds(database: sqlite3.Connection, after: int) -> list[RoundRecord]:
     database.execute("BEGIN")
     try:
         rows = database.execute("SELECT * FROM verdicts WHERE round > ? ORDER BY round, node", (after,))
-        seen: dict[tuple[Any, ...], Verdict] = {}  # who is offline is so again and again
+        seen: dict[tuple[Any, ...], Verdict] = {}  # without metrics: who is offline is so again and again
         verdicts = {
             number: [seen.get(row[1:]) or _verdict(row[1:], seen) for row in group]
             for number, group in groupby(rows, key=itemgetter(0))

@@ -89,7 +89,7 @@ class ByHand:
             elif type(layer) is nn.Flatten:
                 kept, inputs = inputs, inputs.flatten(layer.start_dim, layer.end_dim)
             elif type(layer) is nn.ReLU:
-                mine = place and isinstance(self._layers[place - 1], (ClientLayer, nn.MaxPool2d))  # nobody else's
+                mine = place and _makes_its_outputs(self._layers[place - 1])  # so nobody else has them
                 kept = inputs = inputs.clamp_min_(0) if mine else inputs.clamp_min(0)
             elif place < self._first:
                 inputs = layer(inputs)
@@ -117,12 +117,17 @@ class ByHand:
                 slopes = torch.ops.aten.threshold_backward.default(slopes, kept, 0)
             elif type(layer) is nn.MaxPool2d:
                 before, chosen = kept
-                room = self._rooms[place].of(before.shape, before).as_strided(before.shape, before.stride())
+                strides = torch.empty_like(before, device="meta").stride()  # `before` itself may have gaps
+                room = self._rooms[place].of(before.shape, before).as_strided(before.shape, strides)
                 slopes = torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
                     slopes, before, *_geometry(layer), chosen, grad_input=room
                 )
             else:
                 (slopes,) = torch.autograd.grad(kept[1], kept[0], slopes)
+
+
+def _makes_its_outputs(layer: nn.Module) -> bool:
+    return isinstance(layer, ClientLayer) or type(layer) is nn.MaxPool2d
 
 
 def _geometry(pooling: nn.MaxPool2d) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ class ClientConv2d(ClientLayer):
 
     On a GPU: products of matrices with all clients' patches, as a kernel for each client is too small there. On a CPU:
     patches as rows where the inputs have few channels and no slopes of them are wanted; through frequencies where that
-    leaves less work; else the library's convolution client by client.
+    leaves less work. Else, and wherever channels are in groups: the library's convolution client by client.
     """
 
     FEW = 4
@@ -37,7 +37,7 @@ class ClientConv2d(ClientLayer):
 
     def __init__(self, original: nn.Conv2d, now: Now) -> None:
         super().__init__(original, now)
-        self._ways: dict[tuple[torch.Size, bool], Way] = {}
+        self._ways: dict[tuple[type[Any], int], Way] = {}  # each with memory that it uses again
         self._shape = tuple(original.weight.shape)
         self._geometry = Geometry(
             original.kernel_size, original.stride, tuple(map(int, original.padding)), original.dilation, original.groups
@@ -51,8 +51,7 @@ class ClientConv2d(ClientLayer):
     def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
         """See `ClientLayer.outputs`."""
         images, weights = inputs.unflatten(0, (self.now.clients, -1)), self.weights()
-        seen = images.shape[1:], inward
-        way = self._ways[seen] = self._ways.get(seen) or self._way(images, weights, inward)
+        way = self._way(images, weights, inward)
         found, kept = way.outputs(images, weights)
         if self.bias is not None:
             found += upto(self.now.clients, self.bias.weight)[:, None, :, None, None]
@@ -68,21 +67,26 @@ class ClientConv2d(ClientLayer):
         return None if found is None else found.flatten(0, 1)
 
     def _way(self, images: Tensor, weights: Tensor, inward: bool) -> Way:
-        kernel, stride, padding, dilation, groups = self._geometry
-        if self.now.as_patches and groups == 1:
-            return Patches(self._geometry)
-        if groups == 1 and dilation == (1, 1):
-            if weights.shape[2] <= self.FEW and not inward:
-                return Rows(self._geometry)
-            if stride == (1, 1) and are_worthwhile(images.shape, weights.shape, padding):
-                return Frequencies(images.shape[3], kernel, padding, images.dtype)
-        return Library(self._geometry)
+        kind, rows = self._kind(images, weights, inward), images.shape[3]
+        if (kind, rows) not in self._ways:
+            self._ways[kind, rows] = kind(self._geometry, rows, images.dtype)
+        return self._ways[kind, rows]
+
+    def _kind(self, images: Tensor, weights: Tensor, inward: bool) -> type[Any]:
+        geometry = self._geometry
+        if geometry.groups > 1:
+            return Library
+        if self.now.as_patches:
+            return Patches
+        if geometry.dilation == (1, 1) and weights.shape[2] <= self.FEW and not inward:
+            return Rows
+        return Frequencies if are_worthwhile(images.shape, weights.shape, geometry) else Library
 
 
 class Library:
     """The library's convolution, client by client; it is fastest on images whose channels do not lie last."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Geometry, *_: Any) -> None:
         self._geometry = geometry
         self._found, self._inner = Room(), Room()
 

@@ -3,7 +3,8 @@
 A convolution of n rows with a kernel of k rows takes about n * k products; the discrete Fourier transform makes one
 product of complex numbers of each frequency (Cooley and Tukey 1965), and Gauss's way three real ones of that. So about
 1.5 (n + padding) products are left, a third of them for a 5 by 5 kernel. Transforms are products with small matrices
-as well, with rounding errors no larger than a convolution's own. Columns stay as they are: they make windows.
+as well. Rounding errors are about a convolution's own, but relative to the largest number in a column of an image, not
+in a window. Columns stay as they are: they make windows.
 """
 
 from __future__ import annotations
@@ -14,10 +15,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from corymb.simulations.engine.patches import Geometry
 from corymb.simulations.engine.room import Room
 
 TRANSFORM = 4  # what an operation of a transform costs, in operations of a product
 WORTHWHILE = 0.75  # of the operations that the convolution itself takes
+LARGEST = 1 << 26  # numbers of weights and images that are kept from the way forward to the way back
+
+
+def products(period: int) -> int:
+    """How many are left of so many rows, zeros included: three of each frequency, one of each that is real."""
+    return 3 * (period // 2) + (1 if period % 2 else -1)
 
 
 @lru_cache(maxsize=64)
@@ -44,30 +52,34 @@ def transforms(rows: int, kernel: int, padding: int, dtype: torch.dtype) -> tupl
     return torch.stack(spread).to(dtype), torch.stack(weigh).to(dtype), torch.stack(gather).to(dtype)
 
 
-def are_worthwhile(images: torch.Size, weights: torch.Size, padding: tuple[int, ...]) -> bool:
+def are_worthwhile(images: torch.Size, weights: torch.Size, geometry: Geometry) -> bool:
     """Whether less work is left for `images [K, B, in, H, W]` and `weights [K, out, in, h, w]`, by operation count.
 
     Strides and dilation have to be one, and the outputs no larger than the images.
     """
-    _, batch, inner, rows, columns = images
+    if geometry.stride != (1, 1) or geometry.dilation != (1, 1):
+        return False
+    padding, (clients, batch, inner, rows, columns) = geometry.padding, images
     outer, height, width = weights[1], *weights[3:]
     if any(2 * pad > size - 1 for pad, size in zip(padding, (height, width), strict=True)):
         return False
     out_rows, out_columns = rows + 2 * padding[0] - height + 1, columns + 2 * padding[1] - width + 1
-    products = 3 * ((rows + padding[0]) // 2) + 1
+    many = products(rows + padding[0])
+    if clients * many * inner * (width * outer + batch * columns) > LARGEST:
+        return False
     direct = 3 * out_rows * out_columns * height * width * inner * outer
-    left = 3 * products * out_columns * width * inner * outer
-    left += TRANSFORM * 2 * products * (rows * columns * inner + out_rows * out_columns * outer)
-    left += TRANSFORM * 3 * products * height * width * inner * outer // max(1, batch)
+    left = 3 * many * out_columns * width * inner * outer
+    left += TRANSFORM * 2 * many * (rows * columns * inner + out_rows * out_columns * outer)
+    left += TRANSFORM * 3 * many * height * width * inner * outer // max(1, batch)
     return left < WORTHWHILE * direct
 
 
 class Frequencies:
     """Convolutions with strides of one, client by client, for images of so many rows."""
 
-    def __init__(self, rows: int, kernel: tuple[int, ...], padding: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._spread, self._weigh, self._gather = transforms(rows, kernel[0], padding[0], dtype)
-        self._width, self._padding = kernel[1], padding[1]
+    def __init__(self, geometry: Geometry, rows: int, dtype: torch.dtype) -> None:
+        (height, self._width), (above, self._padding) = geometry.kernel, geometry.padding
+        self._spread, self._weigh, self._gather = transforms(rows, height, above, dtype)
         self._images, self._weights, self._windows, self._slopes, self._found = (Room() for _ in range(5))
 
     def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -107,8 +119,9 @@ class Frequencies:
                 total = slopes.new_zeros(many, batch, columns, inner)
                 for place in range(width):
                     first = place - self._padding  # the column of an image that the first window has in this place
-                    inside = slice(max(0, -first), min(count, columns - first))
-                    total[:, :, inside.start + first : inside.stop + first] += each[:, :, inside, place]
+                    start, stop = max(0, -first), min(count, columns - first)
+                    if start < stop:
+                        total[:, :, start + first : stop + first] += each[:, :, start:stop, place]
                 _gathered(total, self._spread, found[k])
         return gradients, None if found is None else found.permute(0, 1, 4, 2, 3)
 

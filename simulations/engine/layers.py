@@ -33,7 +33,7 @@ class _Applied(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, hook: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
         outputs, ctx.kept = layer.outputs(inputs, inputs.requires_grad)
-        result: Tensor = outputs
+        result: Tensor = outputs.clone()  # no view, which nothing could change in place
         return result
 
     @staticmethod

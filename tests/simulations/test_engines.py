@@ -177,6 +177,54 @@ def test_batched_is_serial(module: nn.Module, how: TrainSettings, sizes: list[in
     assert max(differences(module, Program(module, people, factored=False), people, how)) < EXACT
 
 
+class Branching(nn.Module):
+    """No sequence; it changes outputs in place, and pools what has gaps in memory."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, channels, 3, padding=1), nn.Conv2d(channels, 3, 3, padding=1)
+        self.on, self.last = nn.ReLU(inplace=True), nn.Linear(12, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = self.on(self.second(self.on(self.first(inputs))))
+        return self.last(nn.functional.max_pool2d(found[..., 1:-1, 1:-1], 2).flatten(1))  # type: ignore[no-any-return]
+
+
+class Crop(nn.Module):
+    """A view of what lies inside."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[..., 1:-1, 1:-1]
+
+
+class TanhPool(nn.MaxPool2d):
+    """Pooling whose outputs are kept by somebody."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.tanh(super().forward(inputs))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Branching(2),
+        Branching(6),
+        nn.Sequential(
+            nn.Conv2d(1, 5, 3, padding=1), nn.Tanh(), Crop(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(20, 4)
+        ),
+        nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), TanhPool(2), nn.ReLU(), nn.Flatten(), nn.Linear(45, 4)),
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(3, 1, padding=1, ceil_mode=True), nn.Conv2d(4, 4, 4)),
+    ],
+    ids=["autograd", "autograd-wide", "crop", "subclass", "convolution last"],
+)
+def test_modules_that_use_their_memory_oddly(module: nn.Module) -> None:
+    if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Conv2d):
+        module = nn.Sequential(*module, nn.Flatten())
+    module, people = in_double(module, population([9, 4, 12, 1]))
+    how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
+    assert max(differences(module, Program(module, people), people, how)) < EXACT
+
+
 def test_convolutions_through_frequencies_are_serial_in_float32() -> None:
     """Layers of a size for which that is chosen, on the way to another convolution."""
     torch.manual_seed(4)
