@@ -89,7 +89,7 @@ class ByHand:
             elif type(layer) is nn.Flatten:
                 kept, inputs = inputs, inputs.flatten(layer.start_dim, layer.end_dim)
             elif type(layer) is nn.ReLU:
-                mine = place and _makes_its_outputs(self._layers[place - 1])  # so nobody else has them
+                mine = place and _makes_its_outputs(self._layers[place - 1])
                 kept = inputs = inputs.clamp_min_(0) if mine else inputs.clamp_min(0)
             elif place < self._first:
                 inputs = layer(inputs)
@@ -107,6 +107,7 @@ class ByHand:
     @torch.no_grad()
     def backward(self, slopes: Tensor) -> None:
         """See `Chain`."""
+        after = self._layers[-1]
         for place in range(len(self._layers) - 1, self._first - 1, -1):
             layer, kept = self._layers[place], self._kept.pop()
             if isinstance(layer, ClientLayer):
@@ -114,7 +115,8 @@ class ByHand:
             elif type(layer) is nn.Flatten:
                 slopes = torch.empty_like(kept).copy_(slopes.reshape(kept.shape))  # as it lies in memory
             elif type(layer) is nn.ReLU:
-                slopes = torch.ops.aten.threshold_backward.default(slopes, kept, 0)
+                into = slopes if _makes_its_outputs(after) else torch.empty_like(slopes)
+                slopes = torch.ops.aten.threshold_backward.grad_input(slopes, kept, 0, grad_input=into)
             elif type(layer) is nn.MaxPool2d:
                 before, chosen = kept
                 strides = torch.empty_like(before, device="meta").stride()  # `before` itself may have gaps
@@ -124,9 +126,11 @@ class ByHand:
                 )
             else:
                 (slopes,) = torch.autograd.grad(kept[1], kept[0], slopes)
+            after = layer
 
 
 def _makes_its_outputs(layer: nn.Module) -> bool:
+    """Whether what a layer gives, forward or back, is nobody else's, so that it may be changed in place."""
     return isinstance(layer, ClientLayer) or type(layer) is nn.MaxPool2d
 
 
