@@ -27,6 +27,8 @@ sys.path.insert(0, str(HERE))
 
 import workload
 
+from corymb.simulations.campaign import cores
+
 Result = dict[str, Any]
 
 
@@ -69,7 +71,7 @@ def write_experiment(row: Row, folder: Path, device: str = "cpu") -> Path:
 rounds = {WARMUP + row.rounds}
 rules = ["fedavg"]
 fraction = {row.clients / workload.CLIENTS}
-blocks = {os.cpu_count() if device == "cpu" else 1}
+blocks = {cores() if device == "cpu" else 1}
 data = {{ source = "{folder}/data.npz" }}
 partition = {{ kind = "site" }}
 model = {{ kind = "workload:{row.model}" }}

@@ -231,7 +231,7 @@ class FlowerStrategy(Strategy):
         """Send `messages`; `{message id: node}` of those that the grid took."""
         taken = set(grid.push_messages(messages)) if messages else set()
         asked = {message.metadata.message_id: name for name, message in self._asked.items()}
-        return asked if asked.keys() == taken else {i: name for i, name in asked.items() if i in taken}
+        return {message_id: name for message_id, name in asked.items() if message_id in taken}
 
     def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
         """`replies` that came together, with their nodes, in the order of the nodes' names.

@@ -18,7 +18,7 @@ from corymb.protocol.block import BlockArrays
 from corymb.protocol.codec import to_state
 from corymb.protocol.flower import quick_metrics, quick_record, quick_reply
 from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, of_kind
-from corymb.simulations.engine.blocks import FEWEST, Task, cut
+from corymb.simulations.engine.blocks import Task, cut
 from corymb.simulations.engine.engine import Answered, Engine, trains
 from corymb.simulations.population import Population
 from corymb.strategies import Layout
@@ -51,9 +51,7 @@ class CohortApp:
     fails. `blocks` is how many a push is cut into at least, if it is large enough.
     """
 
-    def __init__(
-        self, engine: Engine, population: Population, layout: Layout, alone: Client, blocks: int = FEWEST
-    ) -> None:
+    def __init__(self, engine: Engine, population: Population, layout: Layout, alone: Client, blocks: int) -> None:
         self._engine, self._population, self._layout, self._alone = engine, population, layout, alone
         self._blocks = blocks
         self._told: set[str] = set()  # failures of blocks, each logged once

@@ -37,7 +37,7 @@ class ClientConv2d(ClientLayer):
 
     def __init__(self, original: nn.Conv2d, now: Now) -> None:
         super().__init__(original, now)
-        self._ways: dict[tuple[type[Any], int], Way] = {}  # each with memory that it uses again
+        self._ways: dict[type[Any], Way] = {}  # each with memory that it uses again
         self._shape = tuple(original.weight.shape)
         self._geometry = Geometry(
             original.kernel_size, original.stride, tuple(map(int, original.padding)), original.dilation, original.groups
@@ -67,10 +67,10 @@ class ClientConv2d(ClientLayer):
         return None if found is None else found.flatten(0, 1)
 
     def _way(self, images: Tensor, weights: Tensor, inward: bool) -> Way:
-        kind, rows = self._kind(images, weights, inward), images.shape[3]
-        if (kind, rows) not in self._ways:
-            self._ways[kind, rows] = kind(self._geometry, rows, images.dtype)
-        return self._ways[kind, rows]
+        kind = self._kind(images, weights, inward)
+        if kind not in self._ways:
+            self._ways[kind] = kind(self._geometry)
+        return self._ways[kind]
 
     def _kind(self, images: Tensor, weights: Tensor, inward: bool) -> type[Any]:
         geometry = self._geometry
@@ -86,7 +86,7 @@ class ClientConv2d(ClientLayer):
 class Library:
     """The library's convolution, client by client; it is fastest on images whose channels do not lie last."""
 
-    def __init__(self, geometry: Geometry, *_: Any) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._found, self._inner = Room(), Room()
 

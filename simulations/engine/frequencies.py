@@ -75,16 +75,16 @@ def are_worthwhile(images: torch.Size, weights: torch.Size, geometry: Geometry) 
 
 
 class Frequencies:
-    """Convolutions with strides of one, client by client, for images of so many rows."""
+    """Convolutions with strides of one, client by client."""
 
-    def __init__(self, geometry: Geometry, rows: int, dtype: torch.dtype) -> None:
-        (height, self._width), (above, self._padding) = geometry.kernel, geometry.padding
-        self._spread, self._weigh, self._gather = transforms(rows, height, above, dtype)
+    def __init__(self, geometry: Geometry) -> None:
+        (self._height, self._width), (self._above, self._padding) = geometry.kernel, geometry.padding
         self._images, self._weights, self._windows, self._slopes, self._found = (Room() for _ in range(5))
 
     def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `convolution.Way`; kept are the spread images `[K, B, R, W, in]` and weights `[K, R, w * in, out]`."""
-        clients, batch, inner, _, columns = images.shape
+        clients, batch, inner, height, columns = images.shape
+        self._spread, self._weigh, self._gather = transforms(height, self._height, self._above, images.dtype)
         outer, count = weights.shape[1], columns + 2 * self._padding - self._width + 1
         many = len(self._spread)
         found = self._found.of((clients, batch, self._gather.shape[1], count, outer), images)

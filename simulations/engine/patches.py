@@ -30,7 +30,7 @@ class Geometry(NamedTuple):
 class Patches:
     """All clients' patches in one product, whatever the geometry, but for groups."""
 
-    def __init__(self, geometry: Geometry, *_: Any) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._windows: Any = {
             "kernel_size": geometry.kernel, "dilation": geometry.dilation,
@@ -57,7 +57,7 @@ class Patches:
 class Rows:
     """Patches as rows, `[K, B * places, width * in * height]`, for few channels and where images need no slopes."""
 
-    def __init__(self, geometry: Geometry, *_: Any) -> None:
+    def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._found, self._patches = Room(), Room()
 

@@ -69,7 +69,7 @@ def compare(way: Way, geometry: Geometry, images: Tensor, weights: Tensor, inwar
 @given(cases(with_strides=False), st.booleans())
 def test_through_frequencies(case: tuple[Geometry, Tensor, Tensor], inward: bool) -> None:
     geometry, images, weights = case
-    way = Frequencies(geometry, images.shape[3], torch.float64)
+    way = Frequencies(geometry)
     compare(way, geometry, images, weights, inward)
 
 
@@ -123,12 +123,12 @@ def test_rounding_is_about_that_of_the_library() -> None:
     images, weights = torch.randn(1, 4, 32, 14, 14), torch.randn(1, 64, 32, 5, 5)
     (exact,) = by_torch(geometry, images.double(), weights.double(), None)
     errors = []
-    for way in (Frequencies(geometry, 14, torch.float32), Library(geometry)):
+    for way in (Frequencies(geometry), Library(geometry)):
         errors.append(float((way.outputs(images, weights)[0] - exact).norm() / exact.norm()))
     assert errors[0] < 2 * errors[1] < 2e-6
     images[:, :, :, 0] *= 1000
     (exact,) = by_torch(geometry, images.double(), weights.double(), None)
-    found = Frequencies(geometry, 14, torch.float32).outputs(images, weights)[0]
+    found = Frequencies(geometry).outputs(images, weights)[0]
     assert float((found - exact)[..., 6:, :].norm() / exact[..., 6:, :].norm()) < 1e-3  # far from it
 
 
