@@ -25,7 +25,10 @@ Changes = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this form
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set partition.alpha=0.5; repeatable."),
 ]
-Out = Annotated[Optional[Path], typer.Option(help="Folder for the results (default: runs/NAME).")]  # noqa: UP045
+Out = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder for the results, of several experiments for theirs (default: runs/NAME)."),
+]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")]
 
 
@@ -48,7 +51,10 @@ def rules() -> None:
 
 @app.command()
 def simulate(
-    experiment: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped experiment.")] = "demo",
+    experiments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="TOML files, or names of shipped experiments (default: demo)."),
+    ] = None,
     changes: Changes = None,
     out: Out = None,
     jobs: Jobs = 1,
@@ -58,15 +64,15 @@ def simulate(
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Clients, with --app.")] = 10,
 ) -> None:
-    """Run an experiment, or any Flower app, on this machine."""
-    from corymb.simulations.commands import simulate_app, simulate_experiment
+    """Run experiments, or any Flower app, on this machine."""
+    from corymb.simulations.commands import simulate_app, simulate_experiments
 
     if app_folder is not None:
         if out is not None or jobs != 1:
             raise ValueError("--out and --jobs belong to experiments; an app (--app) writes what it writes.")
         simulate_app(app_folder, nodes, changes or [], console)
     else:
-        simulate_experiment(Path(experiment), changes or [], out, jobs, console)
+        simulate_experiments(list(map(Path, experiments or ["demo"])), changes or [], out, jobs, console)
 
 
 @app.command()
@@ -79,11 +85,11 @@ def compare(
     jobs: Jobs = 1,
 ) -> None:
     """Run several rules on the same data, participation and seeds, and rank them."""
-    from corymb.simulations.commands import simulate_experiment
+    from corymb.simulations.commands import simulate_experiments
 
     extra = {"rules": [rule.strip() for rule in rules.split(",")]} if rules else {}
-    simulate_experiment(
-        Path(experiment), changes or [], out, jobs, console, extra | ({"seeds": seeds} if seeds else {})
+    simulate_experiments(
+        [Path(experiment)], changes or [], out, jobs, console, extra | ({"seeds": seeds} if seeds else {})
     )
 
 

@@ -7,16 +7,16 @@ import json
 import os
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from corymb.server.door import Code
 from corymb.server.record import RoundRecord, Verdict
 from corymb.strategies.memory import packed
 
@@ -42,6 +42,10 @@ CREATE TABLE IF NOT EXISTS verdicts (
     metrics TEXT NOT NULL,
     PRIMARY KEY (round, node)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS offline (  -- instead of verdicts: there may be many, and they say nothing else
+    round INTEGER PRIMARY KEY REFERENCES rounds,
+    reasons TEXT NOT NULL
+) STRICT;
 """
 MEASURED = ("train", "evaluate", "server", "rule")
 KEPT = 2  # models of the newest rounds
@@ -106,8 +110,9 @@ class Journal:
             )  # fmt: skip
             database.executemany(
                 "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (_row(r.round, v) for r in records for v in r.verdicts),
+                [_row(r.round, v) for r in records for v in r.verdicts if v.code != Code.OFFLINE],
             )
+            database.executemany("INSERT INTO offline VALUES (?, ?)", [(r.round, _offline(r)) for r in records])
         self._models.append(newest)
         while len(self._models) > KEPT:
             model = self._models.pop(0)
@@ -175,19 +180,22 @@ def _rounds(database: sqlite3.Connection, after: int) -> list[RoundRecord]:
     """Read in one transaction, so that no round comes without its verdicts."""
     database.execute("BEGIN")
     try:
-        rows = database.execute("SELECT * FROM verdicts WHERE round > ? ORDER BY round, node", (after,))
-        seen: dict[tuple[Any, ...], Verdict] = {}  # without metrics: who is offline is so again and again
-        verdicts = {
-            number: [seen.get(row[1:]) or _verdict(row[1:], seen) for row in group]
-            for number, group in groupby(rows, key=itemgetter(0))
-        }
+        verdicts: dict[int, list[Verdict]] = defaultdict(list)
+        for number, *row in database.execute("SELECT * FROM verdicts WHERE round > ?", (after,)):
+            verdicts[number].append(_verdict(*row))
+        seen: dict[tuple[str, str], Verdict] = {}  # who is offline is so again and again
+        for number, reasons in database.execute("SELECT * FROM offline WHERE round > ?", (after,)):
+            for pair in json.loads(reasons).items():
+                if pair not in seen:
+                    seen[pair] = Verdict(pair[0], Code.OFFLINE, pair[1])
+                verdicts[number].append(seen[pair])
         rounds = database.execute(
             f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds WHERE round > ? ORDER BY round", (after,)
         )
         return [
             RoundRecord(
                 number,
-                verdicts.get(number, []),
+                sorted(verdicts[number], key=attrgetter("node")),
                 **dict(zip(MEASURED, map(json.loads, metrics), strict=True)),
                 seconds=seconds,
             )
@@ -216,13 +224,13 @@ def sha256(path: Path) -> str:
 
 
 def _row(number: int, verdict: Verdict) -> tuple[object, ...]:
-    metrics = json.dumps(verdict.metrics) if verdict.metrics else "{}"  # most are offline, and `dumps` takes its time
+    metrics = json.dumps(verdict.metrics)
     return number, verdict.node, verdict.code, verdict.reason, verdict.examples, verdict.weight, metrics
 
 
-def _verdict(row: tuple[Any, ...], seen: dict[tuple[Any, ...], Verdict]) -> Verdict:
-    node, code, reason, examples, weight, metrics = row
-    verdict = Verdict(node, code, reason, examples, weight, json.loads(metrics))
-    if not verdict.metrics:
-        seen[row] = verdict
-    return verdict
+def _verdict(node: str, code: str, reason: str, examples: int, weight: float | None, metrics: str) -> Verdict:
+    return Verdict(node, code, reason, examples, weight, json.loads(metrics))
+
+
+def _offline(record: RoundRecord) -> str:
+    return json.dumps({verdict.node: verdict.reason for verdict in record.verdicts if verdict.code == Code.OFFLINE})

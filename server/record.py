@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import fsum
 
 from flwr.app import MetricRecord
@@ -53,8 +54,13 @@ def _verdict(node: str, heard: Report | Rejection | None, weights: Mapping[str, 
     if heard is None:
         return Verdict(node, "silent", f"{node}: no reply in time, or it could not be sent.")
     if isinstance(heard, Rejection):
-        return Verdict(node, heard.code, heard.reason)
+        return _turned_away(heard)
     return Verdict(node, "admitted", "", heard.examples, weights.get(node), heard.metrics)
+
+
+@lru_cache(maxsize=1 << 14)  # who is offline is so round after round
+def _turned_away(rejection: Rejection) -> Verdict:
+    return Verdict(rejection.node, rejection.code, rejection.reason)
 
 
 def mean_metrics(reports: Iterable[Report]) -> dict[str, float]:

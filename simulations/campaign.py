@@ -1,92 +1,105 @@
-"""All runs of an experiment, rule by rule and seed by seed, with a progress bar each."""
+"""All runs of one experiment or several, rule by rule and seed by seed, with a progress bar each."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from functools import partial
-from multiprocessing import Manager, get_context
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from corymb.server import RoundRecord
+from corymb.simulations.engine.workers import are_possible
 from corymb.simulations.experiment import Experiment
 from corymb.simulations.federation import run
+from corymb.simulations.results import Run, collect_run, journal_folder
 from corymb.simulations.settings import RuleSettings
 
-Ticket = tuple[RuleSettings, int]  # one run: a rule and a seed
-Tell = Callable[[RoundRecord], None]
+TELLING = 0.1  # seconds between two times that a run tells how far it is
 
 
-def journal_folder(folder: Path, rule: RuleSettings, seed: int) -> Path:
-    """Where a run keeps its journal."""
-    return folder / "journals" / f"{rule.slug}-seed{seed}"
+class Ticket(NamedTuple):
+    """One run: a rule and a seed of an experiment whose results go into `folder`."""
+
+    experiment: Experiment
+    folder: Path
+    rule: RuleSettings
+    seed: int
 
 
-def run_all(experiment: Experiment, folder: Path, console: Console, jobs: int = 1) -> None:
-    """Run every rule with every seed, `jobs` at a time in processes of their own when there are more than one."""
-    tickets = [(rule, seed) for rule in experiment.rules for seed in experiment.seeds]
-    with _progress(console) as progress:
-        bars = {
-            _key(ticket): progress.add_task(
-                escape(f"{ticket[0].title} seed {ticket[1]}"), total=experiment.rounds, measured="", start=False
-            )
-            for ticket in tickets
-        }
-        if jobs == 1:
-            for ticket in tickets:
-                _run(experiment, ticket, folder, partial(_advance, progress, bars[_key(ticket)]), cores())
-        else:
-            _run_in_processes(experiment, tickets, folder, progress, bars, jobs)
+Show = Callable[[int, int, str], None]  # of which ticket how many rounds there are by now, and what was measured last
+_news: Any = None  # where a process of ours tells this
 
 
-def _run_in_processes(
-    experiment: Experiment,
-    tickets: list[Ticket],
-    folder: Path,
-    progress: Progress,
-    bars: dict[str, TaskID],
-    jobs: int,
-) -> None:
-    with Manager() as manager, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        news: Any = manager.Queue()
-        listener = Thread(target=_listen, args=(news, progress, bars), daemon=True)
-        listener.start()
-        try:
-            futures = [pool.submit(_run_and_tell, experiment, ticket, folder, news) for ticket in tickets]
-            for future in as_completed(futures):
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            news.put(None)
-            listener.join()
+def tickets_of(experiment: Experiment, folder: Path) -> list[Ticket]:
+    """Every rule with every seed."""
+    return [Ticket(experiment, folder, rule, seed) for rule in experiment.rules for seed in experiment.seeds]
 
 
-def _run_and_tell(experiment: Experiment, ticket: Ticket, folder: Path, news: Any) -> None:
+def run_all(tickets: Sequence[Ticket], console: Console, jobs: int = 1) -> list[Run]:
+    """The runs of `tickets`, `jobs` at a time in processes of their own when there are more than one."""
+    if jobs > 1:
+        return _in_processes(tickets, console, jobs)
+    with _progress(tickets, console) as show:
+        return [_run(ticket, number, show, cores()) for number, ticket in enumerate(tickets)]
+
+
+def _in_processes(tickets: Sequence[Ticket], console: Console, jobs: int) -> list[Run]:
+    # Forked from this one where that can be, they have its libraries and its data without a copy.
+    context: Any = multiprocessing.get_context("fork" if are_possible() else "spawn")
+    news = context.SimpleQueue()
+    with ProcessPoolExecutor(jobs, context, _begin, (news,)) as pool:
+        futures = [pool.submit(_run_and_tell, ticket, number) for number, ticket in enumerate(tickets)]
+        with _progress(tickets, console) as show:  # its thread begins after the processes
+            listener = Thread(target=_listen, args=(news, show), daemon=True)
+            listener.start()
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+                news.put(None)
+                listener.join()
+    return [future.result() for future in futures]
+
+
+def _begin(news: Any) -> None:
+    global _news
+    _news = news
+
+
+def _run_and_tell(ticket: Ticket, number: int) -> Run:
+    return _run(ticket, number, lambda *told: _news.put(told), workers=1)
+
+
+def _listen(news: Any, show: Show) -> None:
+    while (told := news.get()) is not None:
+        show(*told)
+
+
+def _run(ticket: Ticket, number: int, show: Show, workers: int) -> Run:
+    experiment, folder, rule, seed = ticket
+    told, measured = 0.0, ""
+
     def tell(record: RoundRecord) -> None:
-        news.put((_key(ticket), record))
+        nonlocal told, measured
+        if "accuracy" in record.server:
+            measured = f"accuracy {record.server['accuracy']:.3f}, {len(record.admitted)} clients"
+        if time.monotonic() - told > TELLING or record.round == experiment.rounds:
+            told = time.monotonic()
+            show(number, record.round, measured)
 
-    _run(experiment, ticket, folder, tell, workers=1)
-
-
-def _listen(news: Any, progress: Progress, bars: dict[str, TaskID]) -> None:
-    while (item := news.get()) is not None:
-        key, record = item
-        _advance(progress, bars[key], record)
-
-
-def _run(experiment: Experiment, ticket: Ticket, folder: Path, tell: Tell, workers: int) -> None:
-    rule, seed = ticket
     logging.getLogger("flwr").setLevel(logging.WARNING)  # the progress bar says it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small models run slower on several, and sums differ with their number
@@ -96,6 +109,7 @@ def _run(experiment: Experiment, ticket: Ticket, folder: Path, tell: Tell, worke
     finally:
         gc.unfreeze()
         torch.set_num_threads(threads)
+    return collect_run(experiment, folder, rule, seed)
 
 
 def cores() -> int:
@@ -103,20 +117,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _key(ticket: Ticket) -> str:
-    return f"{ticket[0].title}\n{ticket[1]}"
-
-
-def _advance(progress: Progress, bar: TaskID, record: RoundRecord) -> None:
-    progress.start_task(bar)
-    accuracy = f"accuracy {record.server['accuracy']:.3f}, " if "accuracy" in record.server else ""
-    if accuracy:
-        progress.update(bar, measured=f"{accuracy}{len(record.admitted)} clients")
-    progress.update(bar, completed=record.round)
-
-
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def _progress(tickets: Sequence[Ticket], console: Console) -> Iterator[Show]:
+    """A bar for each ticket, that moves when it is shown how far a run is."""
+    several = len({ticket.folder for ticket in tickets}) > 1
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -126,4 +130,13 @@ def _progress(console: Console) -> Iterator[Progress]:
         console=console,
         refresh_per_second=4,
     ) as progress:
-        yield progress
+        bars = []
+        for experiment, _, rule, seed in tickets:
+            title = f"{experiment.name} {rule.title} seed {seed}" if several else f"{rule.title} seed {seed}"
+            bars.append(progress.add_task(escape(title), total=experiment.rounds, measured="", start=False))
+
+        def show(number: int, rounds: int, measured: str) -> None:
+            progress.start_task(bars[number])
+            progress.update(bars[number], completed=rounds, measured=measured)
+
+        yield show

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from corymb.simulations.campaign import run_all
+from corymb.simulations.campaign import run_all, tickets_of
 from corymb.simulations.claims import findings, put_into, table
 from corymb.simulations.data import DIGITS
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
@@ -22,33 +23,57 @@ from corymb.simulations.report import write_report
 from corymb.simulations.results import Run, collect, is_finished, prepare, scores, write
 
 
-def simulate_experiment(
-    path: Path,
+def simulate_experiments(
+    paths: list[Path],
     changes: list[str],
     out: Path | None,
     jobs: int,
     console: Console,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run the experiment in `path`, print its table and write its folder."""
-    experiment = read(path, dict(map(parse_change, changes)) | dict(extra or {}))
-    folder = out or Path("runs") / experiment.name
-    check(experiment)  # before an earlier run's results make way
-    prepare(folder)
-    run_all(experiment, folder, console, jobs)
-    runs = collect(experiment, folder)
-    write(experiment, runs, folder)
-    report = write_report(experiment, runs, folder)
+    """Run the experiments in `paths`; print the table and write the folder of each."""
+    settings = dict(map(parse_change, changes)) | dict(extra or {})
+    experiments = [read(path, settings) for path in paths]
+    if len({experiment.name for experiment in experiments}) < len(experiments):
+        raise ValueError("Two of the experiments have the same name, so they would share a folder; run one at a time.")
+    folders = [
+        out if out and len(experiments) == 1 else (out or Path("runs")) / experiment.name for experiment in experiments
+    ]
+    for experiment, folder, runs in _run_each(list(zip(experiments, folders, strict=True)), jobs, console):
+        report = write_report(experiment, runs, folder)
+        if len(experiments) > 1:
+            console.print(f"[bold]{escape(experiment.name)}[/bold]")
+        console.print(_ranking(runs))
+        console.print(f"Report: {report}", soft_wrap=True, markup=False)
+
+
+def _run_each(
+    plans: list[tuple[Experiment, Path]], jobs: int, console: Console
+) -> Iterator[tuple[Experiment, Path, list[Run]]]:
+    """Run each experiment with its folder, all at once, and write what they leave behind."""
+    for experiment, _ in plans:
+        check(experiment)  # before an earlier run's results make way
+    for _, folder in plans:
+        prepare(folder)
+    tickets = [tickets_of(experiment, folder) for experiment, folder in plans]
+    runs = iter(run_all(list(chain(*tickets)), console, jobs))
+    for (experiment, folder), mine in zip(plans, tickets, strict=True):
+        done = list(islice(runs, len(mine)))
+        write(experiment, done, folder)
+        yield experiment, folder, done
+
+
+def _ranking(runs: list[Run]) -> Table:
+    """The rules of an experiment, best first."""
     results = scores(runs)
     best = max(results, key=lambda rule: results[rule][0])
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("rule")
-    table.add_column("test accuracy %", justify="right")
+    ranking = Table(box=None, pad_edge=False, header_style="bold")
+    ranking.add_column("rule")
+    ranking.add_column("test accuracy %", justify="right")
     for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -item[1][0]):
         style = "bold" if rule == best else ""
-        table.add_row(escape(rule), f"{100 * mean:.2f} ± {100 * deviation:.2f}", style=style)
-    console.print(table)
-    console.print(f"Report: {report}", soft_wrap=True, markup=False)
+        ranking.add_row(escape(rule), f"{100 * mean:.2f} ± {100 * deviation:.2f}", style=style)
+    return ranking
 
 
 def measure_claims(
@@ -79,11 +104,7 @@ def _runs(experiment: Experiment, folder: Path, jobs: int, console: Console) -> 
     if is_finished(experiment, folder):
         return collect(experiment, folder)
     console.print(f"{experiment.name}: {experiment.setting}", markup=False)
-    check(experiment)
-    prepare(folder)
-    run_all(experiment, folder, console, jobs)
-    runs = collect(experiment, folder)
-    write(experiment, runs, folder)
+    ((_, _, runs),) = _run_each([(experiment, folder)], jobs, console)
     return runs
 
 

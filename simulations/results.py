@@ -7,6 +7,7 @@ import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import numpy as np
 import tomli_w
 
 from corymb.server import Journal, RoundRecord
-from corymb.simulations.campaign import journal_folder
 from corymb.simulations.experiment import Experiment
+from corymb.simulations.settings import RuleSettings
 
 SUMMARY = "summary.json"
 FILES = {
@@ -43,21 +44,21 @@ class Run:
         return [record.round for record in tested], [record.server["accuracy"] for record in tested]
 
 
+def journal_folder(folder: Path, rule: RuleSettings, seed: int) -> Path:
+    """Where a run keeps its journal."""
+    return folder / "journals" / f"{rule.slug}-seed{seed}"
+
+
 def collect(experiment: Experiment, folder: Path) -> list[Run]:
     """The runs in `folder`, rule by rule."""
-    return [
-        _collect(experiment, folder, index, seed) for index in range(len(experiment.rules)) for seed in experiment.seeds
-    ]
+    return [collect_run(experiment, folder, rule, seed) for rule in experiment.rules for seed in experiment.seeds]
 
 
-def _collect(experiment: Experiment, folder: Path, index: int, seed: int) -> Run:
-    rule = experiment.rules[index]
-    journal = Journal(journal_folder(folder, rule, seed), durable=False)
-    try:
+def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: int) -> Run:
+    """The run of `rule` with `seed`, from its journal."""
+    with closing(Journal(journal_folder(folder, rule, seed), durable=False)) as journal:
         records = list(journal.rounds())
         digest = journal.model_sha256()
-    finally:
-        journal.close()
     newest = experiment.rounds - experiment.evaluate.last
     tested = [r.server["accuracy"] for r in records if "accuracy" in r.server]
     last = [r.server["accuracy"] for r in records if "accuracy" in r.server and r.round > newest]

@@ -88,12 +88,13 @@ class FedAU(BlindRule[Attendance]):
 
     def after(self, reports: Collection[Report], known: Collection[str], memory: Attendance) -> Attendance:
         """Every known site is one round older; who came, or waited for `cutoff` rounds, closes its interval."""
-        memory = memory.joined_by(sorted(set(known) - memory.rows.keys()))
+        if newcomers := set(known) - memory.rows.keys():
+            memory = memory.joined_by(sorted(newcomers))
+        rows = [memory.rows[report.node] for report in reports]
         came = torch.zeros(len(memory.nodes), dtype=torch.bool)
+        came[rows] = True
         examples = memory.examples.clone()
-        for report in reports:
-            came[memory.rows[report.node]] = True
-            examples[memory.rows[report.node]] = report.examples
+        examples[rows] = torch.tensor([report.examples for report in reports], dtype=examples.dtype)
         waited = memory.open + 1
         closes = came if not self.cutoff else came | (waited == self.cutoff)
         mean = (memory.closed * memory.mean + waited) / (memory.closed + 1)

@@ -17,7 +17,12 @@ STATE = {"w": torch.arange(6.0).reshape(2, 3).t(), "n": torch.tensor(3), "h": to
 def record(number: int) -> RoundRecord:
     return RoundRecord(
         number,
-        [Verdict("a", "admitted", "", 5, 0.5, {"loss": 1.5}), Verdict("b", "shape", "b: wrong.")],
+        [
+            Verdict("a", "offline", "a: error 3: Off."),
+            Verdict("b", "admitted", "", 5, 0.5, {"loss": 1.5}),
+            Verdict("c", "offline", f"c: error 3: Off for the {number}th time."),
+            Verdict("d", "shape", "d: wrong."),
+        ],
         train={"loss": 1.5},
         server={"accuracy": 0.25},
         seconds=0.1,
@@ -53,7 +58,7 @@ def test_a_round_that_was_not_committed_did_not_happen(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.write(record(1), STATE, None)
     twice = record(2)
-    twice.verdicts.append(twice.verdicts[0])
+    twice.verdicts.append(twice.verdicts[1])
     with pytest.raises(Exception, match="UNIQUE"):
         journal.write(twice, {"w": torch.zeros(1)}, None)
     assert [r.round for r in journal.rounds()] == [1]

@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from corymb.server.journal import sha256
-from corymb.simulations.campaign import run_all
+from corymb.simulations.campaign import run_all, tickets_of
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
 from corymb.simulations.federation import check, run
 from corymb.simulations.plots import _smooth
@@ -116,8 +116,8 @@ def test_data_that_does_not_fit_is_told_before_anything_runs() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     experiment = Experiment(**SMALL)
-    run_all(experiment, folder, Console(quiet=True))
-    runs = collect(experiment, folder)
+    runs = run_all(tickets_of(experiment, folder), Console(quiet=True))
+    assert runs == collect(experiment, folder)
     write(experiment, runs, folder)
     write_report(experiment, runs, folder)
     return folder
@@ -189,10 +189,15 @@ def test_smoothing_keeps_length_and_level() -> None:
         assert smooth == pytest.approx(3.0)
 
 
-def test_the_same_seed_gives_the_same_model_in_another_process(tmp_path: Path, finished: Path) -> None:
+@pytest.mark.parametrize("forked", [True, False])
+def test_the_same_seed_gives_the_same_model_in_another_process(
+    tmp_path: Path, finished: Path, forked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corymb.simulations.campaign.are_possible", lambda: forked)
     experiment = Experiment(**SMALL)
-    run_all(experiment, tmp_path, Console(quiet=True), jobs=2)
-    assert [run.model_sha256 for run in collect(experiment, tmp_path)] == [
+    runs = run_all(tickets_of(experiment, tmp_path), Console(quiet=True), jobs=2)
+    assert runs == collect(experiment, tmp_path)
+    assert [run.model_sha256 for run in runs] == [
         run["model_sha256"] for run in json.loads((finished / "summary.json").read_text())["runs"]
     ]
 
@@ -205,8 +210,8 @@ def test_the_same_seed_gives_the_same_model_with_replies_shuffled(
     monkeypatch.setattr("corymb.server.arrivals.POLL_SECONDS", 0)
     monkeypatch.setattr("corymb.simulations.federation.LocalGrid", Shuffled)
     experiment = Experiment(**SMALL)
-    run_all(experiment, tmp_path, Console(quiet=True))
-    assert [run.model_sha256 for run in collect(experiment, tmp_path)] == [
+    runs = run_all(tickets_of(experiment, tmp_path), Console(quiet=True))
+    assert [run.model_sha256 for run in runs] == [
         run["model_sha256"] for run in json.loads((finished / "summary.json").read_text())["runs"]
     ]
 
@@ -235,6 +240,22 @@ def test_a_mistake_leaves_earlier_results_alone(tmp_path: Path) -> None:
     (tmp_path / "runs" / "demo" / "summary.json").write_text("{}")
     assert corymb("simulate", "--set", "data.source=nowhere", cwd=tmp_path).returncode == 2
     assert (tmp_path / "runs" / "demo" / "summary.json").exists()
+
+
+def test_several_experiments_are_run_at_once(tmp_path: Path) -> None:
+    small = ["rounds = 2", 'rules = ["fedavg"]', "train.steps = 1", "evaluate.every = 2", 'based_on = "demo"']
+    for name, kind in (("often", "always"), ("in_turn", "cyclic")):
+        (tmp_path / f"{name}.toml").write_text("\n".join([*small, f'participation.kind = "{kind}"']))
+    result = corymb("simulate", "often.toml", "in_turn.toml", "--jobs", "2", "--out", "both", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    came = []
+    for name in ("often", "in_turn"):
+        rounds = (tmp_path / "both" / name / "rounds.jsonl").read_text().splitlines()
+        came.append(sum(json.loads(line)["replies"]["admitted"] for line in rounds))
+        assert (tmp_path / "both" / name / "report.html").exists()
+        assert f"\n{name}\n" in result.stdout
+    assert came[0] > came[1]
+    assert "share a folder" in corymb("simulate", "often.toml", "often.toml", cwd=tmp_path).stderr
 
 
 def test_a_run_whose_clients_all_fail_is_no_run(tmp_path: Path) -> None:
