@@ -246,11 +246,9 @@ class OnExamples(Factors):
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
         total = self.start * self.shrunk(weights, kept)
-        clients = range(len(weights)) if isinstance(kept, slice) else kept.tolist()
-        weighed = self.factors * weights[:, None, None]
-        for client in clients:
-            mine = self._basis[client]
-            total.addmm_(weighed[client, : len(mine)].T, mine)
+        for mine, factors, weight in zip(self._basis, self.factors, weights.tolist(), strict=True):
+            if weight:
+                total.addmm_(factors[: len(mine)].T, mine, alpha=weight)
         return total
 
     def written(self) -> Tensor:

@@ -119,7 +119,7 @@ class Program:
         example = store.inputs_at(slice(0, 1)).to(device)
         nothing = example.new_zeros(1).expand(len(clients) * width, *example.shape[1:])
         static = self._first is not None and isinstance(self._first.form, OnExamples)
-        outputs: list[Tensor] = []
+        told: list[Tensor] = []
         minus = example.new_full((len(clients) * width, 1), -1.0)
         for step, (wanted, shares) in enumerate(zip(*each, strict=True)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
@@ -131,12 +131,12 @@ class Program:
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(device)
             scores = self._chain.forward(inputs)
             self._steps += 1
-            slopes = torch.softmax(scores, dim=1).scatter_add_(1, upto(rows, wanted), upto(rows, minus))
+            told.append(torch.log_softmax(scores, dim=1))
+            slopes = told[-1].exp().scatter_add_(1, upto(rows, wanted), upto(rows, minus))
             self._chain.backward(slopes.mul_(upto(rows, shares)))
-            outputs.append(scores.clone())  # layers use their memory again
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-        return Trained.of(self._pieces(), outputs, targets, batches)
+        return Trained.of(self._pieces(), told, targets, batches)
 
     def _begin(
         self, start: State, clients: Sequence[int], batches: Batches, settings: TrainSettings, own: bool

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.forms import Piece
@@ -34,15 +34,17 @@ class Trained:
     device: torch.device
 
     @classmethod
-    def of(cls, pieces: list[Piece], outputs: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
-        """From the outputs of each step, `[A * B, C]` for the first A clients, and the `targets [S, K, B]`."""
+    def of(cls, pieces: list[Piece], told: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
+        """From the logarithms of the classes' probabilities in each step, `[A * B, C]` for the first A clients, and
+        the `targets [S, K, B]`."""
         steps, clients, width = targets.shape
-        scores = outputs[0].new_zeros(steps, clients * width, outputs[0].shape[1])
-        for place, mine in zip(scores, outputs, strict=True):
+        logs = told[0].new_zeros(steps, clients * width, told[0].shape[1])
+        for place, mine in zip(logs, told, strict=True):
             place[: len(mine)] = mine
+        logs = logs.view(steps, clients, width, -1)
         there = (batches.weights > 0).transpose(0, 1)
-        losses = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view_as(there)
-        right = scores.argmax(dim=2).view_as(there) == targets
+        losses = -logs.gather(3, targets[..., None])[..., 0]
+        right = logs.argmax(dim=3) == targets
         sums = torch.where(there, torch.stack([losses.double(), right.double()]), 0.0).sum(dim=(1, 3))
         bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
         examples = there.sum(dim=(0, 2)).tolist()

@@ -54,19 +54,19 @@ class Vmapped:
             weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, shares: Tensor
         ) -> tuple[Tensor, Tensor]:
             scores = functional_call(self._module, {**weights, **others}, (inputs,))
-            each = nn.functional.cross_entropy(scores, targets, reduction="none")
-            return (each * shares).sum(), scores
+            logs = torch.log_softmax(scores, dim=1)
+            return (nn.functional.nll_loss(logs, targets, reduction="none") * shares).sum(), logs
 
         slopes = vmap(grad(loss, has_aux=True))
         places = self._population.places(clients, batches.rows)
-        outputs = []
+        told = []
         self._module.train()
         for step in range(places.shape[1]):
             inputs, targets = store.inputs_at(places[:, step]), store.targets[places[:, step]]
-            gradients, scores = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
+            gradients, logs = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in moving.items():
                 tensor.grad = gradients[name]
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-            outputs.append(scores.detach().flatten(0, 1))
+            told.append(logs.detach().flatten(0, 1))
         targets = store.targets[places].transpose(0, 1)
-        return Trained.of(list(pieces.values()), outputs, targets, batches)
+        return Trained.of(list(pieces.values()), told, targets, batches)
