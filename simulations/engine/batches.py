@@ -27,10 +27,11 @@ class Batches:
         cls,
         sizes: Sequence[int],
         settings: TrainSettings,
-        generators: Sequence[torch.Generator],
+        generators: Sequence[torch.Generator | None],
         dtype: torch.dtype = torch.float32,
     ) -> Batches:
-        """What clients of so many examples draw from their generators; weights have the model's `dtype`."""
+        """What clients of so many examples draw from their generators, if they shuffle; weights have the model's
+        `dtype`."""
         drawn = [drawn_rows(size, settings, generator) for size, generator in zip(sizes, generators, strict=True)]
         width = max(max(lengths) for _, lengths in drawn)
         steps = [len(lengths) for _, lengths in drawn]

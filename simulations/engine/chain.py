@@ -16,7 +16,7 @@ from corymb.simulations.engine.room import Room
 
 
 class Chain(Protocol):
-    """Forward, then backward, once each per step.
+    """Forward, then backward, once each per step, with torch's autograd switched off.
 
     `enters_directly` is whether the examples may enter the first client layer as they are, or nobody knows.
     """
@@ -58,7 +58,8 @@ class ByAutograd:
 
     def forward(self, inputs: Tensor) -> Tensor:
         """See `Chain`."""
-        outputs: Tensor = self._module(inputs)
+        with torch.enable_grad():
+            outputs: Tensor = self._module(inputs)
         self._outputs = outputs
         return outputs.detach()
 
@@ -77,7 +78,6 @@ class ByHand:
         self._rooms = {place: Room() for place, layer in enumerate(layers) if type(layer) is nn.MaxPool2d}
         self.enters_directly = all(type(layer) in (nn.Flatten, nn.Identity) for layer in layers[: self._first])
 
-    @torch.no_grad()
     def forward(self, inputs: Tensor) -> Tensor:
         """See `Chain`."""
         self._kept = []
@@ -104,7 +104,6 @@ class ByHand:
             self._kept.append(kept)
         return inputs
 
-    @torch.no_grad()
     def backward(self, slopes: Tensor) -> None:
         """See `Chain`."""
         after = self._layers[-1]

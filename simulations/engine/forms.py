@@ -220,7 +220,7 @@ class OnExamples(Factors):
         self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
         first = start.new_zeros(clients, width, start.shape[0])
         for mine, outputs in zip(basis, first, strict=True):
-            torch.mm(mine, start.T, out=outputs[: len(mine)])
+            torch.mm(mine, start.T, out=upto(mine.shape[0], outputs))
         if bias is not None:
             first += bias
         # Of each example: what a batch with it begins with, its products with all others, and its row in the factors.
@@ -248,13 +248,13 @@ class OnExamples(Factors):
         total = self.start * self.shrunk(weights, kept)
         for mine, factors, weight in zip(self._basis, self.factors, weights.tolist(), strict=True):
             if weight:
-                total.addmm_(factors[: len(mine)].T, mine, alpha=weight)
+                total.addmm_(upto(mine.shape[0], factors).T, mine, alpha=weight)
         return total
 
     def written(self) -> Tensor:
         models = self.start * self.alpha
         for mine, factors, model in zip(self._basis, self.factors, models, strict=True):
-            model.addmm_(factors[: len(mine)].T, mine)
+            model.addmm_(upto(mine.shape[0], factors).T, mine)
         return models
 
     def bound(self) -> Tensor:

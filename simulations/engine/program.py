@@ -92,6 +92,7 @@ class Program:
         """Whether each of its layers was called once in each step: called twice, it would learn in between."""
         return all(layer.calls == self._steps for layer in self._layers.values())
 
+    @torch.no_grad()
     def train(
         self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
     ) -> Trained:
@@ -104,7 +105,9 @@ class Program:
         sites = [(settings.seed, client, server_round) for client in clients]
         sizes = [self._population.size(client) for client in clients]
         dtype = next(iter(start.values())).dtype
-        batches = Batches.drawn(sizes, settings, [batch_generator(*site) for site in sites], dtype)
+        batches = Batches.drawn(
+            sizes, settings, [batch_generator(*site) if settings.shuffle else None for site in sites], dtype
+        )
         places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
         places, batches = places.to(store.inputs.device), batches.to(device)
         now.clients = len(clients)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.forms import Piece
@@ -38,9 +39,8 @@ class Trained:
         """From the logarithms of the classes' probabilities in each step, `[A * B, C]` for the first A clients, and
         the `targets [S, K, B]`."""
         steps, clients, width = targets.shape
-        logs = told[0].new_zeros(steps, clients * width, told[0].shape[1])
-        for place, mine in zip(logs, told, strict=True):
-            place[: len(mine)] = mine
+        rows = clients * width
+        logs = torch.stack([mine if mine.shape[0] == rows else pad(mine, (0, 0, 0, rows - len(mine))) for mine in told])
         logs = logs.view(steps, clients, width, -1)
         there = (batches.weights > 0).transpose(0, 1)
         losses = -logs.gather(3, targets[..., None])[..., 0]
