@@ -60,6 +60,8 @@ def quick_record(records: Mapping[str, ArrayRecord | MetricRecord]) -> RecordDic
 
 def quick_messages(content: RecordDict, node_ids: list[int], kind: str, group_id: str) -> list[Message]:
     """`Message(content, node_id, kind, group_id=group_id)` for each of `node_ids`, checked once."""
+    if not node_ids:
+        return []
     first = Message(content, node_ids[0], kind, group_id=group_id)
     messages = []
     for node_id in node_ids:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from corymb.server.door import Rejection
-from corymb.strategies import Report, Rule
+from corymb.strategies import Model, Proxy, Reply, Report, Rule
 from corymb.strategies.election import count, run_off
 
 
@@ -32,6 +32,25 @@ class Guard:
 
     rules: tuple[Rule[Any], ...] = ()
     metric: str = "loss"
+
+    def initial(self) -> tuple[Any, ...]:
+        """What the rules remember before the first round."""
+        return tuple(rule.initial() for rule in self.rules)
+
+    def candidates(
+        self,
+        origin: Model,
+        replies: Sequence[Reply],
+        memories: Sequence[Any],
+        known: Collection[str],
+        proxy: Proxy | None,
+    ) -> tuple[list[Model], tuple[Any, ...]]:
+        """The model of each rule after `replies` to `origin`, and what it remembers from then on."""
+        outcomes = [
+            rule.aggregate(origin, list(replies), memory, known, proxy)
+            for rule, memory in zip(self.rules, memories, strict=True)
+        ]
+        return [outcome.model for outcome in outcomes], tuple(outcome.memory for outcome in outcomes)
 
     def choose(self, heard: Sequence[Iterable[Report | Rejection]]) -> Choice | None:
         """The election, from what was `heard` of each candidate; None when nobody said anything."""

@@ -13,9 +13,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.flower import quick_messages
 from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, ROUND
 from corymb.server.arrivals import arrivals
+from corymb.server.asked import Asked
 from corymb.server.door import Code, Door, Rejection, is_bounded
 from corymb.server.guard import Guard
 from corymb.server.journal import Journal
@@ -88,12 +88,12 @@ class FlowerStrategy(Strategy):
         self.on_round = on_round
         self.memory = rule.initial()
         self.moments = step.initial() if step else None
-        self.candidates = tuple(other.initial() for other in guard.rules) if guard else ()
+        self.candidates = guard.initial() if guard else ()
         self._grid: Grid | None = None
         self._timeout = 3600.0
         self._arrived: list[float] = []  # seconds after the push
         self.known: set[str] = set()
-        self._asked: dict[str, Message] = {}
+        self._asked = Asked()
         self._config = ConfigRecord()
         self._arrays = ArrayRecord()  # the model as it was last sent, and, taken apart, `_origin`
         self._origin = Model(torch.zeros(0))
@@ -124,7 +124,7 @@ class FlowerStrategy(Strategy):
         if not self._arrays:
             raise RuntimeError("aggregate_train needs the round's model: call configure_train before it.")
         record = RoundRecord(server_round)
-        arrays = self._aggregate(record, self._in_order(replies)) or (self._arrays if record.admitted else None)
+        arrays = self._aggregate(record, self._asked.in_order(replies)) or (self._arrays if record.admitted else None)
         return arrays, as_metrics(record.train)
 
     def configure_evaluate(
@@ -138,7 +138,7 @@ class FlowerStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The mean metrics of `replies`, weighed by examples."""
-        return as_metrics(self._hear(self._in_order(replies)))
+        return as_metrics(self._hear(self._asked.in_order(replies)))
 
     def start(
         self,
@@ -165,7 +165,7 @@ class FlowerStrategy(Strategy):
         for number in range(1, num_rounds + 1):
             record = RoundRecord(number)
             messages = self.configure_train(number, result.arrays, train_config or ConfigRecord(), grid)
-            asked = self._push(grid, messages)
+            asked = self._asked.push(grid, messages)
             del messages
             enough = self.patience.enough(len(asked)) if self.patience and asked else None
             replies = self._timed(arrivals(grid, asked, timeout, enough))
@@ -177,7 +177,7 @@ class FlowerStrategy(Strategy):
                 result.train_metrics_clientapp[number] = MetricRecord(dict(record.train))
 
             messages = self.configure_evaluate(number, result.arrays, evaluate_config or ConfigRecord(), grid)
-            record.evaluate = self._hear(arrivals(grid, self._push(grid, messages), timeout))
+            record.evaluate = self._hear(arrivals(grid, self._asked.push(grid, messages), timeout))
             if record.evaluate:
                 result.evaluate_metrics_clientapp[number] = MetricRecord(dict(record.evaluate))
 
@@ -214,38 +214,19 @@ class FlowerStrategy(Strategy):
         config = config.copy()
         config[ROUND] = server_round
         self._config = config
-        models: dict[int, tuple[Model, list[str]]] = {}  # one for all sites, or several that the rule keeps
-        for name in nodes:
+        models: dict[int, tuple[Model, dict[str, int]]] = {}  # one for all sites, or several that the rule keeps
+        for name, node_id in nodes.items():
             model = self.rule.model_for(name, self._origin, self.memory)
-            models.setdefault(model.parameters.data_ptr(), (model, []))[1].append(name)
+            models.setdefault(model.parameters.data_ptr(), (model, {}))[1][name] = node_id
         asked: dict[str, Message] = {}
-        for model, names in models.values():
-            own = self._arrays if model is self._origin else to_arrays(self._layout.restore(model))
-            content = RecordDict({self.arrayrecord_key: own, self.configrecord_key: config})
-            messages = quick_messages(content, [nodes[name] for name in names], kind, str(server_round))
-            asked |= zip(names, messages, strict=True)
-        self._asked = {name: asked[name] for name in nodes}
-        return list(self._asked.values())
+        for model, theirs in models.values():
+            asked |= Asked.of(self._content(model), theirs, kind, str(server_round)).messages
+        self._asked = Asked({name: asked[name] for name in nodes})
+        return list(self._asked.messages.values())
 
-    def _push(self, grid: Grid, messages: list[Message]) -> dict[str, str]:
-        """Send `messages`; `{message id: node}` of those that the grid took."""
-        taken = set(grid.push_messages(messages)) if messages else set()
-        asked = {message.metadata.message_id: name for name, message in self._asked.items()}
-        return {message_id: name for message_id, name in asked.items() if message_id in taken}
-
-    def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
-        """`replies` that came together, with their nodes, in the order of the nodes' names.
-
-        Errors are told by the message that they answer: the SuperLink makes them under its own node id.
-        """
-        by_message = {message.metadata.message_id: name for name, message in self._asked.items()}
-        by_node = {message.metadata.dst_node_id: name for name, message in self._asked.items()}
-        named: dict[str, Message] = {}
-        for reply in replies:
-            source = reply.metadata.src_node_id
-            name = by_message.get(reply.metadata.reply_to_message_id) or by_node.get(source, f"node-{source}")
-            named.setdefault(name, reply)
-        return iter(sorted(named.items(), key=lambda item: item[0]))
+    def _content(self, model: Model) -> RecordDict:
+        arrays = self._arrays if model is self._origin else to_arrays(self._layout.restore(model))
+        return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: self._config})
 
     def _aggregate(self, record: RoundRecord, replies: Named) -> ArrayRecord | None:
         """Door and rule: the next model, or None when it is still the same. Fills in `record`."""
@@ -258,7 +239,7 @@ class FlowerStrategy(Strategy):
         outcome = self.rule.aggregate(self._origin, admitted, self.memory, frozenset(self.known), self.proxy)
         self.memory = outcome.memory
         record.rule = dict(outcome.notes)
-        record.verdicts = verdicts(self._asked, heard, outcome.weights)
+        record.verdicts = verdicts(self._asked.messages, heard, outcome.weights)
         record.train = mean_metrics(report for report in heard.values() if isinstance(report, Report))
         for verdict in record.verdicts:
             if verdict.reason and verdict.code != Code.OFFLINE:
@@ -284,22 +265,15 @@ class FlowerStrategy(Strategy):
         """The candidate that the sites prefer, by the guard's election; the model itself when nobody says anything."""
         if self._grid is None:
             raise RuntimeError("A guard asks the sites, so it needs their grid: call configure_train before it.")
-        known, others, memories = frozenset(self.known), [], []
-        for rule, memory in zip(guard.rules, self.candidates, strict=True):
-            outcome = rule.aggregate(self._origin, list(replies), memory, known, self.proxy)
-            others.append(outcome.model)
-            memories.append(outcome.memory)
-        self.candidates = tuple(memories)
+        others, self.candidates = guard.candidates(
+            self._origin, replies, self.candidates, frozenset(self.known), self.proxy
+        )
         candidates = [model, *others, self._origin]
-        nodes = {name: message.metadata.dst_node_id for name, message in self._asked.items()}
-        heard = []
+        nodes, heard = self._asked.nodes, []
         for number, candidate in enumerate(candidates):
-            content = RecordDict(
-                {self.arrayrecord_key: to_arrays(self._layout.restore(candidate)), self.configrecord_key: self._config}
-            )
             group = f"{record.round}-candidate-{number}"
-            self._asked = {n: Message(content, i, MessageType.EVALUATE, group_id=group) for n, i in nodes.items()}
-            asked = self._push(self._grid, list(self._asked.values()))
+            self._asked = Asked.of(self._content(candidate), nodes, MessageType.EVALUATE, group)
+            asked = self._asked.push(self._grid, list(self._asked.messages.values()))
             heard.append([self._door.hear(node, m) for node, m in arrivals(self._grid, asked, self._timeout)])
         choice = guard.choose(heard)
         if choice is None:
