@@ -29,13 +29,18 @@ class Task:
     server_round: int
 
 
+def most_clients(parameters: int) -> int:
+    """How many clients a block of models with so many `parameters` may have."""
+    return max(1, min(MOST, LARGEST // parameters))
+
+
 def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = FEWEST) -> list[list[int]]:
     """Blocks of places in `sizes` (the examples of each client), by size so that little is padding.
 
     What the blocks are depends on that and on how many `parameters` a model has, so it does not matter who trains them.
     There are at least the `fewest` where that is worth its overhead.
     """
-    most = max(1, min(MOST, LARGEST // parameters))
+    most = most_clients(parameters)
     order = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
     passed = [
         settings.steps * settings.batch_size if settings.steps else size * (settings.epochs or 1) for size in sizes

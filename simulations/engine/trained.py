@@ -58,6 +58,6 @@ class Trained:
         kept = slice(None) if every else weights.nonzero()[:, 0]
         return torch.cat([piece.moved(weights, kept).flatten() for piece in self.pieces]).cpu()
 
-    def models(self) -> Tensor:
-        """Every client's model `[K, P]`."""
-        return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1).cpu()
+    def models(self, into: Tensor | None = None) -> Tensor:
+        """Every client's model `[K, P]`, written `into` a tensor on the same device if there is one."""
+        return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1, out=into).cpu()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corymb.simulations.engine.blocks import Task, cut_up, with_drift
+from corymb.simulations.engine.blocks import Task, cut_up, most_clients, with_drift
 from corymb.simulations.engine.engine import Answered, InProcess, Trainer
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
@@ -33,6 +33,7 @@ class _Worker:
     tasks: Connection
     questions: Connection  # about blocks that are trained; they go before tasks
     sums: Tensor  # shared [SLOTS, P]
+    models: Tensor  # shared [most clients, P]: those of one block at a time, where they are written out
     left: int = 0  # tasks that it was given and has not told of
     free: list[int] = field(default_factory=lambda: list(range(SLOTS)))  # places in `sums`
     asked: dict[tuple[int, int], int | None] = field(
@@ -63,15 +64,17 @@ class Workers:
         for _ in range(processes):
             tasks, its_tasks = context.Pipe()
             questions, its_questions = context.Pipe()
-            sums = _shared(SLOTS, layout)
+            sums, models = _shared(SLOTS, layout), _shared(most_clients(layout.num_parameters), layout)
             ours = [tasks, questions, *(pipe for w in self._workers for pipe in (w.tasks, w.questions))]
             process = context.Process(
-                target=_work, args=(its_tasks, its_questions, trainer, layout, self._start, sums, ours), daemon=True
+                target=_work,
+                args=(its_tasks, its_questions, trainer, layout, self._start, sums, models, ours),
+                daemon=True,
             )
             process.start()
             its_tasks.close()
             its_questions.close()
-            self._workers.append(_Worker(process, tasks, questions, sums))
+            self._workers.append(_Worker(process, tasks, questions, sums, models))
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
         """See `Engine.train`; it ends what is left of the call before."""
@@ -173,7 +176,7 @@ class _RemoteBlock:
     def model(self, index: int) -> tuple[Tensor, ...]:
         """See `strategies.block.Block`; all models come over for the first that is asked for."""
         if self._models is None:
-            self._models = torch.from_numpy(_answer_to(self._worker, self._ask(None, None)))
+            self._models = _answer_to(self._worker, self._ask(None, None))
         return cut_up(self._models[index], self._layout)
 
     def _ask(self, weights: list[float] | None, slot: int | None) -> tuple[int, int]:
@@ -193,13 +196,14 @@ def _answer_to(worker: _Worker, question: tuple[int, int]) -> Any:
 
 
 def _hear(worker: _Worker) -> None:
-    """Take one answer from a worker; a sum is copied, so that its place is free again."""
-    question, answer = _received(worker.questions)
+    """Take one answer from a worker; it is copied, so that its place is free again."""
+    question, clients = _received(worker.questions)
     slot = worker.asked.pop(question)
-    if slot is not None:
-        answer = worker.sums[slot].clone()
+    if slot is None:
+        worker.answers[question] = worker.models[:clients].clone()
+    else:
+        worker.answers[question] = worker.sums[slot].clone()
         worker.free.append(slot)
-    worker.answers[question] = answer
 
 
 def _forget(worker: _Worker, number: int) -> None:
@@ -234,6 +238,7 @@ def _work(
     layout: Layout,
     start: Tensor,
     sums: Tensor,
+    models: Tensor,
     others: list[Connection],
 ) -> None:
     """A worker's life: it ends when the pipes do."""
@@ -246,11 +251,11 @@ def _work(
     with suppress(EOFError, OSError):
         while True:
             if questions in wait([tasks, questions]):
-                _answer(blocks, questions, sums)
+                _answer(blocks, questions, sums, models)
                 continue
             generation, number, task, done_with = tasks.recv()
             while questions.poll():  # sent before it: maybe about blocks that are done with by now
-                _answer(blocks, questions, sums)
+                _answer(blocks, questions, sums, models)
             for old in done_with:
                 blocks.pop(old, None)
             if generation != seen:  # a copy, for blocks that outlive their round
@@ -263,11 +268,12 @@ def _work(
                 tasks.send((number, blocks[number].report))
 
 
-def _answer(blocks: dict[int, Trained], questions: Connection, sums: Tensor) -> None:
+def _answer(blocks: dict[int, Trained], questions: Connection, sums: Tensor, models: Tensor) -> None:
     question, weights, slot = questions.recv()
     block = blocks[question[0]]
+    clients = len(block.report.steps)
     if weights is None:
-        questions.send((question, block.models().numpy()))
+        block.models(into=models[:clients])
     else:
         sums[slot] = block.moved(torch.tensor(weights, dtype=sums.dtype))
-        questions.send((question, None))
+    questions.send((question, clients))
