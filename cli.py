@@ -27,7 +27,7 @@ Changes = Annotated[
 ]
 Out = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Folder for the results, of several experiments for theirs (default: runs/NAME)."),
+    typer.Option(help="Folder for the results, or with several experiments for one folder each (default: runs/NAME)."),
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")]
 

@@ -19,7 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from corymb.server import FlowerStrategy, RoundRecord
-from corymb.simulations.campaign import run_all, tickets_of
+from corymb.simulations.campaign import run_all
 from corymb.simulations.experiment import read
 
 SECONDS = 0.001
@@ -67,7 +67,7 @@ def shares(file: Path) -> dict[str, float]:
     FlowerStrategy._finish = finished  # type: ignore[method-assign, assignment]
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        run_all(tickets_of(read(file), Path(folder)), Console(quiet=True))
+        list(run_all([(read(file), Path(folder))], Console(quiet=True)))
     return {part: samples[part] / max(1, samples.total()) for part in PARTS}
 
 

@@ -6,12 +6,14 @@ import gc
 import logging
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from math import isnan, nan
 from pathlib import Path
-from threading import Thread
 from typing import Any, NamedTuple
 
 import torch
@@ -20,86 +22,125 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from corymb.server import RoundRecord
-from corymb.simulations.engine.workers import are_possible
+from corymb.simulations.engine.workers import can_fork
 from corymb.simulations.experiment import Experiment
 from corymb.simulations.federation import run
 from corymb.simulations.results import Run, collect_run, journal_folder
 from corymb.simulations.settings import RuleSettings
 
-TELLING = 0.1  # seconds between two times that a run tells how far it is
+OFTEN = 0.2  # seconds between two looks at the runs of other processes
+
+Plan = tuple[Experiment, Path]  # what is run, and the folder for its results
 
 
 class Ticket(NamedTuple):
-    """One run: a rule and a seed of an experiment whose results go into `folder`."""
+    """One run: a rule and a seed of an experiment, and its number among all runs."""
 
     experiment: Experiment
     folder: Path
     rule: RuleSettings
     seed: int
+    number: int
 
 
-Show = Callable[[int, int, str], None]  # of which ticket how many rounds there are by now, and what was measured last
-_news: Any = None  # where a process of ours tells this
+class Board:
+    """How far every run is: numbers that all processes share, so that nobody waits for anybody."""
 
+    def __init__(self, runs: int, context: Any = multiprocessing) -> None:
+        self._rounds = context.RawArray("i", runs)
+        self._accuracy = context.RawArray("d", [nan] * runs)  # when it was last tested, after a round of
+        self._clients = context.RawArray("i", runs)
+        self._over = context.RawValue("b", 0)
 
-def tickets_of(experiment: Experiment, folder: Path) -> list[Ticket]:
-    """Every rule with every seed."""
-    return [Ticket(experiment, folder, rule, seed) for rule in experiment.rules for seed in experiment.seeds]
-
-
-def run_all(tickets: Sequence[Ticket], console: Console, jobs: int = 1) -> list[Run]:
-    """The runs of `tickets`, `jobs` at a time in processes of their own when there are more than one."""
-    if jobs > 1:
-        return _in_processes(tickets, console, jobs)
-    with _progress(tickets, console) as show:
-        return [_run(ticket, number, show, cores()) for number, ticket in enumerate(tickets)]
-
-
-def _in_processes(tickets: Sequence[Ticket], console: Console, jobs: int) -> list[Run]:
-    # Forked from this one where that can be, they have its libraries and its data without a copy.
-    context: Any = multiprocessing.get_context("fork" if are_possible() else "spawn")
-    news = context.SimpleQueue()
-    with ProcessPoolExecutor(jobs, context, _begin, (news,)) as pool:
-        futures = [pool.submit(_run_and_tell, ticket, number) for number, ticket in enumerate(tickets)]
-        with _progress(tickets, console) as show:  # its thread begins after the processes
-            listener = Thread(target=_listen, args=(news, show), daemon=True)
-            listener.start()
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-                news.put(None)
-                listener.join()
-    return [future.result() for future in futures]
-
-
-def _begin(news: Any) -> None:
-    global _news
-    _news = news
-
-
-def _run_and_tell(ticket: Ticket, number: int) -> Run:
-    return _run(ticket, number, lambda *told: _news.put(told), workers=1)
-
-
-def _listen(news: Any, show: Show) -> None:
-    while (told := news.get()) is not None:
-        show(*told)
-
-
-def _run(ticket: Ticket, number: int, show: Show, workers: int) -> Run:
-    experiment, folder, rule, seed = ticket
-    told, measured = 0.0, ""
-
-    def tell(record: RoundRecord) -> None:
-        nonlocal told, measured
+    def tell(self, number: int, record: RoundRecord) -> None:
+        """Note a round of a run. Raises `CancelledError` when all is over."""
+        self.require_more()
+        self._rounds[number] = record.round
         if "accuracy" in record.server:
-            measured = f"accuracy {record.server['accuracy']:.3f}, {len(record.admitted)} clients"
-        if time.monotonic() - told > TELLING or record.round == experiment.rounds:
-            told = time.monotonic()
-            show(number, record.round, measured)
+            self._accuracy[number], self._clients[number] = record.server["accuracy"], len(record.admitted)
 
+    def look(self, number: int) -> tuple[int, str]:
+        """The rounds of a run, and what was measured last."""
+        accuracy = self._accuracy[number]
+        measured = "" if isnan(accuracy) else f"accuracy {accuracy:.3f}, {self._clients[number]} clients"
+        return self._rounds[number], measured
+
+    def end(self) -> None:
+        """Have all runs end with the round that they are in."""
+        self._over.value = 1
+
+    def require_more(self) -> None:
+        """Raise `CancelledError` when all is over."""
+        if self._over.value:
+            raise CancelledError("The other runs have been given up.")
+
+
+_board: Board  # in a process of ours
+
+
+def run_all(plans: Sequence[Plan], console: Console, jobs: int = 1) -> Generator[list[Run], None, None]:
+    """The runs of each of `plans`, every rule with every seed, as soon as the last of them is over.
+
+    With `jobs` above one, so many run at a time in processes of their own; closing this ends them. Raises
+    `ChildProcessError` when one of them dies.
+    """
+    numbers = count()
+    tickets = [
+        [Ticket(*plan, rule, seed, next(numbers)) for rule in plan[0].rules for seed in plan[0].seeds] for plan in plans
+    ]
+    if jobs > 1:
+        yield from _in_processes(tickets, console, jobs)
+        return
+    board = Board(next(numbers))
+    with _progress(tickets, board, console) as show:
+        for mine in tickets:
+            yield [_run(ticket, partial(_tell_and_show, board, show, ticket.number), cores()) for ticket in mine]
+
+
+def _tell_and_show(board: Board, show: Callable[[int], None], number: int, record: RoundRecord) -> None:
+    board.tell(number, record)
+    show(number)
+
+
+def _in_processes(tickets: list[list[Ticket]], console: Console, jobs: int) -> Iterator[list[Run]]:
+    number = sum(map(len, tickets))
+    # Forked from this one where that can be, they need not import the libraries and read the data again.
+    context: Any = multiprocessing.get_context("fork" if can_fork() else "spawn")
+    board = Board(number, context)
+    pool = ProcessPoolExecutor(min(jobs, number), context, _begin, (board,))
+    try:
+        futures = [[pool.submit(_run_here, ticket) for ticket in mine] for mine in tickets]
+        with _progress(tickets, board, console) as show:  # its thread begins after the processes
+            while futures:
+                mine = futures.pop(0)
+                waiting = set(mine)
+                while waiting:
+                    done, waiting = wait(waiting, OFTEN, FIRST_COMPLETED)
+                    for each in range(number):
+                        show(each)
+                    for future in done:
+                        future.result()
+                yield [future.result() for future in mine]
+    except BrokenProcessPool:
+        message = "The process of a run has died, maybe for want of memory; have fewer run at a time (--jobs)."
+        raise ChildProcessError(message) from None
+    finally:
+        board.end()
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(board: Board) -> None:
+    global _board
+    _board = board
+
+
+def _run_here(ticket: Ticket) -> Run:
+    _board.require_more()
+    return _run(ticket, partial(_board.tell, ticket.number), workers=1)
+
+
+def _run(ticket: Ticket, tell: Callable[[RoundRecord], None], workers: int) -> Run:
+    experiment, folder, rule, seed, _ = ticket
     logging.getLogger("flwr").setLevel(logging.WARNING)  # the progress bar says it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # small models run slower on several, and sums differ with their number
@@ -118,9 +159,8 @@ def cores() -> int:
 
 
 @contextmanager
-def _progress(tickets: Sequence[Ticket], console: Console) -> Iterator[Show]:
-    """A bar for each ticket, that moves when it is shown how far a run is."""
-    several = len({ticket.folder for ticket in tickets}) > 1
+def _progress(tickets: list[list[Ticket]], board: Board, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar for each ticket; what it gives moves the bar of a number to where the board says that it is."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -131,12 +171,14 @@ def _progress(tickets: Sequence[Ticket], console: Console) -> Iterator[Show]:
         refresh_per_second=4,
     ) as progress:
         bars = []
-        for experiment, _, rule, seed in tickets:
-            title = f"{experiment.name} {rule.title} seed {seed}" if several else f"{rule.title} seed {seed}"
+        for experiment, _, rule, seed, _ in (ticket for mine in tickets for ticket in mine):
+            title = f"{experiment.name} " * (len(tickets) > 1) + f"{rule.title} seed {seed}"
             bars.append(progress.add_task(escape(title), total=experiment.rounds, measured="", start=False))
 
-        def show(number: int, rounds: int, measured: str) -> None:
-            progress.start_task(bars[number])
-            progress.update(bars[number], completed=rounds, measured=measured)
+        def show(number: int) -> None:
+            rounds, measured = board.look(number)
+            if rounds:
+                progress.start_task(bars[number])
+                progress.update(bars[number], completed=rounds, measured=measured)
 
         yield show

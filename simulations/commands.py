@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from corymb.simulations.campaign import run_all, tickets_of
+from corymb.simulations.campaign import Plan, run_all
 from corymb.simulations.claims import findings, put_into, table
 from corymb.simulations.data import DIGITS
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
 from corymb.simulations.federation import check
 from corymb.simulations.flower.app_folder import load_app, run_app
 from corymb.simulations.report import write_report
-from corymb.simulations.results import Run, collect, is_finished, prepare, scores, write
+from corymb.simulations.results import Run, collect, is_finished, prepare, require_free, scores, write
 
 
 def simulate_experiments(
@@ -39,28 +39,30 @@ def simulate_experiments(
     folders = [
         out if out and len(experiments) == 1 else (out or Path("runs")) / experiment.name for experiment in experiments
     ]
-    for experiment, folder, runs in _run_each(list(zip(experiments, folders, strict=True)), jobs, console):
-        report = write_report(experiment, runs, folder)
-        if len(experiments) > 1:
-            console.print(f"[bold]{escape(experiment.name)}[/bold]")
-        console.print(_ranking(runs))
+    plans = list(zip(experiments, folders, strict=True))
+    reports = [
+        (experiment.name, _ranking(runs), write_report(experiment, runs, folder))
+        for (experiment, folder), runs in zip(plans, _carried_out(plans, jobs, console), strict=True)
+    ]
+    for name, ranking, report in reports:
+        if len(reports) > 1:
+            console.print(f"[bold]{escape(name)}[/bold]")
+        console.print(ranking)
         console.print(f"Report: {report}", soft_wrap=True, markup=False)
 
 
-def _run_each(
-    plans: list[tuple[Experiment, Path]], jobs: int, console: Console
-) -> Iterator[tuple[Experiment, Path, list[Run]]]:
-    """Run each experiment with its folder, all at once, and write what they leave behind."""
+def _carried_out(plans: list[Plan], jobs: int, console: Console) -> Iterator[list[Run]]:
+    """The runs of each plan, which leave behind what they leave as soon as they are over."""
     for experiment, _ in plans:
-        check(experiment)  # before an earlier run's results make way
+        check(experiment)
     for _, folder in plans:
+        require_free(folder)
+    for _, folder in plans:  # no mistake is left to be found: earlier results make way
         prepare(folder)
-    tickets = [tickets_of(experiment, folder) for experiment, folder in plans]
-    runs = iter(run_all(list(chain(*tickets)), console, jobs))
-    for (experiment, folder), mine in zip(plans, tickets, strict=True):
-        done = list(islice(runs, len(mine)))
-        write(experiment, done, folder)
-        yield experiment, folder, done
+    with closing(run_all(plans, console, jobs)) as finished:
+        for (experiment, folder), runs in zip(plans, finished, strict=True):
+            write(experiment, runs, folder)
+            yield runs
 
 
 def _ranking(runs: list[Run]) -> Table:
@@ -104,7 +106,7 @@ def _runs(experiment: Experiment, folder: Path, jobs: int, console: Console) -> 
     if is_finished(experiment, folder):
         return collect(experiment, folder)
     console.print(f"{experiment.name}: {experiment.setting}", markup=False)
-    ((_, _, runs),) = _run_each([(experiment, folder)], jobs, console)
+    (runs,) = _carried_out([(experiment, folder)], jobs, console)
     return runs
 
 

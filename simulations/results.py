@@ -66,17 +66,24 @@ def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: 
     return Run(rule.title, seed, records, final, sum(r.seconds for r in records), digest)
 
 
-def prepare(folder: Path) -> None:
-    """Make `folder`, without the results of an earlier run in it. Raises `ValueError` for a folder of other things."""
-    if folder.exists() and not folder.is_dir():
+def require_free(folder: Path) -> None:
+    """Raise `ValueError` for a folder that holds other things than results, or is none."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
         raise ValueError(f"There is a file at {folder}; give a folder with --out.")
+    names = {path.name for path in folder.iterdir()}
+    others = names - FILES
+    if names and "journals" not in names:  # a run begins with them
+        others = names
+    if others:
+        raise ValueError(f"The folder {folder} holds {min(others)}, which is no result; give another with --out.")
+
+
+def prepare(folder: Path) -> None:
+    """Make `folder`, without the results of an earlier run in it. Raises `ValueError` as `require_free` does."""
+    require_free(folder)
     if folder.exists():
-        names = {path.name for path in folder.iterdir()}
-        others = names - FILES
-        if names and "journals" not in names:  # a run begins with them
-            others = names
-        if others:
-            raise ValueError(f"The folder {folder} holds {min(others)}, which is no result; give another with --out.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 

@@ -18,7 +18,7 @@ from corymb.simulations.data import Examples
 from corymb.simulations.engine.engine import Engine, InProcess, Trainer
 from corymb.simulations.engine.program import CPU, Program, Static
 from corymb.simulations.engine.vmapped import Vmapped
-from corymb.simulations.engine.workers import Workers, are_possible
+from corymb.simulations.engine.workers import Workers, can_fork
 from corymb.simulations.population import Population
 from corymb.strategies import Layout
 
@@ -53,7 +53,7 @@ def make_engine(
             raise ValueError(f"engine = {name!r} cannot train this model: {error}; use 'serial' or 'auto'.") from None
         log.warning("Clients are trained one after another, as %s.", error)
         return None
-    if are_possible() and device == CPU and (name == "processes" or (name == "auto" and workers > 1)):
+    if can_fork() and device == CPU and (name == "processes" or (name == "auto" and workers > 1)):
         return Workers(trainer, layout, max(workers, 1))
     return InProcess(trainer, layout)
 

@@ -43,7 +43,7 @@ class _Worker:
     done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
 
 
-def are_possible() -> bool:
+def can_fork() -> bool:
     """Whether processes can be forked here, and the model is not on a GPU, of which a fork cannot make use."""
     return "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
 

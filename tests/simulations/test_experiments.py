@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from corymb.server.journal import sha256
-from corymb.simulations.campaign import run_all, tickets_of
+from corymb.simulations.campaign import run_all
 from corymb.simulations.experiment import SHIPPED, Experiment, parse_change, read
 from corymb.simulations.federation import check, run
 from corymb.simulations.plots import _smooth
@@ -116,7 +116,7 @@ def test_data_that_does_not_fit_is_told_before_anything_runs() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     experiment = Experiment(**SMALL)
-    runs = run_all(tickets_of(experiment, folder), Console(quiet=True))
+    (runs,) = run_all([(experiment, folder)], Console(quiet=True))
     assert runs == collect(experiment, folder)
     write(experiment, runs, folder)
     write_report(experiment, runs, folder)
@@ -193,9 +193,9 @@ def test_smoothing_keeps_length_and_level() -> None:
 def test_the_same_seed_gives_the_same_model_in_another_process(
     tmp_path: Path, finished: Path, forked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("corymb.simulations.campaign.are_possible", lambda: forked)
+    monkeypatch.setattr("corymb.simulations.campaign.can_fork", lambda: forked)
     experiment = Experiment(**SMALL)
-    runs = run_all(tickets_of(experiment, tmp_path), Console(quiet=True), jobs=2)
+    (runs,) = run_all([(experiment, tmp_path)], Console(quiet=True), jobs=2)
     assert runs == collect(experiment, tmp_path)
     assert [run.model_sha256 for run in runs] == [
         run["model_sha256"] for run in json.loads((finished / "summary.json").read_text())["runs"]
@@ -210,7 +210,7 @@ def test_the_same_seed_gives_the_same_model_with_replies_shuffled(
     monkeypatch.setattr("corymb.server.arrivals.POLL_SECONDS", 0)
     monkeypatch.setattr("corymb.simulations.federation.LocalGrid", Shuffled)
     experiment = Experiment(**SMALL)
-    runs = run_all(tickets_of(experiment, tmp_path), Console(quiet=True))
+    (runs,) = run_all([(experiment, tmp_path)], Console(quiet=True))
     assert [run.model_sha256 for run in runs] == [
         run["model_sha256"] for run in json.loads((finished / "summary.json").read_text())["runs"]
     ]
@@ -255,7 +255,49 @@ def test_several_experiments_are_run_at_once(tmp_path: Path) -> None:
         assert (tmp_path / "both" / name / "report.html").exists()
         assert f"\n{name}\n" in result.stdout
     assert came[0] > came[1]
+    (tmp_path / "both" / "in_turn" / "thesis.docx").write_text("mine")
+    refused = corymb("simulate", "often.toml", "in_turn.toml", "--out", "both", cwd=tmp_path)
+    assert "holds thesis.docx" in refused.stderr
+    assert (tmp_path / "both" / "often" / "report.html").exists()
     assert "share a folder" in corymb("simulate", "often.toml", "often.toml", cwd=tmp_path).stderr
+
+
+HARMFUL = """
+import multiprocessing, os, time
+from torch import nn
+
+
+class Harmful(nn.Linear):
+    def __init__(self, shape, classes):
+        super().__init__(64, classes)
+
+    def forward(self, inputs):
+        if self.training and multiprocessing.parent_process():
+            {harm}
+        return super().forward(inputs.flatten(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ("raise RuntimeError('out of order')", "Every client failed"),
+        ("time.sleep(3) or os._exit(1)", "maybe for want of memory"),
+    ],
+)
+def test_a_run_that_ends_badly_ends_the_others_and_leaves_what_was_finished(
+    tmp_path: Path, harm: str, message: str
+) -> None:
+    (tmp_path / "harmful.py").write_text(HARMFUL.format(harm=harm))
+    small = ['rules = ["fedavg"]', "seeds = 1", 'based_on = "demo"', 'participation.kind = "always"']
+    (tmp_path / "good.toml").write_text("\n".join(["rounds = 1", *small]))
+    (tmp_path / "bad.toml").write_text("\n".join(["rounds = 1000000", 'model.kind = "harmful:Harmful"', *small]))
+    command = ["simulate", "good.toml", "bad.toml", "--jobs", "2", "--out", "both", "--set", "engine=serial"]
+    result = corymb(*command, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert (tmp_path / "both" / "good" / "report.html").exists()
+    assert not (tmp_path / "both" / "bad" / "summary.json").exists()
 
 
 def test_a_run_whose_clients_all_fail_is_no_run(tmp_path: Path) -> None:
