@@ -48,7 +48,7 @@ def shuffled_rows(examples: int, settings: TrainSettings, generator: torch.Gener
     return batches
 
 
-def drawn_rows(examples: int, settings: TrainSettings, generator: torch.Generator | None) -> tuple[Tensor, list[int]]:
+def drawn_rows(examples: int, settings: TrainSettings, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """The rows of all batches of one round, one after another, and the length of each batch."""
     order = _order(examples, settings, generator)
     whole, rest = divmod(len(order), settings.batch_size)
@@ -60,7 +60,7 @@ def drawn_rows(examples: int, settings: TrainSettings, generator: torch.Generato
     return order[: sum(lengths)], lengths
 
 
-def _order(examples: int, settings: TrainSettings, generator: torch.Generator | None) -> Tensor:
+def _order(examples: int, settings: TrainSettings, generator: torch.Generator) -> Tensor:
     """The order in which one pass takes the examples that it takes."""
     if not examples:
         raise ValueError("The site has no examples to train on; give it some, or leave it out.")

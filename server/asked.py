@@ -13,7 +13,7 @@ from corymb.protocol.flower import quick_messages
 
 @dataclass(frozen=True)
 class Asked:
-    """`messages {name: message}`; whoever is asked is told from the others by name only."""
+    """`messages {name: message}`: node ids change from run to run, names do not."""
 
     messages: Mapping[str, Message] = field(default_factory=dict)
 
@@ -28,7 +28,7 @@ class Asked:
         return {name: message.metadata.dst_node_id for name, message in self.messages.items()}
 
     def push(self, grid: Grid, messages: list[Message]) -> dict[str, str]:
-        """Send `messages`, which are ours; `{message id: name}` of those that the grid took."""
+        """Send `messages`, all of ours or some; `{message id: name}` of those that the grid took."""
         taken = set(grid.push_messages(messages)) if messages else set()
         asked = {message.metadata.message_id: name for name, message in self.messages.items()}
         return {message_id: name for message_id, name in asked.items() if message_id in taken}

@@ -88,7 +88,7 @@ class FlowerStrategy(Strategy):
         self.on_round = on_round
         self.memory = rule.initial()
         self.moments = step.initial() if step else None
-        self.candidates = guard.initial() if guard else ()
+        self.guard_memories = guard.initial() if guard else ()
         self._grid: Grid | None = None
         self._timeout = 3600.0
         self._arrived: list[float] = []  # seconds after the push
@@ -265,8 +265,8 @@ class FlowerStrategy(Strategy):
         """The candidate that the sites prefer, by the guard's election; the model itself when nobody says anything."""
         if self._grid is None:
             raise RuntimeError("A guard asks the sites, so it needs their grid: call configure_train before it.")
-        others, self.candidates = guard.candidates(
-            self._origin, replies, self.candidates, frozenset(self.known), self.proxy
+        others, self.guard_memories = guard.candidates(
+            self._origin, replies, self.guard_memories, frozenset(self.known), self.proxy
         )
         candidates = [model, *others, self._origin]
         nodes, heard = self._asked.nodes, []
@@ -313,7 +313,7 @@ class FlowerStrategy(Strategy):
 
     def _finish(self, record: RoundRecord, num_rounds: int) -> None:
         if self.journal is not None:
-            memory = (self.memory, self.moments, self.candidates)
+            memory = (self.memory, self.moments, self.guard_memories)
             self.journal.write(record, self._layout.restore(self._origin), memory)
         measured = record.server or record.evaluate or record.train
         log.info(

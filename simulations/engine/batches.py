@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from corymb.client import TrainSettings
+from corymb.client.app import batch_generator
 from corymb.client.batches import drawn_rows
+
+UNUSED = torch.Generator()  # where nothing is shuffled
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,14 @@ class Batches:
         cls,
         sizes: Sequence[int],
         settings: TrainSettings,
-        generators: Sequence[torch.Generator | None],
+        sites: Sequence[tuple[int, int, int]],
         dtype: torch.dtype = torch.float32,
     ) -> Batches:
-        """What clients of so many examples draw from their generators, if they shuffle; weights have the model's
-        `dtype`."""
+        """What clients of so many examples draw in a round; weights have the model's `dtype`.
+
+        Their generators follow from `sites`: seed, client and round of each.
+        """
+        generators = (batch_generator(*site) if settings.shuffle else UNUSED for site in sites)
         drawn = [drawn_rows(size, settings, generator) for size, generator in zip(sizes, generators, strict=True)]
         width = max(max(lengths) for _, lengths in drawn)
         steps = [len(lengths) for _, lengths in drawn]

@@ -245,7 +245,7 @@ class OnExamples(Factors):
         into.index_add_(0, self._rows, slopes.flatten(0, 1), alpha=1.0 if rate is None else -rate)
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        total = self.start * self.shrunk(weights, kept)
+        total = self.start * self.shrunk(weights, kept)  # who is not kept has weight 0
         for mine, factors, weight in zip(self._basis, self.factors, weights.tolist(), strict=True):
             if weight:
                 total.addmm_(upto(mine.shape[0], factors).T, mine, alpha=weight)

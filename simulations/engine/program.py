@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from corymb.client import TrainSettings
-from corymb.client.app import batch_generator, seed_of
+from corymb.client.app import seed_of
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.chain import make_chain
 from corymb.simulations.engine.convolution import ClientConv2d
@@ -105,9 +105,7 @@ class Program:
         sites = [(settings.seed, client, server_round) for client in clients]
         sizes = [self._population.size(client) for client in clients]
         dtype = next(iter(start.values())).dtype
-        batches = Batches.drawn(
-            sizes, settings, [batch_generator(*site) if settings.shuffle else None for site in sites], dtype
-        )
+        batches = Batches.drawn(sizes, settings, sites, dtype)
         places = self._population.places(clients, batches.rows).transpose(0, 1)  # [S, K, B], as all that follow
         places, batches = places.to(store.inputs.device), batches.to(device)
         now.clients = len(clients)
@@ -122,7 +120,8 @@ class Program:
         example = store.inputs_at(slice(0, 1)).to(device)
         nothing = example.new_zeros(1).expand(len(clients) * width, *example.shape[1:])
         static = self._first is not None and isinstance(self._first.form, OnExamples)
-        told: list[Tensor] = []
+        logs: list[Tensor] = []
+        chosen: list[Tensor] = []
         minus = example.new_full((len(clients) * width, 1), -1.0)
         for step, (wanted, shares) in enumerate(zip(*each, strict=True)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
@@ -134,12 +133,13 @@ class Program:
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(device)
             scores = self._chain.forward(inputs)
             self._steps += 1
-            told.append(torch.log_softmax(scores, dim=1))
-            slopes = told[-1].exp().scatter_add_(1, upto(rows, wanted), upto(rows, minus))
+            logs.append(torch.log_softmax(scores, dim=1))
+            chosen.append(scores.argmax(dim=1))
+            slopes = logs[-1].exp().scatter_add_(1, upto(rows, wanted), upto(rows, minus))
             self._chain.backward(slopes.mul_(upto(rows, shares)))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-        return Trained.of(self._pieces(), told, targets, batches)
+        return Trained.of(self._pieces(), logs, chosen, targets, batches)
 
     def _begin(
         self, start: State, clients: Sequence[int], batches: Batches, settings: TrainSettings, own: bool

@@ -35,16 +35,15 @@ class Trained:
     device: torch.device
 
     @classmethod
-    def of(cls, pieces: list[Piece], told: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
-        """From the logarithms of the classes' probabilities in each step, `[A * B, C]` for the first A clients, and
-        the `targets [S, K, B]`."""
-        steps, clients, width = targets.shape
-        rows = clients * width
-        logs = torch.stack([mine if mine.shape[0] == rows else pad(mine, (0, 0, 0, rows - len(mine))) for mine in told])
-        logs = logs.view(steps, clients, width, -1)
+    def of(
+        cls, pieces: list[Piece], logs: list[Tensor], chosen: list[Tensor], targets: Tensor, batches: Batches
+    ) -> Trained:
+        """From each step's logarithms of probabilities `[A * B, C]`, for the first A clients, and the classes `[A * B]`
+        that were `chosen`; and the `targets [S, K, B]`."""
         there = (batches.weights > 0).transpose(0, 1)
-        losses = -logs.gather(3, targets[..., None])[..., 0]
-        right = logs.argmax(dim=3) == targets
+        rows = there[0].numel()
+        losses = -_side_by_side(logs, rows).gather(2, targets.flatten(1)[..., None]).view_as(there)
+        right = _side_by_side(chosen, rows).view_as(there) == targets
         sums = torch.where(there, torch.stack([losses.double(), right.double()]), 0.0).sum(dim=(1, 3))
         bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
         examples = there.sum(dim=(0, 2)).tolist()
@@ -61,3 +60,9 @@ class Trained:
     def models(self, into: Tensor | None = None) -> Tensor:
         """Every client's model `[K, P]`, written `into` a tensor on the same device if there is one."""
         return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1, out=into).cpu()
+
+
+def _side_by_side(steps: list[Tensor], rows: int) -> Tensor:
+    """`[S, rows, ...]`, filled up with zeros where some clients have finished."""
+    gaps = [(0, 0) * (each.dim() - 1) + (0, rows - each.shape[0]) for each in steps]
+    return torch.stack([pad(each, gap) if gap[-1] else each for each, gap in zip(steps, gaps, strict=True)])

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from corymb.client import TrainSettings
-from corymb.client.app import batch_generator
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.forms import Stacked
 from corymb.simulations.engine.optimizer import Optimizer
@@ -41,8 +40,8 @@ class Vmapped:
         """See `Program.train`."""
         store = self._population.store
         sizes = [self._population.size(client) for client in clients]
-        generators = [batch_generator(settings.seed, client, server_round) for client in clients]
-        batches = Batches.drawn(sizes, settings, generators, next(iter(start.values())).dtype)
+        sites = [(settings.seed, client, server_round) for client in clients]
+        batches = Batches.drawn(sizes, settings, sites, next(iter(start.values())).dtype)
         pieces = {name: Stacked(tensor, len(clients), own) for name, tensor in start.items()}
         learns = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
         moving = {name: piece.weight for name, piece in pieces.items() if name in learns}
@@ -52,21 +51,23 @@ class Vmapped:
 
         def loss(
             weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, shares: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             scores = functional_call(self._module, {**weights, **others}, (inputs,))
-            logs = torch.log_softmax(scores, dim=1)
-            return (nn.functional.nll_loss(logs, targets, reduction="none") * shares).sum(), logs
+            log = torch.log_softmax(scores, dim=1)
+            each = nn.functional.nll_loss(log, targets, reduction="none")
+            return (each * shares).sum(), (log, scores.argmax(dim=1))
 
         slopes = vmap(grad(loss, has_aux=True))
         places = self._population.places(clients, batches.rows)
-        told = []
+        logs, chosen = [], []
         self._module.train()
         for step in range(places.shape[1]):
             inputs, targets = store.inputs_at(places[:, step]), store.targets[places[:, step]]
-            gradients, logs = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
+            gradients, (log, choice) = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in moving.items():
                 tensor.grad = gradients[name]
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-            told.append(logs.detach().flatten(0, 1))
+            logs.append(log.detach().flatten(0, 1))
+            chosen.append(choice.flatten())
         targets = store.targets[places].transpose(0, 1)
-        return Trained.of(list(pieces.values()), told, targets, batches)
+        return Trained.of(list(pieces.values()), logs, chosen, targets, batches)

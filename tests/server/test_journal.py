@@ -42,6 +42,19 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     reopened.close()
 
 
+def test_a_journal_of_before_the_table_of_those_offline_is_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(record(1), STATE, None)
+    with journal._database as database:
+        database.execute("DROP TABLE offline")
+        for node, reason in (("a", "a: error 3: Off."), ("c", "c: error 3: Off for the 1th time.")):
+            database.execute("INSERT INTO verdicts VALUES (1, ?, 'offline', ?, 0, NULL, '{}')", (node, reason))
+    journal.close()
+    reopened = Journal(tmp_path)
+    assert list(reopened.rounds()) == [record(1)]
+    reopened.close()
+
+
 def test_only_the_last_two_models_are_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     memory = Attendance(("a",), *(torch.ones(1) for _ in range(4)))
