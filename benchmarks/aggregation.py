@@ -45,8 +45,8 @@ def told(what: str, ours: float, theirs: float, bar: float) -> bool:
 def weighted_mean(numbers: int, clients: int) -> bool:
     """Replies that come one by one: the bytes that go through memory in a second, beside those of copying each once.
 
-    A copy reads four bytes of a number and writes four. To fold it in, four of the reply and four of the model are
-    read, and the float64 sum is read and written.
+    Counted as STREAM does: a copy reads four bytes of a number and writes four. To fold it in, four of the reply and
+    four of the model are read, and the float64 sum is read and written.
     """
     origin = Model(torch.randn(numbers))
     few = [Reply.of(f"site-{i}", torch.randn(numbers), i + 1) for i in range(4)]
