@@ -218,11 +218,10 @@ class OnExamples(Factors):
         super().__init__(start, bias, clients, width, plain)
         self._basis = basis
         self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
-        first = start.new_zeros(clients, width, start.shape[0])
+        first = start.new_empty(clients, width, start.shape[0])
+        offset = start.new_zeros(1) if bias is None else bias
         for mine, outputs in zip(basis, first, strict=True):
-            torch.mm(mine, start.T, out=upto(mine.shape[0], outputs))
-        if bias is not None:
-            first += bias
+            torch.addmm(offset, mine, start.T, out=upto(mine.shape[0], outputs))
         # Of each example: what a batch with it begins with, its products with all others, and its row in the factors.
         self._first = first.flatten(0, 1)
         self._near = (products if bias is None else products + 1).flatten(0, 1)
