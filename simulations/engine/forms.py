@@ -227,14 +227,14 @@ class OnExamples(Factors):
         self._near = (products if bias is None else products + 1).flatten(0, 1)
         self._flat = self.factors.flatten(0, 1)
         self._steps = iter((rows + torch.arange(clients, device=rows.device)[:, None] * width).flatten(1).unbind())
-        self._rows = rows.new_zeros(0)  # of this step
-        self._has_learnt = False
+        self._rows = rows.new_zeros(0)  # of this step; none before the first
 
     def outputs(self, inputs: Tensor) -> Tensor:
         shape = inputs.shape[:2]
+        has_learnt = self._rows.numel() > 0
         self._rows = upto(shape.numel(), next(self._steps))
         first = self.scaled(self._first.index_select(0, self._rows).view(*shape, -1))
-        if not self._has_learnt:
+        if not has_learnt:
             return first
         near = self._near.index_select(0, self._rows).view(*shape, -1)
         return first.baddbmm_(near, upto(shape[0], self.factors))
@@ -243,7 +243,6 @@ class OnExamples(Factors):
         raise NotImplementedError("Nothing lies before the examples.")
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        self._has_learnt = True
         into = self._flat if rate is not None else self.gradients().flatten(0, 1)
         into.index_add_(0, self._rows, slopes.flatten(0, 1), alpha=1.0 if rate is None else -rate)
 

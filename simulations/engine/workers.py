@@ -39,7 +39,7 @@ class _Worker:
     asked: dict[tuple[int, int], int | None] = field(
         default_factory=dict
     )  # questions without an answer yet, and their slots
-    answers: dict[tuple[int, int], Any] = field(default_factory=dict)  # that came before they were wanted
+    answers: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # that came before they were wanted
     done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
 
 
@@ -187,7 +187,7 @@ class _RemoteBlock:
         return question
 
 
-def _answer_to(worker: _Worker, question: tuple[int, int]) -> Any:
+def _answer_to(worker: _Worker, question: tuple[int, int]) -> Tensor:
     while question not in worker.answers:
         if question not in worker.asked:
             raise RuntimeError("A block was asked for its sum in one round and read in the next.")
