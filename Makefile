@@ -40,6 +40,7 @@ nightly: .venv/installed  ## run the slow tests and the older benchmarks
 
 bench: .venv/installed .peers/installed  ## race the peers, in environments of their own (.peers), and measure the rest
 	-$(BIN)/python benchmarks/simulators.py
+	-$(BIN)/python benchmarks/rules.py
 	-$(BIN)/python benchmarks/population.py
 	-$(BIN)/python benchmarks/aggregation.py
 	-$(BIN)/python benchmarks/codec.py

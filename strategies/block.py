@@ -1,8 +1,8 @@
-"""Models that came about together and need not be written out: a block of clients answers a weighted sum itself."""
+"""Models that came about together and need not be written out: a block of clients answers sums and distances itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, overload
 
 from torch import Tensor
@@ -20,6 +20,12 @@ class Block(Protocol):
 
         The work may go on elsewhere until what is returned is called.
         """
+
+    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
+        """The squared distance of each from `centre [P]`, `[K]` float64, in the same way."""
+
+    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+        """Write out the models with these numbers, each into a vector `[P]`, in the same way."""
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         """One model as flat pieces in the layout's order."""

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from corymb.strategies.checks import at_least, positive
 from corymb.strategies.cohort import Cohort
-from corymb.strategies.fold import mixed
-from corymb.strategies.geometry import norms
 from corymb.strategies.sighted import SightedRule
 
 
@@ -39,7 +37,7 @@ class NormClipping(SightedRule[None]):
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """The mean of the cut updates."""
-        lengths = norms(cohort.models, cohort.origin)
+        lengths = cohort.distances(cohort.origin)
         radius = float(lengths.quantile(0.5)) if self.radius is None else self.radius
         shares = cohort.shares if self.by_examples else torch.full_like(cohort.shares, 1 / len(cohort.nodes))
         cohort.notes["radius"] = radius
@@ -72,13 +70,13 @@ class CentredClipping(SightedRule[None]):
 
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """Move the centre."""
-        lengths = norms(cohort.models, cohort.origin)
+        lengths = cohort.distances(cohort.origin)
         radius = float(lengths.quantile(0.5)) if self.radius is None else self.radius
         centre = cohort.origin
         for step in range(self.steps):
             if step:
-                lengths = norms(cohort.models, centre)
-            centre = mixed(centre, cohort.models, cut(lengths, radius) / len(cohort.nodes))
+                lengths = cohort.distances(centre)
+            centre = cohort.source.mixed(centre, cut(lengths, radius) / len(cohort.nodes))
         return centre, None
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from corymb.strategies.fold import mixed
 from corymb.strategies.geometry import COLUMNS
-from corymb.strategies.layout import Entry, Layout, Model, joined
+from corymb.strategies.layout import Entry, Layout, Model
+from corymb.strategies.models import Models, Written, models_of
 from corymb.strategies.proxy import Proxy
 from corymb.strategies.reply import Reply
 
@@ -26,7 +26,7 @@ class Cohort:
     """
 
     origin: Tensor
-    models: Tensor
+    source: Models
     nodes: tuple[str, ...]
     examples: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -45,9 +45,7 @@ class Cohort:
         reports = [reply.report for reply in replies]
         steps = {reply.report.node: reply.steps for reply in replies if reply.steps is not None}
         site_buffers = [reply.buffers for reply in replies]
-        models = torch.empty(len(replies), origin.parameters.numel(), dtype=origin.parameters.dtype)
-        for row in models:
-            row.copy_(joined(replies.pop(0).parts, row.dtype))  # so that no model is there twice
+        models = models_of(replies, origin.parameters)
         names = sorted(set().union(*(report.metrics for report in reports)))
         return cls(
             origin.parameters,
@@ -67,6 +65,11 @@ class Cohort:
         )
 
     @property
+    def models(self) -> Tensor:
+        """All models, `[K, P]`. Clients of a simulation are written out for it: to mix, or to measure, asks less."""
+        return self.source.rows()
+
+    @property
     def proxy(self) -> Proxy:
         """The server's own data and model. Raises `ValueError` where there are none; see `Rule.needs_proxy`."""
         if self._proxy is None:
@@ -84,9 +87,13 @@ class Cohort:
 
         The weights of the mixture that a rule returns enter the run's record.
         """
-        vector = mixed(self.origin, self.models, weights)
+        vector = self.source.mixed(self.origin, weights)
         self._mixture[:] = [vector, weights]
         return vector
+
+    def distances(self, centre: Tensor) -> Tensor:
+        """Of each model from `centre [P]`, `[K]` float64."""
+        return self.source.distances(centre)
 
     def by_columns(self, work: Callable[[Tensor], Tensor]) -> Tensor:
         """`work(models [K, p]) -> [p]` on blocks of coordinates, put together as `[P]`; scratch memory stays small."""
@@ -105,7 +112,7 @@ class Cohort:
         return replace(
             self,
             origin=self.origin[piece],
-            models=self.models[:, piece],
+            source=Written(self.models[:, piece]),
             layout=Layout((replace(entry, start=0, stop=entry.stop - entry.start),)),
             steps={node: steps[:, piece] for node, steps in self.steps.items()},
             _mixture=[],

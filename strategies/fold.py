@@ -92,12 +92,17 @@ class Fold:
 
 
 def mixed(origin: Tensor, models: Tensor, weights: Tensor) -> Tensor:
-    """`origin + sum_k weights[k] * (models[k] - origin)` for `models [K, P]`, summed in float64."""
+    """`origin + sum_k weights[k] * (models[k] - origin)` for `models [K, P]`, summed in float64.
+
+    A model with weight 0 is not looked at.
+    """
     result = torch.empty_like(origin)
     weights = weights.double()
-    size = BLOCK // max(1, len(models)) or 1
+    kept = weights.nonzero()[:, 0]
+    few, weights = len(kept) < len(models), weights[kept]
+    size = BLOCK // max(1, len(kept)) or 1
     for start in range(0, origin.numel(), size):
         block = slice(start, start + size)
-        differences = models[:, block].double() - origin[block].double()
+        differences = (models[kept, block] if few else models[:, block]).double() - origin[block].double()
         result[block] = weights @ differences + origin[block]
     return result

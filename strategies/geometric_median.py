@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corymb.strategies.checks import at_least, positive
 from corymb.strategies.cohort import Cohort
-from corymb.strategies.geometry import norms
+from corymb.strategies.ranks import median
 from corymb.strategies.sighted import SightedRule
 
 
@@ -39,8 +39,8 @@ class GeometricMedian(SightedRule[None]):
     def mix(self, cohort: Cohort, memory: None) -> tuple[Tensor, None]:
         """Mean after mean, with weights of one over the distance to the last."""
         prior = cohort.shares if self.by_examples else torch.full_like(cohort.shares, 1 / len(cohort.nodes))
-        centre = cohort.by_columns(lambda models: models.double().quantile(0.5, dim=0).to(models.dtype))
+        centre = median(cohort.models).to(cohort.origin.dtype)
         for _ in range(self.steps):
-            near = prior / norms(cohort.models, centre).clamp(min=self.smoothing)
+            near = prior / cohort.distances(centre).clamp(min=self.smoothing)
             centre = cohort.mixed(near / near.sum())
         return centre, None

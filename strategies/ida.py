@@ -9,6 +9,8 @@ from torch import Tensor
 
 from corymb.strategies.checks import at_least, one_of, positive
 from corymb.strategies.cohort import Cohort
+from corymb.strategies.geometry import blocks
+from corymb.strategies.ranks import median
 from corymb.strategies.sighted import SightedRule
 
 FACTORS = ("distance", "examples", "accuracy")
@@ -50,20 +52,22 @@ class IDA(SightedRule[None]):
         return cohort.mixed(weights / weights.sum()), None
 
     def _distance(self, cohort: Cohort) -> Tensor:
-        clients = len(cohort.nodes)
-        distances = torch.zeros(clients, dtype=torch.float64)
-        shares = cohort.examples / cohort.examples.sum().clamp(min=1)
-        for models in cohort.models.split(max(1, (1 << 20) // clients), dim=1):
-            models = models.double()
-            centre = {
-                "mean": lambda m: m.mean(dim=0),
-                "weighted": lambda m: shares @ m,
-                "median": lambda m: m.quantile(0.5, dim=0),
-            }[self.centre](models)
-            distances += (models - centre).abs().pow(self.norm).sum(dim=1)
-        distances = distances.pow(1 / self.norm)
+        distances = self._distances(cohort)
         distances += self.epsilon * distances.mean()
-        return 1 / distances if distances.all() else torch.ones(clients, dtype=torch.float64)
+        return 1 / distances if distances.all() else torch.ones_like(distances)
+
+    def _distances(self, cohort: Cohort) -> Tensor:
+        """From the centre, `[K]`."""
+        clients = len(cohort.nodes)
+        shares = cohort.examples / cohort.examples.sum().clamp(min=1)
+        if self.norm == 2 and self.centre != "median":  # asks for no model to be written out
+            centre = cohort.mixed(shares if self.centre == "weighted" else torch.full_like(shares, 1 / clients))
+            return cohort.distances(centre)
+        total = torch.zeros(clients, dtype=torch.float64)
+        for (models,) in blocks(cohort.models):
+            middle = {"mean": lambda m: m.mean(dim=0), "weighted": lambda m: shares @ m, "median": median}[self.centre]
+            total += torch.linalg.vector_norm(models - middle(models), ord=self.norm, dim=1).pow(self.norm)
+        return total.pow(1 / self.norm)
 
     def _examples(self, cohort: Cohort) -> Tensor:
         return cohort.examples

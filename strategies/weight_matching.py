@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corymb.strategies.checks import one_of
 from corymb.strategies.cohort import Cohort
+from corymb.strategies.models import Written
 from corymb.strategies.permutation import chain, match, permuted
 from corymb.strategies.sighted import SightedRule
 
@@ -47,5 +48,5 @@ class WeightMatching(SightedRule[None]):
             permuted(cohort.layout, model, match(cohort.layout, reference, model, axes, self.seed), axes)
             for model in cohort.models
         ]
-        matched = replace(cohort, models=torch.stack(ordered))
+        matched = replace(cohort, source=Written(torch.stack(ordered)))
         return self.then.mix(matched, None)[0] if self.then else matched.mixed(cohort.shares), None

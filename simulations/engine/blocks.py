@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from corymb.client import TrainSettings
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
+from corymb.strategies.geometry import norms
 
 MOST = 32  # clients in a block
 LARGEST = 1 << 26  # parameters in a block, should all have to be written out
@@ -63,59 +65,97 @@ def _is_padded(sizes: list[int], settings: TrainSettings) -> bool:
     return settings.steps is None and sizes[0] * len(sizes) > PADDED * sum(sizes)
 
 
-class TrainedBlock:
-    """A block that was trained in this process, in the form that rules use."""
+class ClientBlock(ABC):
+    """What all blocks of K clients share: see `strategies.block.Block`."""
+
+    def __init__(self, clients: int, layout: Layout) -> None:
+        self.clients = clients
+        self._layout = layout
+        self._models: tuple[Tensor, ...] = ()
+
+    @abstractmethod
+    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
+        """See `Block`."""
+
+    @abstractmethod
+    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
+        """See `Block`."""
+
+    @abstractmethod
+    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+        """See `Block`."""
+
+    def model(self, index: int) -> tuple[Tensor, ...]:
+        """See `Block`; all models are written out for the first that is asked for."""
+        if not self._models:
+            rows = torch.empty(self.clients, self._layout.num_parameters, dtype=self._layout.dtype).unbind()
+            self.write(dict(enumerate(rows)))()
+            self._models = rows
+        vector = self._models[index]
+        return tuple(vector[entry.start : entry.stop] for entry in self._layout.parameters)
+
+
+class TrainedBlock(ClientBlock):
+    """A block that was trained in this process."""
 
     def __init__(self, trained: Trained, start: Tensor, layout: Layout) -> None:
-        self._trained, self._start, self._layout = trained, start, layout
-        self._models: Tensor | None = None
-
-    @property
-    def clients(self) -> int:
-        """How many there are."""
-        return len(self._trained.report.steps)
+        super().__init__(len(trained.report.steps), layout)
+        self._trained, self._start = trained, start
 
     def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
-        """See `strategies.block.Block`."""
+        """See `Block`."""
         total = with_drift(self._trained.moved(weights.to(self._start.dtype)), weights, self._start, origin)
         return lambda: total
 
-    def model(self, index: int) -> tuple[Tensor, ...]:
-        """See `strategies.block.Block`; all models are written out for the first that is asked for."""
-        if self._models is None:
-            self._models = self._trained.models()
-        return cut_up(self._models[index], self._layout)
+    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
+        """See `Block`."""
+        offset = None if is_same(self._start, centre) else centre - self._start
+        squares = self._trained.squares(offset)
+        return lambda: squares
+
+    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+        """See `Block`."""
+        copy_rows(self._trained.models(), into)
+        return lambda: None
 
 
-class WrittenBlock:
+class WrittenBlock(ClientBlock):
     """A block of models that are written out, `[K, P]`."""
 
     def __init__(self, models: Tensor, layout: Layout) -> None:
-        self._models, self._layout = models, layout
-
-    @property
-    def clients(self) -> int:
-        """How many there are."""
-        return len(self._models)
+        super().__init__(len(models), layout)
+        self._rows = models
 
     def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
-        """See `strategies.block.Block`."""
+        """See `Block`."""
         kept = weights.nonzero()[:, 0]
-        total = weights[kept].double() @ (self._models[kept] - origin).double()
+        total = weights[kept].double() @ (self._rows[kept] - origin).double()
         return lambda: total
 
-    def model(self, index: int) -> tuple[Tensor, ...]:
-        """See `strategies.block.Block`."""
-        return cut_up(self._models[index], self._layout)
+    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
+        """See `Block`."""
+        squares = norms(self._rows, centre).square()
+        return lambda: squares
+
+    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+        """See `Block`."""
+        copy_rows(self._rows, into)
+        return lambda: None
+
+
+def copy_rows(models: Tensor, into: Mapping[int, Tensor]) -> None:
+    """Copy the rows of `models [K, P]` with these numbers."""
+    for number, row in into.items():
+        row.copy_(models[number])
+
+
+def is_same(start: Tensor, origin: Tensor) -> bool:
+    """Whether both are the same vector; nearly always they are the same memory."""
+    return start.data_ptr() == origin.data_ptr() or torch.equal(start, origin)
 
 
 def with_drift(total: Tensor, weights: Tensor, start: Tensor, origin: Tensor) -> Tensor:
     """The `total` of moves from `start`, as moves from `origin`."""
-    if start.data_ptr() != origin.data_ptr() and not torch.equal(start, origin):
-        total = total + (start.double() - origin) * weights.sum()
-    return total
-
-
-def cut_up(vector: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    """A flat model as the layout's pieces."""
-    return tuple(vector[entry.start : entry.stop] for entry in layout.parameters)
+    if is_same(start, origin):
+        return total
+    return total + (start.double() - origin) * weights.sum()

@@ -9,6 +9,7 @@ another.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,8 +20,15 @@ from torch import Tensor
 class Piece(Protocol):
     """One parameter at K clients, after their training."""
 
+    @property
+    def size(self) -> int:
+        """How many numbers it has at each."""
+
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
         """`sum_k weights[k] * (W_k - W0)` over the clients `kept`."""
+
+    def squares(self, offset: Tensor | None) -> Tensor:
+        """`|W_k - W0 - offset|^2`, `[K]` float64, for the numbers of an `offset` if there is one; right to 1e-5."""
 
     def written(self) -> Tensor:
         """Every client's own, `[K, ...]`."""
@@ -45,6 +53,7 @@ class Form(Piece, Protocol):
         """What an optimiser moves, clients first, with gradients in `.grad`; and where each began."""
 
 
+LEFT = 3e-3  # of the size of its terms, what has to be left of a sum for their rounding not to matter
 Kept = slice | Tensor  # all clients, or the numbers of some
 
 
@@ -62,6 +71,10 @@ class Stacked:
     def __init__(self, start: Tensor, clients: int, own: bool = False) -> None:
         self._start = start
         self.weight = start.clone() if own else start.expand(clients, *start.shape).clone()
+
+    @property
+    def size(self) -> int:
+        return self.weight[0].numel()
 
     def outputs(self, inputs: Tensor) -> Tensor:
         clients, width, _ = inputs.shape
@@ -93,6 +106,9 @@ class Stacked:
         moves = self.weight[kept] - (self._start if self._start.dim() < self.weight.dim() else self._start[kept])
         return (weights[kept] @ moves.flatten(1)).view(self.weight.shape[1:])
 
+    def squares(self, offset: Tensor | None) -> Tensor:
+        return _squares(self.weight - self._start, offset)
+
     def written(self) -> Tensor:
         return self.weight
 
@@ -100,7 +116,7 @@ class Stacked:
         return _size(self.weight)
 
 
-class Factors:
+class Factors(ABC):
     """What the two factored forms share: `alpha [K, 1, 1]` and `factors [K, N, out]` over N rows of inputs.
 
     A bias is the weight of one more input that is always one, so it moves with the factors and takes no step of its
@@ -113,8 +129,25 @@ class Factors:
         self._is_scaled = not plain  # a plain step leaves alpha alone
         self.factors = start.new_zeros(clients, rows, start.shape[0])
 
+    @property
+    def size(self) -> int:
+        """See `Piece`."""
+        return self.start.numel()
+
     def coordinates(self) -> list[tuple[Tensor, Tensor]]:
         return [(tensor, tensor.clone()) for tensor in (self.alpha, self.factors)]
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """The inner products of the rows of inputs, `[K, N, N]`."""
+
+    @abstractmethod
+    def along(self, direction: Tensor) -> Tensor:
+        """The inner products of `A^T X` with `direction [out, in]`, `[K]` float64."""
+
+    @abstractmethod
+    def written(self) -> Tensor:
+        """See `Piece`."""
 
     def scaled(self, outputs: Tensor) -> Tensor:
         """`outputs [K, B, ...]` times alpha, in place."""
@@ -129,6 +162,20 @@ class Factors:
         """`|alpha| max|W0| + max|A| * reach`, where no sum of inputs over the rows exceeds `reach`."""
         return self.alpha.flatten().abs() * _size(self.start[None]) + _size(self.factors) * reach
 
+    def squares(self, offset: Tensor | None) -> Tensor:
+        """See `Piece`: `|A^T X|^2` is `<A A^T, X X^T>`, and `<A^T X, offset>` is `<A, X offset^T>`.
+
+        Written out where alpha has moved, or where terms of both signs leave too little of each other.
+        """
+        terms = torch.bmm(self.factors, self.factors.transpose(1, 2)).mul_(self.gram()).flatten(1)
+        total, size = (sums.sum(dim=1, dtype=torch.float64) for sums in (terms, terms.abs()))
+        if offset is not None:
+            length = offset.square().sum(dtype=torch.float64)
+            total, size = total - 2 * self.along(offset.view_as(self.start)) + length, size + length
+        if bool((self.alpha == 1).all() and (total >= LEFT * size).all()):
+            return total
+        return _squares(self.written() - self.start, offset)
+
     def shrunk(self, weights: Tensor, kept: Kept) -> float:
         """`sum_k weights[k] * (alpha_k - 1)`."""
         return float(weights[kept] @ (self.alpha[kept].flatten() - 1))
@@ -141,10 +188,17 @@ class FactoredBias:
     factors: Factors
     start: Tensor
 
+    @property
+    def size(self) -> int:
+        return self.start.numel()
+
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
         moves = self.factors.factors[kept].sum(dim=1)
         total: Tensor = weights[kept] @ moves
         return total.add_(self.start, alpha=self.factors.shrunk(weights, kept))
+
+    def squares(self, offset: Tensor | None) -> Tensor:
+        return _squares(self.written() - self.start, offset)
 
     def written(self) -> Tensor:
         return self.factors.factors.sum(dim=1) + self.factors.alpha[:, 0] * self.start
@@ -197,6 +251,12 @@ class Factored(Factors):
         total = weighed.flatten(0, 1).T @ self._basis[kept].flatten(0, 1)
         return total.add_(self.start, alpha=self.shrunk(weights, kept))
 
+    def gram(self) -> Tensor:
+        return torch.bmm(self._basis, self._basis.transpose(1, 2))
+
+    def along(self, direction: Tensor) -> Tensor:
+        return (self.factors * (self._basis @ direction.T)).sum(dim=(1, 2), dtype=torch.float64)
+
     def written(self) -> Tensor:
         return torch.baddbmm(self.start * self.alpha, self.factors.transpose(1, 2), self._basis)
 
@@ -216,7 +276,7 @@ class OnExamples(Factors):
     ) -> None:
         clients, width, _ = products.shape
         super().__init__(start, bias, clients, width, plain)
-        self._basis = basis
+        self._basis, self._products = basis, products
         self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
         first = start.new_empty(clients, width, start.shape[0])
         offset = start.new_zeros(1) if bias is None else bias
@@ -253,6 +313,16 @@ class OnExamples(Factors):
                 total.addmm_(upto(mine.shape[0], factors).T, mine, alpha=weight)
         return total
 
+    def gram(self) -> Tensor:
+        return self._products
+
+    def along(self, direction: Tensor) -> Tensor:
+        pairs = zip(self._basis, self.factors, strict=True)
+        inner = [
+            (upto(mine.shape[0], factors) * (mine @ direction.T)).sum(dtype=torch.float64) for mine, factors in pairs
+        ]
+        return torch.stack(inner)
+
     def written(self) -> Tensor:
         models = self.start * self.alpha
         for mine, factors, model in zip(self._basis, self.factors, models, strict=True):
@@ -261,6 +331,12 @@ class OnExamples(Factors):
 
     def bound(self) -> Tensor:
         return self.bound_with(self._reach)
+
+
+def _squares(moves: Tensor, offset: Tensor | None) -> Tensor:
+    """`|moves[k] - offset|^2`, `[K]` float64, for `moves [K, ...]`."""
+    flat = moves.flatten(1) if offset is None else moves.flatten(1) - offset
+    return flat.square().sum(dim=1).double()
 
 
 def _size(tensors: Tensor) -> Tensor:

@@ -57,6 +57,13 @@ class Trained:
         kept = slice(None) if every else weights.nonzero()[:, 0]
         return torch.cat([piece.moved(weights, kept).flatten() for piece in self.pieces]).cpu()
 
+    def squares(self, offset: Tensor | None) -> Tensor:
+        """`|model_k - start - offset|^2`, `[K]` float64, for an `offset [P]` if there is one."""
+        sizes = [piece.size for piece in self.pieces]
+        offsets = [None] * len(sizes) if offset is None else offset.to(self.device).split(sizes)
+        pairs = zip(self.pieces, offsets, strict=True)
+        return torch.stack([piece.squares(part) for piece, part in pairs]).sum(dim=0).cpu()
+
     def models(self, into: Tensor | None = None) -> Tensor:
         """Every client's model `[K, P]`, written `into` a tensor on the same device if there is one."""
         return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1, out=into).cpu()

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corymb.simulations.engine.blocks import Task, cut_up, most_clients, with_drift
+from corymb.simulations.engine.blocks import ClientBlock, Task, copy_rows, is_same, most_clients, with_drift
 from corymb.simulations.engine.engine import Answered, InProcess, Trainer
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
@@ -25,6 +25,8 @@ from corymb.strategies import Layout
 AHEAD = 2  # blocks that each worker is given before it has trained them: it never waits for more work
 HELD = 8  # blocks for each worker that may be trained and not yet read
 SLOTS = 4  # sums that a worker may have worked out and that are not yet read
+
+Question = tuple[int, int]  # a block's number, and one of its own
 
 
 @dataclass
@@ -36,10 +38,9 @@ class _Worker:
     models: Tensor  # shared [most clients, P]: those of one block at a time, where they are written out
     left: int = 0  # tasks that it was given and has not told of
     free: list[int] = field(default_factory=lambda: list(range(SLOTS)))  # places in `sums`
-    asked: dict[tuple[int, int], int | None] = field(
-        default_factory=dict
-    )  # questions without an answer yet, and their slots
-    answers: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # that came before they were wanted
+    is_writing: bool = False  # to `models`
+    asked: dict[Question, Callable[[Any], Any]] = field(default_factory=dict)  # no answer yet; what to do with it
+    answers: dict[Question, Any] = field(default_factory=dict)  # that came before they were wanted
     done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
 
 
@@ -150,60 +151,77 @@ class Workers:
             worker.answers.clear()
 
 
-class _RemoteBlock:
+class _RemoteBlock(ClientBlock):
     """A block that lies in a worker for as long as somebody holds this."""
 
     def __init__(self, worker: _Worker, number: int, clients: int, start: Tensor, layout: Layout) -> None:
-        self._worker, self._number, self._clients = worker, number, clients
-        self._start, self._layout = start, layout
-        self._questions = 0
-        self._models: Tensor | None = None
+        super().__init__(clients, layout)
+        self._worker, self._number, self._start = worker, number, start
+        self._questions = count()
         weakref.finalize(self, _forget, worker, number)
 
-    @property
-    def clients(self) -> int:
-        """How many there are."""
-        return self._clients
-
     def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
-        """See `strategies.block.Block`; the worker adds up while this process reads on."""
-        worker, start = self._worker, self._start
-        while not worker.free:
+        """See `Block`; the worker adds up while this process reads on."""
+        worker, slot, start = self._worker, self._free_slot(), self._start
+
+        def take(_: Any) -> Tensor:
+            total = worker.sums[slot].clone()
+            worker.free.append(slot)
+            return total
+
+        told = self._ask(take, "moved", slot, weights.tolist())
+        return lambda: with_drift(told(), weights, start, origin)
+
+    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
+        """See `Block`."""
+        worker, slot = self._worker, self._free_slot()
+        moved = not is_same(self._start, centre)
+        if moved:
+            torch.sub(centre, self._start, out=worker.sums[slot])
+
+        def take(squares: list[float]) -> Tensor:
+            worker.free.append(slot)
+            return torch.tensor(squares, dtype=torch.float64)
+
+        return self._ask(take, "squares", slot, moved)
+
+    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+        """See `Block`."""
+        worker = self._worker
+        while worker.is_writing:
             _hear(worker)
-        question = self._ask(weights.tolist(), worker.free.pop())
-        return lambda: with_drift(_answer_to(worker, question), weights, start, origin)
+        worker.is_writing = True
 
-    def model(self, index: int) -> tuple[Tensor, ...]:
-        """See `strategies.block.Block`; all models come over for the first that is asked for."""
-        if self._models is None:
-            self._models = _answer_to(self._worker, self._ask(None, None))
-        return cut_up(self._models[index], self._layout)
+        def take(_: Any) -> None:
+            copy_rows(worker.models, into)
+            worker.is_writing = False
 
-    def _ask(self, weights: list[float] | None, slot: int | None) -> tuple[int, int]:
-        self._questions += 1
-        question = (self._number, self._questions)
-        self._worker.asked[question] = slot
-        _send(self._worker.questions, (question, weights, slot))
-        return question
+        return self._ask(take, "models")
+
+    def _free_slot(self) -> int:
+        while not self._worker.free:
+            _hear(self._worker)
+        return self._worker.free.pop()
+
+    def _ask(self, take: Callable[[Any], Any], *asked: Any) -> Callable[[], Any]:
+        worker, question = self._worker, (self._number, next(self._questions))
+        worker.asked[question] = take
+        _send(worker.questions, (question, *asked))
+        return lambda: _answer_to(worker, question)
 
 
-def _answer_to(worker: _Worker, question: tuple[int, int]) -> Tensor:
+def _answer_to(worker: _Worker, question: Question) -> Any:
     while question not in worker.answers:
         if question not in worker.asked:
-            raise RuntimeError("A block was asked for its sum in one round and read in the next.")
+            raise RuntimeError("A block was asked something in one round and read in the next.")
         _hear(worker)
     return worker.answers.pop(question)
 
 
 def _hear(worker: _Worker) -> None:
     """Take one answer from a worker; it is copied, so that its place is free again."""
-    question, clients = _received(worker.questions)
-    slot = worker.asked.pop(question)
-    if slot is None:
-        worker.answers[question] = worker.models[:clients].clone()
-    else:
-        worker.answers[question] = worker.sums[slot].clone()
-        worker.free.append(slot)
+    question, answer = _received(worker.questions)
+    worker.answers[question] = worker.asked.pop(question)(answer)
 
 
 def _forget(worker: _Worker, number: int) -> None:
@@ -269,11 +287,15 @@ def _work(
 
 
 def _answer(blocks: dict[int, Trained], questions: Connection, sums: Tensor, models: Tensor) -> None:
-    question, weights, slot = questions.recv()
+    question, what, *details = questions.recv()
     block = blocks[question[0]]
-    clients = len(block.report.steps)
-    if weights is None:
-        block.models(into=models[:clients])
-    else:
+    answer = None
+    if what == "models":
+        block.models(into=models[: len(block.report.steps)])
+    elif what == "moved":
+        slot, weights = details
         sums[slot] = block.moved(torch.tensor(weights, dtype=sums.dtype))
-    questions.send((question, clients))
+    else:
+        slot, moved = details
+        answer = block.squares(sums[slot] if moved else None).tolist()
+    questions.send((question, answer))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -22,6 +22,12 @@ class Written:
 
     def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
         raise AssertionError("nobody asked for a sum")
+
+    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
+        raise AssertionError("nobody asked for distances")
+
+    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+        raise AssertionError("nobody asked for all of them")
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         self.looked += 1

@@ -80,6 +80,10 @@ def together(
         weights = torch.rand(len(block), generator=torch.Generator().manual_seed(number), dtype=start.dtype)
         moved = weights @ (models[block] - start)
         torch.testing.assert_close(trained.moved(weights), moved, rtol=1e-4, atol=1e-5)
+        for offset in (None, moved):
+            direct = (models[block] - start - (0 if offset is None else offset)).double().square().sum(dim=1)
+            close: Any = {"rtol": 1e-9, "atol": 1e-15} if start.dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-9}
+            torch.testing.assert_close(trained.squares(offset), direct, **close)
         assert (models[block].abs().amax(dim=1) <= torch.tensor(trained.report.bounds) * 1.0001).all()
     return models
 
@@ -437,6 +441,14 @@ def test_blocks_outlive_their_round_in_workers() -> None:
         sums = [block.moves(torch.ones(1), start) for block in blocks]  # more than there are places for
         models = [torch.cat(list(block.model(0))) for block in blocks[::-1]][::-1]
         next(later)
+        far = [block.squares(start + 1) for block in blocks]
+        rows = torch.empty(len(blocks), len(start))
+        written = [block.write({0: row}) for block, row in zip(blocks, rows, strict=True)]  # one at a time has room
+        for finish in written:
+            finish()
+        torch.testing.assert_close(rows, torch.stack(models), rtol=0, atol=0)
+        found_far = torch.cat([squares() for squares in far])
+        torch.testing.assert_close(found_far, (rows - 1).double().square().sum(dim=1), rtol=1e-5, atol=0)
         unread = [block.moves(torch.ones(1), start) for block in blocks[:2]]
         found.append((torch.stack([total() for total in sums]), torch.stack(models)))
         del unread
@@ -517,6 +529,10 @@ def test_what_it_cannot_train_is_refused(caplog: pytest.LogCaptureFixture, monke
         {"train": {"steps": 3}, "attack": {"kind": "noise", "clients": 2}},
         {"train": {"steps": 3}, "rules": [{"name": "run_off", "parameters": {"groups": 3}}]},
         {"train": {"steps": 3}, "rules": ["median"]},
+        {"train": {"steps": 3}, "rules": ["krum"]},
+        {"train": {"steps": 3}, "rules": ["norm_clipping"]},
+        {"train": {"steps": 3}, "rules": ["centred_clipping"]},
+        {"train": {"steps": 3}, "rules": [{"name": "ida", "parameters": {"norm": 2}}]},
         {"train": {"steps": 3, "report_classes": True}},
     ],
     ids=str,

@@ -1,0 +1,48 @@
+"""What does a rule that looks at models add to a round, beside FedAvg in the same run?
+
+Blocks of clients answer sums and distances without writing anybody's model out, so it depends on what a rule asks.
+The works are those of `simulators.py`, the figures medians of rounds with door, verdicts and journal.
+
+    python benchmarks/rules.py [--rows softmax mlp-5] [--rules krum ida]      part of `make bench`
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from pathlib import Path
+
+import workload
+from rich.console import Console
+from simulators import ROWS, WARMUP, write_experiment
+
+from corymb.simulations.campaign import run_all
+from corymb.simulations.experiment import read
+
+RULES = ["norm_clipping", "krum", "ida", "median", "trimmed_mean", "centred_clipping", "geometric_median"]
+
+
+def times(row: str, rules: list[str]) -> list[float]:
+    """The median milliseconds of a round under each of `rules`."""
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = read(write_experiment(ROWS[row], Path(folder)), {"rules": rules})
+        (runs,) = run_all([(experiment, Path(folder) / "out")], Console(quiet=True))
+        return [workload.median([record.seconds for record in run.records[WARMUP:]]) for run in runs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=["softmax", "mlp", "mlp-5"])
+    parser.add_argument("--rules", nargs="*", default=RULES)
+    options = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    for row in options.rows:
+        first, *others = times(row, ["fedavg", *options.rules])
+        print(f"{row}: fedavg {first:.1f} ms")
+        for rule, milliseconds in zip(options.rules, others, strict=True):
+            print(f"    {rule:20}{milliseconds:8.1f} ms = {milliseconds / first:.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The models of one round: rows of a matrix, or in blocks of clients that answer for theirs until somebody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from corymb.strategies.block import Block, InBlock
+from corymb.strategies.fold import mixed
+from corymb.strategies.geometry import norms
+from corymb.strategies.layout import joined
+from corymb.strategies.reply import Reply
+
+
+class Models(Protocol):
+    """K models of P parameters each."""
+
+    def rows(self) -> Tensor:
+        """All of them, `[K, P]`."""
+
+    def mixed(self, centre: Tensor, weights: Tensor) -> Tensor:
+        """`centre + sum_k weights[k] * (models[k] - centre)`, `[P]` for `weights [K]`."""
+
+    def distances(self, centre: Tensor) -> Tensor:
+        """Of each from `centre [P]`, `[K]` float64, right to 1e-5."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Rows of a matrix `[K, P]`."""
+
+    models: Tensor
+
+    def rows(self) -> Tensor:
+        """See `Models`."""
+        return self.models
+
+    def mixed(self, centre: Tensor, weights: Tensor) -> Tensor:
+        """See `Models`."""
+        return mixed(centre, self.models, weights)
+
+    def distances(self, centre: Tensor) -> Tensor:
+        """See `Models`."""
+        return norms(self.models, centre)
+
+
+class Unwritten:
+    """Models that all lie in blocks; written out once somebody asks for the rows."""
+
+    def __init__(self, places: Sequence[InBlock], origin: Tensor) -> None:
+        self._places, self._origin = places, origin
+        self._written: Written | None = None
+
+    def rows(self) -> Tensor:
+        """See `Models`."""
+        if self._written is None:
+            self._written = Written(gathered(iter(self._places), len(self._places), self._origin))
+        return self._written.rows()
+
+    def mixed(self, centre: Tensor, weights: Tensor) -> Tensor:
+        """See `Models`; sums of a block are taken in the models' own precision, those of several in float64."""
+        if self._written is not None:
+            return self._written.mixed(centre, weights)
+        coming = []
+        for block, numbers in self._blocks():
+            of_block = torch.zeros(block.clients, dtype=torch.float64)
+            for number in numbers:
+                of_block[self._places[number].row] = weights[number]
+            coming.append(block.moves(of_block, centre))
+        total = torch.zeros(centre.numel(), dtype=torch.float64)
+        for moved in coming:
+            total += moved()
+        return total.add_(centre).to(centre.dtype)
+
+    def distances(self, centre: Tensor) -> Tensor:
+        """See `Models`."""
+        if self._written is not None:
+            return self._written.distances(centre)
+        coming = [(numbers, block.squares(centre)) for block, numbers in self._blocks()]
+        result = torch.zeros(len(self._places), dtype=torch.float64)
+        for numbers, squares in coming:
+            result[numbers] = squares()[[self._places[number].row for number in numbers]]
+        return result.sqrt()
+
+    def _blocks(self) -> Iterator[tuple[Block, list[int]]]:
+        """Each block, and whose of the K models lie in it."""
+        blocks: dict[Block, list[int]] = {}
+        for number, place in enumerate(self._places):
+            blocks.setdefault(place.block, []).append(number)
+        return iter(blocks.items())
+
+
+def models_of(replies: list[Reply], origin: Tensor) -> Models:
+    """The models of `replies`, in order; empties the list, so that none is there twice."""
+    places = [reply.parts for reply in replies if isinstance(reply.parts, InBlock)]
+    if replies and len(places) == len(replies):
+        replies.clear()
+        return Unwritten(places, origin)
+    count = len(replies)
+    return Written(gathered((replies.pop(0).parts for _ in range(count)), count, origin))
+
+
+def gathered(parts: Iterator[Sequence[Tensor]], count: int, origin: Tensor) -> Tensor:
+    """`count` models, given as parts one after another, as rows `[K, P]` in the dtype of `origin [P]`.
+
+    Blocks write theirs at the same time.
+    """
+    models = torch.empty(count, origin.numel(), dtype=origin.dtype)
+    blocks: dict[Block, dict[int, Tensor]] = {}
+    for row in models:
+        part = next(parts)
+        if isinstance(part, InBlock):
+            blocks.setdefault(part.block, {})[part.row] = row
+        else:
+            row.copy_(joined(part, row.dtype))
+        del part
+    coming: list[Callable[[], None]] = [block.write(into) for block, into in blocks.items()]
+    for finish in coming:
+        finish()
+    return models
