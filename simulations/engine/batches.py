@@ -37,8 +37,12 @@ class Batches:
 
         Their generators follow from `sites`: seed, client and round of each.
         """
-        generators = (batch_generator(*site) if settings.shuffle else UNUSED for site in sites)
-        drawn = [drawn_rows(size, settings, generator) for size, generator in zip(sizes, generators, strict=True)]
+        if settings.shuffle:
+            own = zip(sizes, sites, strict=True)
+            drawn = [drawn_rows(size, settings, batch_generator(*site)) for size, site in own]
+        else:
+            of_size = {size: drawn_rows(size, settings, UNUSED) for size in set(sizes)}
+            drawn = [of_size[size] for size in sizes]
         width = max(max(lengths) for _, lengths in drawn)
         steps = [len(lengths) for _, lengths in drawn]
         if all(len(order) == max(steps) * width for order, _ in drawn):  # nothing to pad

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from corymb.simulations.engine.layers import ClientLayer
 from corymb.simulations.engine.room import Room
 
+BY_HAND = (nn.Flatten, nn.ReLU, nn.MaxPool2d)  # beside client layers
+
 
 class Chain(Protocol):
     """Forward, then backward, once each per step, with torch's autograd switched off.
 
-    `enters_directly` is whether the examples may enter the first client layer as they are, or nobody knows.
+    `enters_directly` is whether the examples may enter the first client layer as they are, or nobody knows;
+    `needs_autograd` whether it switches autograd on for some of it.
     """
 
     enters_directly: bool
+    needs_autograd: bool
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The outputs."""
@@ -52,6 +56,7 @@ class ByAutograd:
     """Any module."""
 
     enters_directly = True
+    needs_autograd = True
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -76,6 +81,9 @@ class ByHand:
         self._first = next(place for place, layer in enumerate(layers) if isinstance(layer, ClientLayer))
         self._kept: list[Any] = []
         self._rooms = {place: Room() for place, layer in enumerate(layers) if type(layer) is nn.MaxPool2d}
+        self.needs_autograd = any(
+            not isinstance(layer, ClientLayer) and type(layer) not in BY_HAND for layer in layers[self._first :]
+        )
         self.enters_directly = all(type(layer) in (nn.Flatten, nn.Identity) for layer in layers[: self._first])
 
     def forward(self, inputs: Tensor) -> Tensor:

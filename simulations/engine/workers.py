@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
 import signal
 import weakref
 from collections import deque
@@ -262,6 +263,8 @@ def _work(
     """A worker's life: it ends when the pipes do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    if hasattr(os, "SCHED_BATCH"):  # woken, it lets the server go on with what it does, such as waking the others
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     for pipe in others:  # of which this process has copies that would keep them open
         pipe.close()
     blocks: dict[int, Trained] = {}
