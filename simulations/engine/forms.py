@@ -286,18 +286,20 @@ class OnExamples(Factors):
         self._first = first.flatten(0, 1)
         self._near = (products if bias is None else products + 1).flatten(0, 1)
         self._flat = self.factors.flatten(0, 1)
+        self._learnt = iter(
+            [0, *(rows.amax(dim=(1, 2)).cummax(dim=0).values + 1).tolist()]
+        )  # rows that may not be zero
         self._steps = iter((rows + torch.arange(clients, device=rows.device)[:, None] * width).flatten(1).unbind())
-        self._rows = rows.new_zeros(0)  # of this step; none before the first
 
     def outputs(self, inputs: Tensor) -> Tensor:
         shape = inputs.shape[:2]
-        has_learnt = self._rows.numel() > 0
+        learnt = next(self._learnt)
         self._rows = upto(shape.numel(), next(self._steps))
         first = self.scaled(self._first.index_select(0, self._rows).view(*shape, -1))
-        if not has_learnt:
+        if not learnt:
             return first
-        near = self._near.index_select(0, self._rows).view(*shape, -1)
-        return first.baddbmm_(near, upto(shape[0], self.factors))
+        near = self._near.index_select(0, self._rows).view(*shape, -1)[:, :, :learnt]
+        return first.baddbmm_(near, self.factors[: shape[0], :learnt])
 
     def inward(self, slopes: Tensor) -> Tensor:
         raise NotImplementedError("Nothing lies before the examples.")
