@@ -74,14 +74,6 @@ class ClientBlock(ABC):
         self._models: tuple[Tensor, ...] = ()
 
     @abstractmethod
-    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
-        """See `Block`."""
-
-    @abstractmethod
-    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
-        """See `Block`."""
-
-    @abstractmethod
     def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
         """See `Block`."""
 

@@ -286,9 +286,8 @@ class OnExamples(Factors):
         self._first = first.flatten(0, 1)
         self._near = (products if bias is None else products + 1).flatten(0, 1)
         self._flat = self.factors.flatten(0, 1)
-        self._learnt = iter(
-            [0, *(rows.amax(dim=(1, 2)).cummax(dim=0).values + 1).tolist()]
-        )  # rows that may not be zero
+        reach = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
+        self._learnt = iter([0, *reach.tolist()])  # rows of the factors that may not be zero, at each step
         self._steps = iter((rows + torch.arange(clients, device=rows.device)[:, None] * width).flatten(1).unbind())
 
     def outputs(self, inputs: Tensor) -> Tensor:

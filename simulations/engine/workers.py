@@ -263,7 +263,7 @@ def _work(
     """A worker's life: it ends when the pipes do."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    if hasattr(os, "SCHED_BATCH"):  # woken, it lets the server go on with what it does, such as waking the others
+    with suppress(AttributeError, OSError):  # where it may; woken, it lets the server go on, to wake the others
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     for pipe in others:  # of which this process has copies that would keep them open
         pipe.close()
