@@ -16,7 +16,8 @@ from corymb.client.app import seed_of
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.chain import make_chain
 from corymb.simulations.engine.convolution import ClientConv2d
-from corymb.simulations.engine.forms import Factored, FactoredBias, Factors, Form, OnExamples, Piece, Stacked, upto
+from corymb.simulations.engine.factors import Factored, FactoredBias, Factors, OnExamples
+from corymb.simulations.engine.forms import Form, Piece, Stacked, upto
 from corymb.simulations.engine.layers import ClientDropout, ClientLayer, ClientLinear, Now
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products

@@ -6,11 +6,9 @@ import mmap
 import multiprocessing
 import os
 import signal
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -18,31 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corymb.simulations.engine.blocks import ClientBlock, Task, copy_rows, is_same, most_clients, with_drift
+from corymb.simulations.engine.blocks import Task, most_clients
 from corymb.simulations.engine.engine import Answered, InProcess, Trainer
+from corymb.simulations.engine.remote import SLOTS, RemoteBlock, Worker, answer_one, hear, received, send
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
 
 AHEAD = 2  # blocks that each worker is given before it has trained them: it never waits for more work
 HELD = 8  # blocks for each worker that may be trained and not yet read
-SLOTS = 4  # sums that a worker may have worked out and that are not yet read
-
-Question = tuple[int, int]  # a block's number, and one of its own
-
-
-@dataclass
-class _Worker:
-    process: Any
-    tasks: Connection
-    questions: Connection  # about blocks that are trained; they go before tasks
-    sums: Tensor  # shared [SLOTS, P]
-    models: Tensor  # shared [most clients, P]: those of one block at a time, where they are written out
-    left: int = 0  # tasks that it was given and has not told of
-    free: list[int] = field(default_factory=lambda: list(range(SLOTS)))  # places in `sums`
-    is_writing: bool = False  # to `models`
-    asked: dict[Question, Callable[[Any], Any]] = field(default_factory=dict)  # no answer yet; what to do with it
-    answers: dict[Question, Any] = field(default_factory=dict)  # that came before they were wanted
-    done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
 
 
 def can_fork() -> bool:
@@ -61,7 +42,7 @@ class Workers:
         self._start = _shared(1, layout)[0]
         self._generation = 0  # of what is in `_start`
         self._numbers = count()  # of tasks and questions, over all rounds
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         context: Any = multiprocessing.get_context("fork")
         for _ in range(processes):
             tasks, its_tasks = context.Pipe()
@@ -76,7 +57,7 @@ class Workers:
             process.start()
             its_tasks.close()
             its_questions.close()
-            self._workers.append(_Worker(process, tasks, questions, sums, models))
+            self._workers.append(Worker(process, tasks, questions, sums, models))
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
         """See `Engine.train`; it ends what is left of the call before."""
@@ -107,7 +88,7 @@ class Workers:
         self, tasks: dict[int, Task], waiting: deque[tuple[int, Task]], start: Tensor, generation: int
     ) -> Iterator[Answered]:
         """The blocks in the order of their tasks, whichever is ready first, so that sums come out the same."""
-        ready: dict[int, tuple[_Worker, Any]] = {}
+        ready: dict[int, tuple[Worker, Any]] = {}
         try:
             for number, task in tasks.items():
                 while number not in ready:
@@ -123,7 +104,7 @@ class Workers:
                 if isinstance(report, Exception):
                     yield task, report, None
                 else:  # without a name here: it goes when nobody else holds it
-                    yield task, _RemoteBlock(worker, number, len(task.clients), start, self._layout), report
+                    yield task, RemoteBlock(worker, number, len(task.clients), start, self._layout), report
         finally:
             for number, (worker, _) in ready.items():
                 worker.done_with.append(number)
@@ -134,12 +115,12 @@ class Workers:
             for worker in self._workers:
                 if waiting and worker.left <= ahead and ready < HELD * len(self._workers):
                     done_with, worker.done_with = worker.done_with, []
-                    _send(worker.tasks, (self._generation, *waiting.popleft(), done_with))
+                    send(worker.tasks, (self._generation, *waiting.popleft(), done_with))
                     worker.left += 1
 
-    def _told(self, worker: _Worker) -> Any:
+    def _told(self, worker: Worker) -> Any:
         worker.left -= 1
-        return _received(worker.tasks)
+        return received(worker.tasks)
 
     def _end_round(self) -> None:
         """Hear what nobody waited for: blocks that were not read, and sums."""
@@ -148,85 +129,8 @@ class Workers:
                 number, _ = self._told(worker)
                 worker.done_with.append(number)
             while worker.asked:
-                _hear(worker)
+                hear(worker)
             worker.answers.clear()
-
-
-class _RemoteBlock(ClientBlock):
-    """A block that lies in a worker for as long as somebody holds this."""
-
-    def __init__(self, worker: _Worker, number: int, clients: int, start: Tensor, layout: Layout) -> None:
-        super().__init__(clients, layout)
-        self._worker, self._number, self._start = worker, number, start
-        self._questions = count()
-        weakref.finalize(self, _forget, worker, number)
-
-    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
-        """See `Block`; the worker adds up while this process reads on."""
-        worker, slot, start = self._worker, self._free_slot(), self._start
-
-        def take(_: Any) -> Tensor:
-            total = worker.sums[slot].clone()
-            worker.free.append(slot)
-            return total
-
-        told = self._ask(take, "moved", slot, weights.tolist())
-        return lambda: with_drift(told(), weights, start, origin)
-
-    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
-        """See `Block`."""
-        worker, slot = self._worker, self._free_slot()
-        moved = not is_same(self._start, centre)
-        if moved:
-            torch.sub(centre, self._start, out=worker.sums[slot])
-
-        def take(squares: list[float]) -> Tensor:
-            worker.free.append(slot)
-            return torch.tensor(squares, dtype=torch.float64)
-
-        return self._ask(take, "squares", slot, moved)
-
-    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
-        """See `Block`."""
-        worker = self._worker
-        while worker.is_writing:
-            _hear(worker)
-        worker.is_writing = True
-
-        def take(_: Any) -> None:
-            copy_rows(worker.models, into)
-            worker.is_writing = False
-
-        return self._ask(take, "models")
-
-    def _free_slot(self) -> int:
-        while not self._worker.free:
-            _hear(self._worker)
-        return self._worker.free.pop()
-
-    def _ask(self, take: Callable[[Any], Any], *asked: Any) -> Callable[[], Any]:
-        worker, question = self._worker, (self._number, next(self._questions))
-        worker.asked[question] = take
-        _send(worker.questions, (question, *asked))
-        return lambda: _answer_to(worker, question)
-
-
-def _answer_to(worker: _Worker, question: Question) -> Any:
-    while question not in worker.answers:
-        if question not in worker.asked:
-            raise RuntimeError("A block was asked something in one round and read in the next.")
-        _hear(worker)
-    return worker.answers.pop(question)
-
-
-def _hear(worker: _Worker) -> None:
-    """Take one answer from a worker; it is copied, so that its place is free again."""
-    question, answer = _received(worker.questions)
-    worker.answers[question] = worker.asked.pop(question)(answer)
-
-
-def _forget(worker: _Worker, number: int) -> None:
-    worker.done_with.append(number)
 
 
 def _shared(rows: int, layout: Layout) -> Tensor:
@@ -234,20 +138,6 @@ def _shared(rows: int, layout: Layout) -> Tensor:
     size = torch.empty(0, dtype=layout.dtype).element_size()
     memory = mmap.mmap(-1, max(1, rows * layout.num_parameters * size))
     return torch.frombuffer(memory, dtype=layout.dtype, count=rows * layout.num_parameters).view(rows, -1)
-
-
-def _send(pipe: Connection, message: Any) -> None:
-    try:
-        pipe.send(message)
-    except OSError:
-        raise RuntimeError("A worker process has died; the machine may be short of memory.") from None
-
-
-def _received(pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        raise RuntimeError("A worker process has died; the machine may be short of memory.") from None
 
 
 def _work(
@@ -272,11 +162,11 @@ def _work(
     with suppress(EOFError, OSError):
         while True:
             if questions in wait([tasks, questions]):
-                _answer(blocks, questions, sums, models)
+                answer_one(blocks, questions, sums, models)
                 continue
             generation, number, task, done_with = tasks.recv()
             while questions.poll():  # sent before it: maybe about blocks that are done with by now
-                _answer(blocks, questions, sums, models)
+                answer_one(blocks, questions, sums, models)
             for old in done_with:
                 blocks.pop(old, None)
             if generation != seen:  # a copy, for blocks that outlive their round
@@ -287,18 +177,3 @@ def _work(
                 tasks.send((number, RuntimeError(f"{type(error).__name__}: {error}")))
             else:
                 tasks.send((number, blocks[number].report))
-
-
-def _answer(blocks: dict[int, Trained], questions: Connection, sums: Tensor, models: Tensor) -> None:
-    question, what, *details = questions.recv()
-    block = blocks[question[0]]
-    answer = None
-    if what == "models":
-        block.models(into=models[: len(block.report.steps)])
-    elif what == "moved":
-        slot, weights = details
-        sums[slot] = block.moved(torch.tensor(weights, dtype=sums.dtype))
-    else:
-        slot, moved = details
-        answer = block.squares(sums[slot] if moved else None).tolist()
-    questions.send((question, answer))
