@@ -43,14 +43,15 @@ class ClientConv2d(ClientLayer):
             original.kernel_size, original.stride, tuple(map(int, original.padding)), original.dilation, original.groups
         )
 
-    def weights(self) -> Tensor:
-        """Of the clients that still train, `[A, out, in, h, w]`."""
-        weights: Tensor = upto(self.now.clients, self.form.weight).unflatten(2, self._shape[1:])
+    def weights(self, images: Tensor) -> Tensor:
+        """Of the clients that still train, `[A, out, in, h, w]`, in the precision of `images [A, ...]`."""
+        weights: Tensor = self.form.like(images).unflatten(2, self._shape[1:])
         return weights
 
     def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
         """See `ClientLayer.outputs`."""
-        images, weights = inputs.unflatten(0, (self.now.clients, -1)), self.weights()
+        images = inputs.unflatten(0, (self.now.clients, -1))
+        weights = self.weights(images)
         way = self._way(images, weights, inward)
         found, kept = way.outputs(images, weights)
         if self.bias is not None:
@@ -61,7 +62,7 @@ class ClientConv2d(ClientLayer):
         """Learn; the slopes of the inputs if they are wanted."""
         way, kept = kept
         outer = slopes.unflatten(0, (self.now.clients, -1))
-        gradient, found = way.back(outer, kept, self.weights(), inward)
+        gradient, found = way.back(outer, kept, self.weights(outer), inward)
         self.form.take(gradient.flatten(2), self.now.rate)
         self.learn_bias(outer.sum(dim=(3, 4)))
         return None if found is None else found.flatten(0, 1)

@@ -52,7 +52,10 @@ class Engine(Protocol):
 
 def trains(settings: TrainSettings, device: torch.device) -> bool:
     """Whether a block can be trained so on `device`; the rest is for a client by itself."""
-    special = settings.batch_updates or settings.report_classes or settings.precision != "float32"
+    precisions = (
+        ("float32",) if device.type == "cpu" else ("float32", "bfloat16")
+    )  # of which a CPU may only make believe
+    special = settings.batch_updates or settings.report_classes or settings.precision not in precisions
     return not special and settings.optimizer in ELEMENTWISE and choose_device(settings.device).type == device.type
 
 

@@ -66,26 +66,29 @@ class Stacked:
     def size(self) -> int:
         return self.weight[0].numel()
 
+    def like(self, clients: Tensor) -> Tensor:
+        """The weights of as many clients as `clients [K, ...]` has, in its precision."""
+        return upto(clients.shape[0], self.weight).to(clients.dtype)
+
     def outputs(self, inputs: Tensor) -> Tensor:
-        clients, width, _ = inputs.shape
-        weight = upto(clients, self.weight)
+        weight, width = self.like(inputs), inputs.shape[1]
         if weight.shape[1] < width < weight.shape[2]:  # few rows are faster than few columns
             return torch.bmm(weight, inputs.transpose(1, 2)).transpose(1, 2)
         return torch.bmm(inputs, weight.transpose(1, 2))
 
     def inward(self, slopes: Tensor) -> Tensor:
-        return torch.bmm(slopes, upto(slopes.shape[0], self.weight))
+        return torch.bmm(slopes, self.like(slopes))
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        if rate is None:
-            self.weight.grad = torch.bmm(slopes.transpose(1, 2), inputs)
+        if rate is None or slopes.dtype != self.weight.dtype:
+            self.take(torch.bmm(slopes.transpose(1, 2), inputs), rate)
         else:
             upto(slopes.shape[0], self.weight).baddbmm_(slopes.transpose(1, 2), inputs, alpha=-rate)
 
     def take(self, gradient: Tensor, rate: float | None) -> None:
         """A gradient `[K, ...]` that is there already."""
         if rate is None:
-            self.weight.grad = gradient
+            self.weight.grad = gradient.to(self.weight.dtype)
         else:
             upto(gradient.shape[0], self.weight).sub_(gradient, alpha=rate)
 

@@ -54,7 +54,7 @@ class Program:
     ) -> None:
         population = replace(population, store=population.store.to(device))
         self._population, self._may_factor, self._static, self.device = population, factored, static, device
-        self._now = Now(as_patches=device.type != "cpu")
+        self._now, self._as_patches = Now(), device.type != "cpu"
         self._draws = False
         self._names = [name for name, _ in module.named_parameters()]
         self._layers: dict[str, ClientLayer] = {}
@@ -116,7 +116,8 @@ class Program:
         places, batches = places.to(store.inputs.device), batches.to(device)
         now.clients = len(clients)
         now.generators = [torch.Generator().manual_seed(seed_of(*site)) for site in sites] if self._draws else []
-        plain = is_plain(settings)
+        plain, precision = is_plain(settings), precision_of(settings, dtype)
+        now.as_patches = self._as_patches or precision != dtype
         now.rate = settings.rate(server_round) if plain else None
         self._begin(start, clients, batches, settings, own)
         optimizer = None if plain else Optimizer(self._coordinates(), settings, settings.rate(server_round))
@@ -137,12 +138,12 @@ class Program:
             rows = active * width
             # Where the examples are never looked at, anything of their shape will do.
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(device)
-            scores = self._chain.forward(inputs)
+            scores = self._chain.forward(inputs.to(precision)).to(dtype)
             self._steps += 1
             logs.append(torch.log_softmax(scores, dim=1))
             chosen.append(scores.argmax(dim=1))
             slopes = logs[-1].exp().scatter_add_(1, upto(rows, wanted), upto(rows, minus))
-            self._chain.backward(slopes.mul_(upto(rows, shares)))
+            self._chain.backward(slopes.mul_(upto(rows, shares)).to(precision))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
         return Trained.of(self._pieces(), logs, chosen, targets, batches)
@@ -152,7 +153,8 @@ class Program:
     ) -> None:
         """Give every layer its parameters in the form that is cheapest for it."""
         _, steps, width = batches.rows.shape
-        factors, plain = self._may_factor and not own and is_linear(settings), is_plain(settings)
+        plain, is_whole = is_plain(settings), settings.precision == "float32"  # else products would be rounded twice
+        factors = self._may_factor and not own and is_linear(settings) and is_whole
         for name, layer in self._layers.items():
             weight, bias = start[_parameter(name, "weight")], start.get(_parameter(name, "bias"))
             form: Form | None = None
@@ -184,6 +186,11 @@ class Program:
             if isinstance(layer.form, Factors) and layer.form.bias is not None:
                 pieces[_parameter(name, "bias")] = FactoredBias(layer.form, layer.form.bias)
         return [pieces[name] for name in self._names]
+
+
+def precision_of(settings: TrainSettings, dtype: torch.dtype) -> torch.dtype:
+    """What outputs and slopes have, for weights of `dtype`."""
+    return dtype if settings.precision == "float32" else getattr(torch, settings.precision)
 
 
 def _parameter(layer: str, kind: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -26,6 +27,7 @@ from corymb.simulations.engine import frequencies
 from corymb.simulations.engine import program as programs
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import PADDED, Task, cut
+from corymb.simulations.engine.engine import trains
 from corymb.simulations.engine.making import make_engine, make_trainer
 from corymb.simulations.engine.program import Program, Static
 from corymb.simulations.engine.vmapped import Vmapped
@@ -260,7 +262,7 @@ def test_convolutions_as_products_of_matrices(how: dict[str, Any]) -> None:
     module(torch.zeros(1, 1, 6, 6))
     module, people = in_double(module, population([9, 4, 12, 1]))
     trainer = Program(module, people)
-    trainer._now.as_patches = True
+    trainer._as_patches = True
     settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
     assert max(differences(module, trainer, people, settings)) < EXACT
 
@@ -276,6 +278,41 @@ def test_in_float32_they_are_close(options: dict[str, Any], factored: bool) -> N
     how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options)
     people = population([9, 4, 12, 1])
     assert max(differences(module, Program(module, people, factored), people, how)) < CLOSE
+
+
+class Odd(nn.Module):
+    """What no sequence does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(36, 20), nn.Linear(20, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.last(self.first(inputs.flatten(1)).tanh())
+        return outputs
+
+
+@pytest.mark.parametrize("options", LINEAR[:2], ids=str)
+@pytest.mark.parametrize("is_sequence", [True, False])
+def test_bfloat16_is_used_as_serial_uses_it(options: dict[str, Any], is_sequence: bool) -> None:
+    """Of smooth layers: a rectifier that is almost zero would be on here and off there. One step in 256 is one bit."""
+    torch.manual_seed(3)
+    smooth = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv2d(4, 4, 3),
+        nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4),
+    )  # fmt: skip
+    module: nn.Module = smooth if is_sequence else Odd()
+    people = population([12, 9, 4, 1])
+    start = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    how = TrainSettings(
+        batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options, precision="bfloat16", device="cpu"
+    )
+    assert not trains(how, torch.device("cpu"))  # where it is slower than float32
+    found = Program(deepcopy(module), people).train(Layout.of_module(module).split(start), range(4), how, 1).models()
+    whole = one_by_one(module, start, people, how.model_copy(update={"precision": "float32"}), 1)
+    half = one_by_one(module, start, people, how, 1)
+    assert (found - half).norm() < 0.01 * (half - start).norm()
+    assert (found - whole).norm() > 0.001 * (whole - start).norm()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
