@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -89,3 +94,50 @@ class InProcess:
 
     def close(self) -> None:
         """Nothing was started."""
+
+
+class OnDevices:
+    """Trains as many blocks at a time as there are devices, in a thread for each.
+
+    Which of them trains a block has no effect on any result, as long as they are alike.
+    """
+
+    def __init__(self, trainers: Sequence[Trainer], layout: Layout) -> None:
+        self._free: SimpleQueue[InProcess] = SimpleQueue()
+        for trainer in trainers:
+            self._free.put(InProcess(trainer, layout))
+        self.device = trainers[0].device
+        self._ahead = 2 * len(trainers)  # blocks, so that no device waits for who reads them
+        self._threads = ThreadPoolExecutor(len(trainers))
+
+    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
+        """See `Engine.train`; the blocks come in the order of their tasks."""
+        waiting = iter(tasks)
+        coming = deque(self._threads.submit(self._train, task, start) for task in islice(waiting, self._ahead))
+        while coming:
+            answered = coming.popleft().result()
+            coming.extend(self._threads.submit(self._train, task, start) for task in islice(waiting, 1))
+            yield answered
+            del answered  # its memory goes to the next
+
+    def train_own(self, task: Task, starts: Tensor) -> Answered:
+        """See `Engine.train_own`."""
+        with self._one() as engine:
+            return engine.train_own(task, starts)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _train(self, task: Task, start: Tensor) -> Answered:
+        with self._one() as engine:
+            return next(engine.train([task], start))
+
+    @contextmanager
+    def _one(self) -> Iterator[InProcess]:
+        """One of the devices, for as long as it is needed."""
+        engine = self._free.get()
+        try:
+            yield engine
+        finally:
+            self._free.put(engine)

@@ -15,7 +15,7 @@ from corymb.client import TrainSettings, train
 from corymb.client.app import seed_of
 from corymb.client.batches import training_batches
 from corymb.simulations.data import Examples
-from corymb.simulations.engine.engine import Engine, InProcess, Trainer
+from corymb.simulations.engine.engine import Engine, InProcess, OnDevices, Trainer
 from corymb.simulations.engine.program import CPU, Program, Static
 from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.workers import Workers, can_fork
@@ -37,7 +37,8 @@ def make_engine(
     workers: int,
     device: torch.device = CPU,
 ) -> Engine | None:
-    """The engine called `name`, with `workers` processes where more than one is worth while; None where there is none.
+    """The engine called `name`; None where there is none. On a CPU it has `workers` processes where more than one is
+    worth while; it has all GPUs if `device` is "cuda" without a number.
 
     "batched" writes every client's model out, "factored" keeps linear layers in factors where that costs less. "auto"
     takes the fastest that can train the model, and says in one line why where that is "serial".
@@ -47,15 +48,22 @@ def make_engine(
     if name in ("serial", "ray"):
         return None
     try:
-        trainer = make_trainer(model, population, name != "batched", device)
+        trainers = [make_trainer(model, population, name != "batched", each) for each in devices_like(device)]
     except ValueError as error:
         if name != "auto":
             raise ValueError(f"engine = {name!r} cannot train this model: {error}; use 'serial' or 'auto'.") from None
         log.warning("Clients are trained one after another, as %s.", error)
         return None
     if can_fork() and device == CPU and (name == "processes" or (name == "auto" and workers > 1)):
-        return Workers(trainer, layout, max(workers, 1))
-    return InProcess(trainer, layout)
+        return Workers(trainers[0], layout, max(workers, 1))
+    return InProcess(trainers[0], layout) if len(trainers) == 1 else OnDevices(trainers, layout)
+
+
+def devices_like(device: torch.device) -> list[torch.device]:
+    """All devices of a kind where no number is given, as in "cuda"."""
+    if device.type != "cuda" or device.index is not None:
+        return [device]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
 def make_trainer(

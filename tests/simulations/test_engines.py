@@ -27,7 +27,7 @@ from corymb.simulations.engine import frequencies
 from corymb.simulations.engine import program as programs
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import PADDED, Task, cut
-from corymb.simulations.engine.engine import trains
+from corymb.simulations.engine.engine import OnDevices, trains
 from corymb.simulations.engine.making import make_engine, make_trainer
 from corymb.simulations.engine.program import Program, Static
 from corymb.simulations.engine.vmapped import Vmapped
@@ -460,7 +460,7 @@ def test_one_broken_example_does_not_refuse_the_engine() -> None:
     assert isinstance(make_trainer(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), people, True), Program)
 
 
-def test_blocks_outlive_their_round_in_workers() -> None:
+def test_blocks_outlive_their_round() -> None:
     """Models that a rule keeps, sums that nobody reads, and many sums at once."""
     people = population([5] * 12)
     module = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
@@ -469,6 +469,8 @@ def test_blocks_outlive_their_round_in_workers() -> None:
         make_engine(name, lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), people, layout, 2)
         for name in ("factored", "processes")
     ]
+    pair = [make_trainer(lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), people, True) for _ in range(2)]
+    engines.append(OnDevices(pair, layout))
     how = TrainSettings(batch_size=5, epochs=1)
     start = torch.zeros(layout.num_parameters)
     found = []
@@ -494,8 +496,9 @@ def test_blocks_outlive_their_round_in_workers() -> None:
         ((_, block, _),) = engine.train([Task((0,), (0,), how, 3)], start)  # sums that nobody read are in nobody's way
         assert not isinstance(block, Exception)
         engine.close()
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-6, atol=1e-7)
+    for others in found[1:]:
+        for mine, theirs in zip(found[0], others, strict=True):
+            torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-6, atol=1e-7)
 
 
 def test_a_worker_that_dies_is_told() -> None:
