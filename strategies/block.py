@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, overload
 
 from torch import Tensor
+
+Rows = Sequence[tuple[int, Tensor]]  # numbers of models in a block, and where each is wanted
 
 
 class Block(Protocol):
@@ -24,7 +26,7 @@ class Block(Protocol):
     def squares(self, centre: Tensor) -> Callable[[], Tensor]:
         """The squared distance of each from `centre [P]`, `[K]` float64, in the same way."""
 
-    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+    def write(self, into: Rows) -> Callable[[], None]:
         """Write out the models with these numbers, each into a vector `[P]`, in the same way."""
 
     def model(self, index: int) -> tuple[Tensor, ...]:

@@ -76,7 +76,7 @@ class CentredClipping(SightedRule[None]):
         for step in range(self.steps):
             if step:
                 lengths = cohort.distances(centre)
-            centre = cohort.source.mixed(centre, cut(lengths, radius) / len(cohort.nodes))
+            centre = cohort.mixed(cut(lengths, radius) / len(cohort.nodes), centre)
         return centre, None
 
 

@@ -19,10 +19,11 @@ from corymb.strategies.reply import Reply
 class Cohort:
     """The replies of one round side by side, in the order of the nodes' names.
 
-    `models [K, P]` in the dtype of `origin [P]`, `examples [K]` float64, `metrics {name: [K]}`
-    float64 with NaN where a site did not send one. `layout` cuts vectors into layers, `known` names
-    all sites of the federation, `steps {node: [S, P]}` are the updates of single batches of the sites that
-    sent them, `buffers [B]` the float buffers that the round began with and `site_buffers [K, B]` the sites'.
+    `models [K, P]` in the dtype of `origin [P]`, of a `source` that may not have written them out yet;
+    `examples [K]` float64, `metrics {name: [K]}` float64 with NaN where a site did not send one. `layout` cuts vectors
+    into layers, `known` names all sites of the federation, `steps {node: [S, P]}` are the updates of single batches of
+    the sites that sent them, `buffers [B]` the float buffers that the round began with and `site_buffers [K, B]` the
+    sites'.
     """
 
     origin: Tensor
@@ -82,11 +83,13 @@ class Cohort:
         total = self.examples.sum()
         return self.examples / total if total > 0 else torch.full_like(self.examples, 1 / len(self.nodes))
 
-    def mixed(self, weights: Tensor) -> Tensor:
+    def mixed(self, weights: Tensor, centre: Tensor | None = None) -> Tensor:
         """`origin + sum_k weights[k] * (models[k] - origin)`, `[P]`; for weights that sum to one, their mean.
 
-        The weights of the mixture that a rule returns enter the run's record.
+        The weights of the mixture that a rule returns enter the run's record, unless it is around another `centre [P]`.
         """
+        if centre is not None:
+            return self.source.mixed(centre, weights)
         vector = self.source.mixed(self.origin, weights)
         self._mixture[:] = [vector, weights]
         return vector

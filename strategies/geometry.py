@@ -24,8 +24,7 @@ def squared_distances(models: Tensor) -> Tensor:
     """The squared distance between every two rows of `models [K, P]`, `[K, K]` float64, right to 1e-5.
 
     From the inner products of the rows' differences from one of them: five times as fast as every two rows' difference,
-    which is taken among those rows that lie much closer to another than to that one: too little is left of their
-    products.
+    which is taken of rows that lie much closer to another than to that one: too little is left of their products.
     """
     inner = torch.zeros(len(models), len(models), dtype=torch.float64)
     for start in range(0, models.shape[1], WIDTH):
@@ -37,13 +36,11 @@ def squared_distances(models: Tensor) -> Tensor:
     total = (sums - (inner + inner.T)).clamp_(min=0)  # of equals, whom a rule prefers must not depend on rounding
     sound = total.isfinite() & (total > LEFT * sums)
     near = (~sound.fill_diagonal_(True)).any(dim=1).nonzero()[:, 0]
-    if len(near):
-        if 2 * len(near) > len(models):  # not worth a copy
-            near = torch.arange(len(models))
-        direct = torch.zeros(len(near), len(near), dtype=torch.float64)
-        for (block,) in blocks(models if len(near) == len(models) else models[near]):
-            direct += torch.cdist(block, block, compute_mode="donot_use_mm_for_euclid_dist").square()
-        total[near[:, None], near] = direct
+    if len(near):  # with all others, so that equals stay as far from them as each other
+        total[near] = 0
+        for (block,) in blocks(models):
+            total[near] += torch.cdist(block[near], block, compute_mode="donot_use_mm_for_euclid_dist").square()
+        total[:, near] = total[near].T
     return total.fill_diagonal_(0)
 
 

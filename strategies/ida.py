@@ -52,21 +52,20 @@ class IDA(SightedRule[None]):
         return cohort.mixed(weights / weights.sum()), None
 
     def _distance(self, cohort: Cohort) -> Tensor:
-        distances = self._distances(cohort)
+        distances = self._lengths(cohort)
         distances += self.epsilon * distances.mean()
         return 1 / distances if distances.all() else torch.ones_like(distances)
 
-    def _distances(self, cohort: Cohort) -> Tensor:
-        """From the centre, `[K]`."""
-        clients = len(cohort.nodes)
-        shares = cohort.examples / cohort.examples.sum().clamp(min=1)
+    def _lengths(self, cohort: Cohort) -> Tensor:
+        """Of the differences from the centre, `[K]`."""
+        equal = torch.full_like(cohort.shares, 1 / len(cohort.nodes))
+        shares = cohort.shares if self.centre == "weighted" else equal
         if self.norm == 2 and self.centre != "median":  # asks for no model to be written out
-            centre = cohort.mixed(shares if self.centre == "weighted" else torch.full_like(shares, 1 / clients))
-            return cohort.distances(centre)
-        total = torch.zeros(clients, dtype=torch.float64)
+            return cohort.distances(cohort.mixed(shares))
+        total = torch.zeros_like(shares)
         for (models,) in blocks(cohort.models):
-            middle = {"mean": lambda m: m.mean(dim=0), "weighted": lambda m: shares @ m, "median": median}[self.centre]
-            total += torch.linalg.vector_norm(models - middle(models), ord=self.norm, dim=1).pow(self.norm)
+            centre = median(models) if self.centre == "median" else shares @ models
+            total += torch.linalg.vector_norm(models - centre, ord=self.norm, dim=1).pow(self.norm)
         return total.pow(1 / self.norm)
 
     def _examples(self, cohort: Cohort) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,14 +51,15 @@ class Written:
 class Unwritten:
     """Models that all lie in blocks; written out once somebody asks for the rows."""
 
-    def __init__(self, places: Sequence[InBlock], origin: Tensor) -> None:
+    def __init__(self, places: list[InBlock], origin: Tensor) -> None:
         self._places, self._origin = places, origin
         self._written: Written | None = None
 
     def rows(self) -> Tensor:
         """See `Models`."""
         if self._written is None:
-            self._written = Written(gathered(iter(self._places), len(self._places), self._origin))
+            places, self._places = self._places, []
+            self._written = Written(gathered(places, self._origin))
         return self._written.rows()
 
     def mixed(self, centre: Tensor, weights: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class Unwritten:
         for block, numbers in self._blocks():
             of_block = torch.zeros(block.clients, dtype=torch.float64)
             for number in numbers:
-                of_block[self._places[number].row] = weights[number]
+                of_block[self._places[number].row] += weights[number]
             coming.append(block.moves(of_block, centre))
         total = torch.zeros(centre.numel(), dtype=torch.float64)
         for moved in coming:
@@ -95,30 +96,34 @@ class Unwritten:
 
 
 def models_of(replies: list[Reply], origin: Tensor) -> Models:
-    """The models of `replies`, in order; empties the list, so that none is there twice."""
-    places = [reply.parts for reply in replies if isinstance(reply.parts, InBlock)]
-    if replies and len(places) == len(replies):
-        replies.clear()
+    """The models of `replies`, in order; empties the list, so that none is there twice once it is written out."""
+    parts = [reply.parts for reply in replies]
+    replies.clear()
+    places = [part for part in parts if isinstance(part, InBlock)]
+    if parts and len(places) == len(parts):
         return Unwritten(places, origin)
-    count = len(replies)
-    return Written(gathered((replies.pop(0).parts for _ in range(count)), count, origin))
+    return Written(gathered(parts, origin))
 
 
-def gathered(parts: Iterator[Sequence[Tensor]], count: int, origin: Tensor) -> Tensor:
-    """`count` models, given as parts one after another, as rows `[K, P]` in the dtype of `origin [P]`.
+def gathered(parts: list[Any], origin: Tensor) -> Tensor:
+    """Models that are given as parts, as rows `[K, P]` in the dtype of `origin [P]`; empties the list as it goes.
 
     Blocks write theirs at the same time.
     """
-    models = torch.empty(count, origin.numel(), dtype=origin.dtype)
-    blocks: dict[Block, dict[int, Tensor]] = {}
+    models = torch.empty(len(parts), origin.numel(), dtype=origin.dtype)
+    blocks: dict[Block, list[tuple[int, Tensor]]] = {}
     for row in models:
-        part = next(parts)
+        part: Sequence[Tensor] = parts.pop(0)
         if isinstance(part, InBlock):
-            blocks.setdefault(part.block, {})[part.row] = row
+            blocks.setdefault(part.block, []).append((part.row, row))
         else:
             row.copy_(joined(part, row.dtype))
         del part
-    coming: list[Callable[[], None]] = [block.write(into) for block, into in blocks.items()]
+    coming = []
+    while blocks:
+        block, into = blocks.popitem()
+        coming.append(block.write(into))
+        del block
     for finish in coming:
         finish()
     return models

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from corymb.client import TrainSettings
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
+from corymb.strategies.block import Rows
 from corymb.strategies.geometry import norms
 
 MOST = 32  # clients in a block
@@ -68,20 +69,27 @@ def _is_padded(sizes: list[int], settings: TrainSettings) -> bool:
 class ClientBlock(ABC):
     """What all blocks of K clients share: see `strategies.block.Block`."""
 
-    def __init__(self, clients: int, layout: Layout) -> None:
+    def __init__(self, clients: int, layout: Layout, models: tuple[Tensor, ...] = ()) -> None:
         self.clients = clients
         self._layout = layout
-        self._models: tuple[Tensor, ...] = ()
+        self._models = models  # if they have been written out
 
     @abstractmethod
-    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+    def _write(self, into: Rows) -> Callable[[], None]:
+        """Write out models of which none has been written out before."""
+
+    def write(self, into: Rows) -> Callable[[], None]:
         """See `Block`."""
+        if not self._models:
+            return self._write(into)
+        copy_rows(self._models, into)
+        return lambda: None
 
     def model(self, index: int) -> tuple[Tensor, ...]:
         """See `Block`; all models are written out for the first that is asked for."""
         if not self._models:
             rows = torch.empty(self.clients, self._layout.num_parameters, dtype=self._layout.dtype).unbind()
-            self.write(dict(enumerate(rows)))()
+            self._write(list(enumerate(rows)))()
             self._models = rows
         vector = self._models[index]
         return tuple(vector[entry.start : entry.stop] for entry in self._layout.parameters)
@@ -101,12 +109,10 @@ class TrainedBlock(ClientBlock):
 
     def squares(self, centre: Tensor) -> Callable[[], Tensor]:
         """See `Block`."""
-        offset = None if is_same(self._start, centre) else centre - self._start
-        squares = self._trained.squares(offset)
+        squares = self._trained.squares(offset_of(centre, self._start))
         return lambda: squares
 
-    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
-        """See `Block`."""
+    def _write(self, into: Rows) -> Callable[[], None]:
         copy_rows(self._trained.models(), into)
         return lambda: None
 
@@ -115,7 +121,7 @@ class WrittenBlock(ClientBlock):
     """A block of models that are written out, `[K, P]`."""
 
     def __init__(self, models: Tensor, layout: Layout) -> None:
-        super().__init__(len(models), layout)
+        super().__init__(len(models), layout, models.unbind())
         self._rows = models
 
     def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
@@ -129,16 +135,19 @@ class WrittenBlock(ClientBlock):
         squares = norms(self._rows, centre).square()
         return lambda: squares
 
-    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
-        """See `Block`."""
-        copy_rows(self._rows, into)
-        return lambda: None
+    def _write(self, into: Rows) -> Callable[[], None]:
+        raise NotImplementedError("They are written already.")
 
 
-def copy_rows(models: Tensor, into: Mapping[int, Tensor]) -> None:
-    """Copy the rows of `models [K, P]` with these numbers."""
-    for number, row in into.items():
+def copy_rows(models: Sequence[Tensor] | Tensor, into: Rows) -> None:
+    """Copy the models with these numbers, each `[P]`."""
+    for number, row in into:
         row.copy_(models[number])
+
+
+def offset_of(centre: Tensor, start: Tensor) -> Tensor | None:
+    """What has to be added to `start` to get to `centre`, in its precision; None for nothing."""
+    return None if is_same(start, centre) else (centre - start).to(start.dtype)
 
 
 def is_same(start: Tensor, origin: Tensor) -> bool:

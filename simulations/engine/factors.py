@@ -10,6 +10,7 @@ another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from corymb.simulations.engine.forms import Kept, largest, squared_lengths, upto
 
-LEFT = 3e-3  # of the size of its terms, what has to be left of a sum for their rounding not to matter
+LEFT = 1e-2  # of the size of its terms, what has to be left of a sum for their rounding not to matter
+SMALLEST = 1e-30  # sum of squares whose terms float32 still has with all digits
 
 
 class Factors(ABC):
@@ -69,16 +71,18 @@ class Factors(ABC):
     def squares(self, offset: Tensor | None) -> Tensor:
         """See `Piece`: `|A^T X|^2` is `<A A^T, X X^T>`, and `<A^T X, offset>` is `<A, X offset^T>`.
 
-        Written out where alpha has moved, or where terms of both signs leave too little of each other.
+        Written out where alpha has moved, where terms of both signs leave too little of each other, and where they are
+        too large or too small for their precision.
         """
         terms = torch.bmm(self.factors, self.factors.transpose(1, 2)).mul_(self.gram()).flatten(1)
         total, size = (sums.sum(dim=1, dtype=torch.float64) for sums in (terms, terms.abs()))
         if offset is not None:
             length = offset.square().sum(dtype=torch.float64)
             total, size = total - 2 * self.along(offset.view_as(self.start)) + length, size + length
-        if bool((self.alpha == 1).all() and (total >= LEFT * size).all()):
+        sound = (total > LEFT * size) & (size > SMALLEST) & size.isfinite()
+        if bool(sound.all() and (self.alpha == 1).all()):
             return total
-        return squared_lengths(self.written() - self.start, offset)
+        return squared_lengths(self.written(), self.start, offset)
 
     def shrunk(self, weights: Tensor, kept: Kept) -> float:
         """`sum_k weights[k] * (alpha_k - 1)`."""
@@ -102,7 +106,7 @@ class FactoredBias:
         return total.add_(self.start, alpha=self.factors.shrunk(weights, kept))
 
     def squares(self, offset: Tensor | None) -> Tensor:
-        return squared_lengths(self.written() - self.start, offset)
+        return squared_lengths(self.written(), self.start, offset)
 
     def written(self) -> Tensor:
         return self.factors.factors.sum(dim=1) + self.factors.alpha[:, 0] * self.start
@@ -171,16 +175,23 @@ class Factored(Factors):
 class OnExamples(Factors):
     """Factors over the examples themselves, for the layer that the examples enter first.
 
-    `basis` are the examples of each client, `[n_k, in]`, `products [K, N, N]` their inner products, which hold for all
+    `basis` are the examples of each client, `[n_k, in]`, `gram()` their inner products `[K, N, N]`, which hold for all
     rounds, and `rows [S, K, B]` which of them each batch takes, so no input is ever looked at again.
     """
 
     def __init__(
-        self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor, plain: bool
+        self,
+        start: Tensor,
+        bias: Tensor | None,
+        basis: list[Tensor],
+        gram: Callable[[], Tensor],
+        rows: Tensor,
+        plain: bool,
     ) -> None:
+        products = gram()
         clients, width, _ = products.shape
         super().__init__(start, bias, clients, width, plain)
-        self._basis, self._products = basis, products
+        self._basis, self._gram = basis, gram
         self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
         first = start.new_empty(clients, width, start.shape[0])
         offset = start.new_zeros(1) if bias is None else bias
@@ -219,7 +230,7 @@ class OnExamples(Factors):
         return total
 
     def gram(self) -> Tensor:
-        return self._products
+        return self._gram()
 
     def along(self, direction: Tensor) -> Tensor:
         pairs = zip(self._basis, self.factors, strict=True)

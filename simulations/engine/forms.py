@@ -100,7 +100,7 @@ class Stacked:
         return (weights[kept] @ moves.flatten(1)).view(self.weight.shape[1:])
 
     def squares(self, offset: Tensor | None) -> Tensor:
-        return squared_lengths(self.weight - self._start, offset)
+        return squared_lengths(self.weight, self._start, offset)
 
     def written(self) -> Tensor:
         return self.weight
@@ -109,10 +109,15 @@ class Stacked:
         return largest(self.weight)
 
 
-def squared_lengths(moves: Tensor, offset: Tensor | None) -> Tensor:
-    """`|moves[k] - offset|^2`, `[K]` float64, for `moves [K, ...]`."""
-    flat = moves.flatten(1) if offset is None else moves.flatten(1) - offset
-    return flat.square().sum(dim=1).double()
+def squared_lengths(models: Tensor, start: Tensor, offset: Tensor | None) -> Tensor:
+    """`|models[k] - start - offset|^2`, `[K]` float64, for `models [K, ...]` and a `start` of all or of each."""
+    result = torch.zeros(models.shape[0], dtype=torch.float64, device=models.device)
+    for k, (model, first) in enumerate(zip(models, start.expand_as(models), strict=True)):
+        move = model - first
+        if offset is not None:
+            move -= offset.view_as(move)
+        result[k] = torch.linalg.vector_norm(move, dtype=torch.float64).square()
+    return result
 
 
 def largest(tensors: Tensor) -> Tensor:

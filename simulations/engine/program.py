@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -164,7 +165,8 @@ class Program:
                 and (self._static is Static.ALWAYS or self._products.are_cheap(clients, batches, weight.shape))
             ):
                 basis = [self._population.examples(client)[0].flatten(1).to(self.device) for client in clients]
-                form = OnExamples(weight, bias, basis, self._products.of(clients), batches.rows.transpose(0, 1), plain)
+                gram = partial(self._products.of, clients)
+                form = OnExamples(weight, bias, basis, gram, batches.rows.transpose(0, 1), plain)
             elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):
                 form = Factored(weight, bias, len(clients), steps * width, plain)
             if form is not None:

@@ -7,7 +7,7 @@ does not wait: it asks, and hears the answers when it wants one of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corymb.simulations.engine.blocks import ClientBlock, copy_rows, is_same, with_drift
+from corymb.simulations.engine.blocks import ClientBlock, copy_rows, offset_of, with_drift
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
+from corymb.strategies.block import Rows
 
 SLOTS = 4  # sums that a worker may have worked out and that are not yet read
 Question = tuple[int, int]  # a block's number, and one of its own
@@ -55,36 +56,34 @@ class RemoteBlock(ClientBlock):
         worker, slot, start = self._worker, self._free_slot(), self._start
 
         def take(_: Any) -> Tensor:
-            total = worker.sums[slot].clone()
             worker.free.append(slot)
-            return total
+            return worker.sums[slot].clone()
 
         told = self._ask(take, "moved", slot, weights.tolist())
         return lambda: with_drift(told(), weights, start, origin)
 
     def squares(self, centre: Tensor) -> Callable[[], Tensor]:
         """See `Block`."""
+        offset = offset_of(centre, self._start)
         worker, slot = self._worker, self._free_slot()
-        moved = not is_same(self._start, centre)
-        if moved:
-            torch.sub(centre, self._start, out=worker.sums[slot])
+        if offset is not None:
+            worker.sums[slot] = offset
 
         def take(squares: list[float]) -> Tensor:
             worker.free.append(slot)
             return torch.tensor(squares, dtype=torch.float64)
 
-        return self._ask(take, "squares", slot, moved)
+        return self._ask(take, "squares", slot, offset is not None)
 
-    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
-        """See `Block`."""
+    def _write(self, into: Rows) -> Callable[[], None]:
         worker = self._worker
         while worker.is_writing:
             hear(worker)
         worker.is_writing = True
 
         def take(_: Any) -> None:
-            copy_rows(worker.models, into)
             worker.is_writing = False
+            copy_rows(worker.models, into)
 
         return self._ask(take, "models")
 

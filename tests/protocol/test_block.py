@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from flwr.app import ArrayRecord, Message, RecordDict
@@ -12,6 +12,7 @@ from corymb.protocol.block import BlockArrays
 from corymb.protocol.codec import Array, to_state
 from corymb.protocol.flower import inside_task, quick_messages, quick_metrics, quick_record, quick_reply, stamp
 from corymb.strategies import Layout
+from corymb.strategies.block import Rows
 
 STATE = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])}
 
@@ -26,7 +27,7 @@ class Written:
     def squares(self, centre: Tensor) -> Callable[[], Tensor]:
         raise AssertionError("nobody asked for distances")
 
-    def write(self, into: Mapping[int, Tensor]) -> Callable[[], None]:
+    def write(self, into: Rows) -> Callable[[], None]:
         raise AssertionError("nobody asked for all of them")
 
     def model(self, index: int) -> tuple[Tensor, ...]:

@@ -28,6 +28,8 @@ from corymb.simulations.engine import program as programs
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import PADDED, Task, cut
 from corymb.simulations.engine.engine import OnDevices, trains
+from corymb.simulations.engine.factors import Factored, OnExamples
+from corymb.simulations.engine.forms import Form
 from corymb.simulations.engine.making import make_engine, make_trainer
 from corymb.simulations.engine.program import Program, Static
 from corymb.simulations.engine.vmapped import Vmapped
@@ -280,6 +282,26 @@ def test_in_float32_they_are_close(options: dict[str, Any], factored: bool) -> N
     assert max(differences(module, Program(module, people, factored), people, how)) < CLOSE
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 0.0])
+def test_lengths_of_factors_are_right(scale: float, spread: float) -> None:
+    """Also where the rows of inputs are nearly the same, so that most of the update cancels out."""
+    torch.manual_seed(0)
+    start, bias = scale * torch.randn(5, 30), torch.randn(5)
+    inputs = torch.randn(30) + spread * torch.randn(3, 8, 30)
+    slopes = scale * torch.randn(3, 8, 5)
+    rows = torch.arange(8).expand(1, 3, 8)
+    first = OnExamples(start, bias, list(inputs), lambda: inputs @ inputs.mT, rows, True)
+    forms: list[Form] = [first, Factored(start, bias, 3, 8, True)]
+    offset = scale * torch.randn(5, 30)
+    for form in forms:
+        form.outputs(inputs)
+        form.learn(slopes, inputs, 0.1)
+        update = -0.1 * slopes.double().mT @ inputs.double()
+        for direct, found in ((update, form.squares(None)), (update - offset, form.squares(offset.flatten()))):
+            torch.testing.assert_close(found, direct.square().sum(dim=(1, 2)), rtol=1e-5, atol=0)
+
+
 class Odd(nn.Module):
     """What no sequence does."""
 
@@ -484,7 +506,7 @@ def test_blocks_outlive_their_round() -> None:
         next(later)
         far = [block.squares(start + 1) for block in blocks]
         rows = torch.empty(len(blocks), len(start))
-        written = [block.write({0: row}) for block, row in zip(blocks, rows, strict=True)]  # one at a time has room
+        written = [block.write([(0, row)]) for block, row in zip(blocks, rows, strict=True)]  # one at a time has room
         for finish in written:
             finish()
         torch.testing.assert_close(rows, torch.stack(models), rtol=0, atol=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from corymb.simulations.engine.blocks import WrittenBlock
-from corymb.strategies import Layout, Reply, Report
+from corymb.strategies import Cohort, Layout, NormClipping, Reply, Report
 from corymb.strategies.block import InBlock
 from corymb.strategies.models import Unwritten, Written, models_of
 
@@ -43,3 +43,25 @@ def test_one_outside_of_the_blocks_has_all_written() -> None:
     assert isinstance(models, Written)
     assert torch.equal(models.rows(), torch.cat([rows[:1], torch.full((1, 9), 7.0), rows[1:]]))
     assert came == []
+
+
+def test_a_client_may_come_twice() -> None:
+    came, rows = replies()
+    models = models_of([*came, came[2]], torch.zeros(9))
+    weights, twice = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), torch.cat([rows, rows[2:3]])
+    torch.testing.assert_close(models.mixed(torch.zeros(9), weights), weights @ twice)
+    assert torch.equal(models.rows(), twice)
+
+
+def test_a_round_of_two_of_whom_one_has_diverged() -> None:
+    """Numbers that the door admits, but whose squares float32 does not have."""
+    rows = torch.full((2, 9), 0.1)
+    rows[1] = 1e20
+    block = WrittenBlock(rows, LAYOUT)
+    for models in (
+        models_of([Reply(Report(str(n), 1), InBlock(block, n)) for n in (0, 1)], torch.zeros(9)),
+        Written(rows),
+    ):
+        cohort = Cohort(torch.zeros(9), models, ("0", "1"), torch.ones(2, dtype=torch.float64))
+        vector, _ = NormClipping().mix(cohort, None)
+        assert vector.isfinite().all()

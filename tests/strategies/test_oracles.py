@@ -85,6 +85,18 @@ def test_distances_are_exact_where_models_lie_close_together() -> None:
     assert ((naive - exact).abs() > 0.01 * exact)[exact > 0].any()
 
 
+@given(st.integers(0, 1000))
+def test_equal_models_are_equally_far_from_all_others(seed: int) -> None:
+    """Whom Krum prefers must not depend on rounding, which differs from place to place in a product of matrices."""
+    models = torch.randn(11, 300, generator=torch.Generator().manual_seed(seed))
+    models[7] = models[3]
+    distances = squared_distances(models)
+    others = [row for row in range(11) if row not in (3, 7)]
+    assert torch.equal(distances[3, others], distances[7, others])
+    assert distances[3, 7] == 0
+    assert torch.equal(distances, distances.T)
+
+
 @given(seed=seeds, hostile=st.integers(0, 2))
 def test_bulyan_is_its_paper_by_hand(seed: int, hostile: int) -> None:
     clients = 4 * hostile + 4
