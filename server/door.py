@@ -21,6 +21,8 @@ from corymb.strategies import Layout, Reply, Report
 from corymb.strategies.fold import BLOCK
 from corymb.strategies.reply import CLASS
 
+Records = list[tuple[str, Any]]  # of a message, by name
+
 MOST_EXAMPLES = 2**53  # beyond it a float cannot count
 MOST_METRICS = 100
 MOST_CLASSES = 1000  # whose numbers of examples a site may tell, besides
@@ -73,8 +75,9 @@ class Door:
         try:
             if isinstance(message, Exception) or message.has_error():
                 return _failure(node, message)
-            report = self._report(node, message)
-            arrays = _only(message, ArrayRecord, besides=STEPS)
+            records = list(message.content.items())
+            report = self._report(node, records)
+            arrays = _only(records, ArrayRecord, besides=STEPS)
             if isinstance(arrays, BlockArrays) and arrays.fits(self.layout) and arrays.bound <= LARGEST_NUMBER:
                 return Reply(report, arrays.place, steps=self._steps(node, message))
             self._check_claims(arrays)
@@ -96,12 +99,12 @@ class Door:
         try:
             if isinstance(message, Exception) or message.has_error():
                 return _failure(node, message)
-            return self._report(node, message)
+            return self._report(node, list(message.content.items()))
         except Exception as error:
             return _rejection(node, error)
 
-    def _report(self, node: str, message: Message) -> Report:
-        metrics: Mapping[str, Any] = _only(message, MetricRecord)
+    def _report(self, node: str, records: Records) -> Report:
+        metrics: Mapping[str, Any] = _only(records, MetricRecord)
         examples = metrics.get(self.examples_key)
         if not (isinstance(examples, (int, float)) and 0 <= examples <= MOST_EXAMPLES and examples == int(examples)):
             raise _Refused(
@@ -139,8 +142,7 @@ class Door:
 
     def _steps(self, node: str, message: Message) -> Tensor | None:
         """The updates of single batches `[S, P]` that a site sent along, if the rule wants them of it."""
-        record = message.content.get(STEPS)
-        if not isinstance(record, ArrayRecord) or not self.wants_steps(node):
+        if not self.wants_steps(node) or not isinstance(record := message.content.get(STEPS), ArrayRecord):
             return None
         names = [entry.name for entry in self.layout.parameters]
         if list(record) != names:
@@ -160,8 +162,8 @@ class Door:
         return torch.cat(pieces, dim=1)
 
 
-def _only(message: Message, kind: type[Any], besides: str = "") -> Any:
-    found = [record for name, record in message.content.items() if isinstance(record, kind) and name != besides]
+def _only(records: Records, kind: type[Any], besides: str = "") -> Any:
+    found = [record for name, record in records if isinstance(record, kind) and name != besides]
     if len(found) != 1:
         raise _Refused(Code.RECORDS, f"it carries {len(found)} records of the type {kind.__name__}, not one")
     return found[0]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
+from itertools import pairwise, starmap
 from math import prod
 
 import torch
@@ -128,6 +129,13 @@ class Layout:
             self,
         )
 
+    def vector(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The parameters of `state` as one vector: the memory that they lie in, if that is one piece, or a copy."""
+        parts = self.parts(state)
+        if _are_one(parts) and parts[0].dtype == self.dtype:
+            return parts[0].as_strided((self.num_parameters,), (1,))
+        return joined(parts, self.dtype)
+
     def parts(self, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The parameters of `state` as flat pieces in order, in their own dtypes and memory."""
         return tuple(state[entry.name].reshape(-1) for entry in self.parameters)
@@ -155,6 +163,16 @@ class Layout:
             else vectors[entry.role][entry.start : entry.stop].reshape(entry.shape).to(entry.dtype)
             for entry in self.entries
         }
+
+
+def _are_one(parts: tuple[Tensor, ...]) -> bool:
+    """Whether the flat `parts` lie one after another in memory, as `Layout.restore` has them."""
+
+    def follows(part: Tensor, other: Tensor) -> bool:
+        is_near = other.storage_offset() == part.storage_offset() + part.numel() and other.dtype == part.dtype
+        return is_near and other.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+
+    return bool(parts) and all(part.is_contiguous() for part in parts) and all(starmap(follows, pairwise(parts)))
 
 
 def joined(parts: Collection[Tensor], dtype: torch.dtype, copy: bool = False) -> Tensor:

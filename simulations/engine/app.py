@@ -125,7 +125,7 @@ class CohortApp:
         ]
 
     def _vector(self, arrays: ArrayRecord) -> Tensor:
-        return self._layout.flatten(to_state(arrays)).parameters
+        return self._layout.vector(to_state(arrays))
 
     def _replies(self, asked: Asked, answered: Iterator[Answered], started: float) -> Answers:
         """The replies of each block, whose models stay where they are until somebody looks at them."""

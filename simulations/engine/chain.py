@@ -92,7 +92,7 @@ class ByHand:
         for place, layer in enumerate(self._layers):
             kept = None
             if isinstance(layer, ClientLayer):
-                layer.calls += 1
+                layer.now.calls += 1
                 inputs, kept = layer.outputs(inputs, inward=place > self._first)
             elif type(layer) is nn.Flatten:
                 kept, inputs = inputs, inputs.flatten(layer.start_dim, layer.end_dim)

@@ -22,6 +22,7 @@ class Now:
     as_patches: bool = False  # convolutions as products of matrices: on a GPU, where a kernel per client is too small
     clients: int = 1  # that still train
     rate: float | None = None  # of plain SGD; None: leave gradients for an optimiser
+    calls: int = 0  # of layers with parameters, in all steps so far
     lengths: list[int] = field(default_factory=list)  # examples in each client's batch; the rest is padding
     generators: Sequence[torch.Generator] = ()  # what each client draws from
 
@@ -49,7 +50,6 @@ class ClientLayer(nn.Module):
         self.now = now
         self.form: Any = None
         self.bias: Stacked | None = None
-        self.calls = 0
         self._hook = torch.zeros(1, requires_grad=True)  # so that torch comes back through the first layer too
 
     def begin(self, form: Any, bias: Stacked | None) -> None:
@@ -58,7 +58,7 @@ class ClientLayer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The outputs of all clients, `[K * B, ...]`."""
-        self.calls += 1
+        self.now.calls += 1
         result: Tensor = _Applied.apply(inputs, self._hook, self)  # type: ignore[no-untyped-call]
         return result
 

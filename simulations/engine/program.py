@@ -91,8 +91,8 @@ class Program:
 
     @property
     def uses_layers_once(self) -> bool:
-        """Whether each of its layers was called once in each step: called twice, it would learn in between."""
-        return all(layer.calls == self._steps for layer in self._layers.values())
+        """Whether its layers, if all are used, were called once in each step: called twice, they learn in between."""
+        return self._now.calls == self._steps * len(self._layers)
 
     def train(
         self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False

@@ -90,3 +90,19 @@ def test_a_robust_rule_is_robust_in_its_buffers_too() -> None:
         for i, value in enumerate((1.0, 2.0, 1e30))
     ]
     assert Median().aggregate(origin, replies, None).model.buffers.tolist() == [2.0]
+
+
+def test_a_vector_is_the_memory_of_a_state_in_one_piece() -> None:
+    layout = Layout.of({"a": torch.zeros(2, 3), "b": torch.zeros(4)})
+    whole = torch.arange(12.0)
+    pieces = layout.split(whole[2:])
+    assert layout.vector(pieces).data_ptr() == whole[2:].data_ptr()
+    assert torch.equal(layout.vector(pieces), whole[2:])
+    apart = {"a": pieces["a"], "b": pieces["b"].clone()}
+    turned = {"a": whole[:6].view(3, 2).T, "b": whole[6:10]}
+    for state in (apart, turned, {"a": whole[4:10].view(2, 3), "b": whole[:4]}):
+        vector = layout.vector(state)
+        assert vector.data_ptr() != state["a"].data_ptr()
+        assert torch.equal(vector, torch.cat([state["a"].flatten(), state["b"]]))
+    assert layout.vector(layout.split(whole[2:].double())).dtype == torch.float32
+    assert Layout(()).vector({}).numel() == 0
