@@ -68,7 +68,7 @@ class Population:
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
         """A client's inputs `[n, ...]` and targets `[n]`; views where the store allows."""
         mine = slice(int(self.offsets[client]), int(self.offsets[client + 1]))
-        places = mine if self.rows is None else self.rows[mine]
+        places = mine if self.rows is None else self.rows[mine].to(self.store.targets.device)
         return self.store.inputs_at(places), self.store.targets[places]
 
     def places(self, clients: Sequence[int], rows: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ class Cohort:
     def mixed(self, weights: Tensor, centre: Tensor | None = None) -> Tensor:
         """`origin + sum_k weights[k] * (models[k] - origin)`, `[P]`; for weights that sum to one, their mean.
 
-        The weights of the mixture that a rule returns enter the run's record, unless it is around another `centre [P]`.
+        The weights of the mixture that a rule returns enter the run's record, unless it is one around a `centre [P]`
+        that takes the place of the origin.
         """
         if centre is not None:
             return self.source.mixed(centre, weights)

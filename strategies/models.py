@@ -97,11 +97,10 @@ class Unwritten:
 
 def models_of(replies: list[Reply], origin: Tensor) -> Models:
     """The models of `replies`, in order; empties the list, so that none is there twice once it is written out."""
-    parts = [reply.parts for reply in replies]
+    parts: list[Any] = [reply.parts for reply in replies]
     replies.clear()
-    places = [part for part in parts if isinstance(part, InBlock)]
-    if parts and len(places) == len(parts):
-        return Unwritten(places, origin)
+    if parts and all(isinstance(part, InBlock) for part in parts):
+        return Unwritten(parts, origin)
     return Written(gathered(parts, origin))
 
 

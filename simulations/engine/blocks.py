@@ -67,12 +67,12 @@ def _is_padded(sizes: list[int], settings: TrainSettings) -> bool:
 
 
 class ClientBlock(ABC):
-    """What all blocks of K clients share: see `strategies.block.Block`."""
+    """What blocks of K clients share whose models are not written out: see `strategies.block.Block`."""
 
-    def __init__(self, clients: int, layout: Layout, models: tuple[Tensor, ...] = ()) -> None:
+    def __init__(self, clients: int, layout: Layout) -> None:
         self.clients = clients
         self._layout = layout
-        self._models = models  # if they have been written out
+        self._models: tuple[Tensor, ...] = ()  # if they have been written out
 
     @abstractmethod
     def _write(self, into: Rows) -> Callable[[], None]:
@@ -91,8 +91,7 @@ class ClientBlock(ABC):
             rows = torch.empty(self.clients, self._layout.num_parameters, dtype=self._layout.dtype).unbind()
             self._write(list(enumerate(rows)))()
             self._models = rows
-        vector = self._models[index]
-        return tuple(vector[entry.start : entry.stop] for entry in self._layout.parameters)
+        return cut_up(self._models[index], self._layout)
 
 
 class TrainedBlock(ClientBlock):
@@ -117,26 +116,37 @@ class TrainedBlock(ClientBlock):
         return lambda: None
 
 
-class WrittenBlock(ClientBlock):
+class WrittenBlock:
     """A block of models that are written out, `[K, P]`."""
 
     def __init__(self, models: Tensor, layout: Layout) -> None:
-        super().__init__(len(models), layout, models.unbind())
-        self._rows = models
+        self._models, self._layout = models, layout
+        self.clients = len(models)
 
     def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
         """See `Block`."""
         kept = weights.nonzero()[:, 0]
-        total = weights[kept].double() @ (self._rows[kept] - origin).double()
+        total = weights[kept].double() @ (self._models[kept] - origin).double()
         return lambda: total
 
     def squares(self, centre: Tensor) -> Callable[[], Tensor]:
         """See `Block`."""
-        squares = norms(self._rows, centre).square()
+        squares = norms(self._models, centre).square()
         return lambda: squares
 
-    def _write(self, into: Rows) -> Callable[[], None]:
-        raise NotImplementedError("They are written already.")
+    def write(self, into: Rows) -> Callable[[], None]:
+        """See `Block`."""
+        copy_rows(self._models, into)
+        return lambda: None
+
+    def model(self, index: int) -> tuple[Tensor, ...]:
+        """See `Block`."""
+        return cut_up(self._models[index], self._layout)
+
+
+def cut_up(vector: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """A flat model as the layout's pieces."""
+    return tuple(vector[entry.start : entry.stop] for entry in layout.parameters)
 
 
 def copy_rows(models: Sequence[Tensor] | Tensor, into: Rows) -> None:

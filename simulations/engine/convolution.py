@@ -50,22 +50,22 @@ class ClientConv2d(ClientLayer):
 
     def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
         """See `ClientLayer.outputs`."""
-        images = inputs.unflatten(0, (self.now.clients, -1))
+        images = self.rounded(inputs).unflatten(0, (self.now.clients, -1))
         weights = self.weights(images)
         way = self._way(images, weights, inward)
         found, kept = way.outputs(images, weights)
         if self.bias is not None:
             found += upto(self.now.clients, self.bias.weight)[:, None, :, None, None]
-        return found.flatten(0, 1), (way, kept)
+        return found.flatten(0, 1), (way, kept, inputs.dtype)
 
     def back(self, slopes: Tensor, kept: Any, inward: bool) -> Tensor | None:
         """Learn; the slopes of the inputs if they are wanted."""
-        way, kept = kept
+        way, kept, dtype = kept
         outer = slopes.unflatten(0, (self.now.clients, -1))
         gradient, found = way.back(outer, kept, self.weights(outer), inward)
         self.form.take(gradient.flatten(2), self.now.rate)
         self.learn_bias(outer.sum(dim=(3, 4)))
-        return None if found is None else found.flatten(0, 1)
+        return None if found is None else found.flatten(0, 1).to(dtype)
 
     def _way(self, images: Tensor, weights: Tensor, inward: bool) -> Way:
         kind = self._kind(images, weights, inward)

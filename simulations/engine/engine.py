@@ -1,10 +1,10 @@
-"""Where blocks of clients are trained: in this process, or in persistent ones with one thread each."""
+"""Where blocks of clients are trained in this process: one after another, or on several devices at a time."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from queue import SimpleQueue
@@ -56,10 +56,10 @@ class Engine(Protocol):
 
 
 def trains(settings: TrainSettings, device: torch.device) -> bool:
-    """Whether a block can be trained so on `device`; the rest is for a client by itself."""
-    precisions = (
-        ("float32",) if device.type == "cpu" else ("float32", "bfloat16")
-    )  # of which a CPU may only make believe
+    """Whether a block can be trained so on `device`; the rest is for a client by itself, as is bfloat16 on a CPU, where
+    it is slower than float32.
+    """
+    precisions = ("float32",) if device.type == "cpu" else ("float32", "bfloat16")
     special = settings.batch_updates or settings.report_classes or settings.precision not in precisions
     return not special and settings.optimizer in ELEMENTWISE and choose_device(settings.device).type == device.type
 
@@ -109,11 +109,18 @@ class OnDevices:
         self.device = trainers[0].device
         self._ahead = 2 * len(trainers)  # blocks, so that no device waits for who reads them
         self._threads = ThreadPoolExecutor(len(trainers))
+        self._coming: deque[Future[Answered]] = deque()
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
-        """See `Engine.train`; the blocks come in the order of their tasks."""
+        """See `Engine.train`; it ends what is left of the call before."""
+        for left in self._coming:
+            left.cancel()
         waiting = iter(tasks)
-        coming = deque(self._threads.submit(self._train, task, start) for task in islice(waiting, self._ahead))
+        self._coming = deque(self._threads.submit(self._train, task, start) for task in islice(waiting, self._ahead))
+        return self._answers(self._coming, waiting, start)
+
+    def _answers(self, coming: deque[Future[Answered]], waiting: Iterator[Task], start: Tensor) -> Iterator[Answered]:
+        """The blocks in the order of their tasks."""
         while coming:
             answered = coming.popleft().result()
             coming.extend(self._threads.submit(self._train, task, start) for task in islice(waiting, 1))

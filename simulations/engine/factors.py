@@ -10,7 +10,6 @@ another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -175,31 +174,23 @@ class Factored(Factors):
 class OnExamples(Factors):
     """Factors over the examples themselves, for the layer that the examples enter first.
 
-    `basis` are the examples of each client, `[n_k, in]`, `gram()` their inner products `[K, N, N]`, which hold for all
+    `basis` are the examples of each client, `[n_k, in]`, `products [K, N, N]` their inner products, which hold for all
     rounds, and `rows [S, K, B]` which of them each batch takes, so no input is ever looked at again.
     """
 
     def __init__(
-        self,
-        start: Tensor,
-        bias: Tensor | None,
-        basis: list[Tensor],
-        gram: Callable[[], Tensor],
-        rows: Tensor,
-        plain: bool,
+        self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor, plain: bool
     ) -> None:
-        products = gram()
         clients, width, _ = products.shape
         super().__init__(start, bias, clients, width, plain)
-        self._basis, self._gram = basis, gram
+        self._basis, self._products = basis, products
         self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
         first = start.new_empty(clients, width, start.shape[0])
         offset = start.new_zeros(1) if bias is None else bias
         for mine, outputs in zip(basis, first, strict=True):
             torch.addmm(offset, mine, start.T, out=upto(mine.shape[0], outputs))
-        # Of each example: what a batch with it begins with, its products with all others, and its row in the factors.
+        # Of each example: what a batch with it begins with, and its row in the factors.
         self._first = first.flatten(0, 1)
-        self._near = (products if bias is None else products + 1).flatten(0, 1)
         self._flat = self.factors.flatten(0, 1)
         reach = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
         self._learnt = iter([0, *reach.tolist()])  # rows of the factors that may not be zero, at each step
@@ -212,7 +203,9 @@ class OnExamples(Factors):
         first = self.scaled(self._first.index_select(0, self._rows).view(*shape, -1))
         if not learnt:
             return first
-        near = self._near.index_select(0, self._rows).view(*shape, -1)[:, :, :learnt]
+        near = self._products.flatten(0, 1).index_select(0, self._rows).view(*shape, -1)[:, :, :learnt]
+        if self.bias is not None:
+            near += 1
         return first.baddbmm_(near, self.factors[: shape[0], :learnt])
 
     def inward(self, slopes: Tensor) -> Tensor:
@@ -230,7 +223,7 @@ class OnExamples(Factors):
         return total
 
     def gram(self) -> Tensor:
-        return self._gram()
+        return self._products
 
     def along(self, direction: Tensor) -> Tensor:
         pairs = zip(self._basis, self.factors, strict=True)

@@ -20,6 +20,7 @@ class Now:
     """What the layers of a module have to know of the step that they are in."""
 
     as_patches: bool = False  # convolutions as products of matrices: on a GPU, where a kernel per client is too small
+    precision: torch.dtype | None = None  # to which inputs of layers with parameters are rounded, if they are
     clients: int = 1  # that still train
     rate: float | None = None  # of plain SGD; None: leave gradients for an optimiser
     calls: int = 0  # of layers with parameters, in all steps so far
@@ -70,6 +71,10 @@ class ClientLayer(nn.Module):
         """Learn; the slopes of the inputs if they are wanted."""
         raise NotImplementedError
 
+    def rounded(self, inputs: Tensor) -> Tensor:
+        """`inputs` as the layer is to meet them."""
+        return inputs if self.now.precision is None else inputs.to(self.now.precision)
+
     def learn_bias(self, slopes: Tensor) -> None:
         """From `slopes [K, B, out]`."""
         if self.bias is not None:
@@ -81,18 +86,19 @@ class ClientLinear(ClientLayer):
 
     form: Form
 
-    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Tensor]:
+    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, tuple[Tensor, torch.dtype]]:
         """Outputs, and what the way back needs, which is `inward` where slopes of the inputs are wanted."""
-        rows = inputs.reshape(self.now.clients, -1, inputs.shape[-1])
+        rows = self.rounded(inputs.reshape(self.now.clients, -1, inputs.shape[-1]))
         outputs = self.form.outputs(rows)
         if self.bias is not None:
             outputs = outputs.add_(upto(self.now.clients, self.bias.weight).unsqueeze(1))
-        return outputs.reshape(*inputs.shape[:-1], -1), rows
+        return outputs.reshape(*inputs.shape[:-1], -1), (rows, inputs.dtype)
 
-    def back(self, slopes: Tensor, rows: Tensor, inward: bool) -> Tensor | None:
+    def back(self, slopes: Tensor, kept: tuple[Tensor, torch.dtype], inward: bool) -> Tensor | None:
         """Learn; the slopes of the inputs if they are wanted."""
+        rows, dtype = kept
         outer = slopes.reshape(self.now.clients, -1, slopes.shape[-1])
-        result = self.form.inward(outer).reshape(*slopes.shape[:-1], -1) if inward else None
+        result = self.form.inward(outer).reshape(*slopes.shape[:-1], -1).to(dtype) if inward else None
         self.form.learn(outer, rows, self.now.rate)
         self.learn_bias(outer)
         return result

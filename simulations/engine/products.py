@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Products:
         self._population, self._device = population, device
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
         self._room = ROOM
+        self._lock = Lock()  # threads of several devices
 
     def are_cheap(self, clients: Sequence[int], batches: Batches, shape: Sequence[int]) -> bool:
         """Whether a first layer of the `shape` (out, in) costs less in factors over all examples than written out.
@@ -41,7 +43,8 @@ class Products:
 
     def of(self, clients: Sequence[int]) -> Tensor:
         """The matrices of `clients`, padded with zeros to the largest, `[K, N, N]`."""
-        found = [self._of(client) for client in clients]
+        with self._lock:
+            found = [self._of(client) for client in clients]
         rows = max(map(len, found))
         if all(len(each) == rows for each in found):
             return torch.stack(found)

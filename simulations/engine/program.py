@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
-from functools import partial
 from typing import Any
 
 import torch
@@ -117,8 +116,8 @@ class Program:
         places, batches = places.to(store.inputs.device), batches.to(device)
         now.clients = len(clients)
         now.generators = [torch.Generator().manual_seed(seed_of(*site)) for site in sites] if self._draws else []
-        plain, precision = is_plain(settings), precision_of(settings, dtype)
-        now.as_patches = self._as_patches or precision != dtype
+        plain, now.as_patches = is_plain(settings), self._as_patches
+        now.precision = None if settings.precision == "float32" else getattr(torch, settings.precision)
         now.rate = settings.rate(server_round) if plain else None
         self._begin(start, clients, batches, settings, own)
         optimizer = None if plain else Optimizer(self._coordinates(), settings, settings.rate(server_round))
@@ -139,12 +138,13 @@ class Program:
             rows = active * width
             # Where the examples are never looked at, anything of their shape will do.
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(device)
-            scores = self._chain.forward(inputs.to(precision)).to(dtype)
+            outputs = self._chain.forward(inputs)
+            scores = outputs.to(dtype)
             self._steps += 1
             logs.append(torch.log_softmax(scores, dim=1))
             chosen.append(scores.argmax(dim=1))
             slopes = logs[-1].exp().scatter_add_(1, upto(rows, wanted), upto(rows, minus))
-            self._chain.backward(slopes.mul_(upto(rows, shares)).to(precision))
+            self._chain.backward(slopes.mul_(upto(rows, shares)).to(outputs.dtype))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
         return Trained.of(self._pieces(), logs, chosen, targets, batches)
@@ -165,8 +165,8 @@ class Program:
                 and (self._static is Static.ALWAYS or self._products.are_cheap(clients, batches, weight.shape))
             ):
                 basis = [self._population.examples(client)[0].flatten(1).to(self.device) for client in clients]
-                gram = partial(self._products.of, clients)
-                form = OnExamples(weight, bias, basis, gram, batches.rows.transpose(0, 1), plain)
+                products = self._products.of(clients)
+                form = OnExamples(weight, bias, basis, products, batches.rows.transpose(0, 1), plain)
             elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):
                 form = Factored(weight, bias, len(clients), steps * width, plain)
             if form is not None:
@@ -188,11 +188,6 @@ class Program:
             if isinstance(layer.form, Factors) and layer.form.bias is not None:
                 pieces[_parameter(name, "bias")] = FactoredBias(layer.form, layer.form.bias)
         return [pieces[name] for name in self._names]
-
-
-def precision_of(settings: TrainSettings, dtype: torch.dtype) -> torch.dtype:
-    """What outputs and slopes have, for weights of `dtype`."""
-    return dtype if settings.precision == "float32" else getattr(torch, settings.precision)
 
 
 def _parameter(layer: str, kind: str) -> str:

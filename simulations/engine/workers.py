@@ -41,7 +41,7 @@ class Workers:
         self._here, self._layout, self.device = InProcess(trainer, layout), layout, trainer.device
         self._start = _shared(1, layout)[0]
         self._generation = 0  # of what is in `_start`
-        self._numbers = count()  # of tasks and questions, over all rounds
+        self._numbers = count()  # of tasks, over all rounds
         self._workers: list[Worker] = []
         context: Any = multiprocessing.get_context("fork")
         for _ in range(processes):

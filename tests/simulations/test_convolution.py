@@ -145,5 +145,5 @@ def test_rounding_is_about_that_of_the_library() -> None:
 def test_a_layer_takes_the_way_that_suits_it(original: nn.Conv2d, shape: tuple[int, ...], way: type[Way]) -> None:
     layer = ClientConv2d(original, Now(clients=1))
     layer.begin(Stacked(original.weight.detach().flatten(1), 1), None)
-    _, (found, _) = layer.outputs(torch.zeros(shape), inward=way is not Rows)
+    _, (found, *_) = layer.outputs(torch.zeros(shape), inward=way is not Rows)
     assert type(found) is way
