@@ -7,7 +7,7 @@ from typing import Protocol, overload
 
 from torch import Tensor
 
-Rows = Sequence[tuple[int, Tensor]]  # numbers of models in a block, and where each is wanted
+Wanted = Sequence[tuple[int, Tensor]]  # numbers of models in a block, and where each is wanted
 
 
 class Block(Protocol):
@@ -26,7 +26,7 @@ class Block(Protocol):
     def squares(self, centre: Tensor) -> Callable[[], Tensor]:
         """The squared distance of each from `centre [P]`, `[K]` float64, in the same way."""
 
-    def write(self, into: Rows) -> Callable[[], None]:
+    def write(self, into: Wanted) -> Callable[[], None]:
         """Write out the models with these numbers, each into a vector `[P]`, in the same way."""
 
     def model(self, index: int) -> tuple[Tensor, ...]:

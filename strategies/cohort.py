@@ -42,7 +42,7 @@ class Cohort:
 
     @classmethod
     def of(cls, origin: Model, replies: list[Reply], known: tuple[str, ...] = (), proxy: Proxy | None = None) -> Cohort:
-        """Gather `replies`, in order, around the round's `origin`; empties the list as it goes."""
+        """Gather `replies`, in order, around the round's `origin`; empties the list."""
         reports = [reply.report for reply in replies]
         steps = {reply.report.node: reply.steps for reply in replies if reply.steps is not None}
         site_buffers = [reply.buffers for reply in replies]

@@ -38,11 +38,11 @@ class Fold:
 
     def add(self, reply: Reply, weight: float) -> None:
         """Fold one reply in with `weight`."""
-        self._weights.append(weight)
         self._examples += reply.report.examples
         if isinstance(reply.parts, InBlock):  # of models without buffers
-            self._add_in_block(reply.parts, weight)
+            self.add_in_block(reply.parts, weight)
             return
+        self._weights.append(weight)
         self._buffers.add_(reply.buffers.double(), alpha=reply.report.examples)
         start = 0
         for part in reply.parts:
@@ -52,10 +52,11 @@ class Fold:
                 self._moved[start:stop] += difference.mul_(weight)
                 start = stop
 
-    def _add_in_block(self, parts: InBlock, weight: float) -> None:
+    def add_in_block(self, parts: InBlock, weight: float) -> None:
         """A block answers its weighted sum by itself, once all of its clients are here, so that no order shows."""
+        self._weights.append(weight)
         weights = self._blocks.setdefault(parts.block, {})
-        weights[parts.row] = weight
+        weights[parts.row] = weights.get(parts.row, 0.0) + weight
         if len(weights) == parts.block.clients:
             self._take_block(parts.block)
         elif len(self._blocks) > WAITED_FOR:  # of some, not all were admitted

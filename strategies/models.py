@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from corymb.strategies.block import Block, InBlock
-from corymb.strategies.fold import mixed
+from corymb.strategies.fold import Fold, mixed
 from corymb.strategies.geometry import norms
-from corymb.strategies.layout import joined
+from corymb.strategies.layout import Model, joined
 from corymb.strategies.reply import Reply
 
 
@@ -63,36 +63,21 @@ class Unwritten:
         return self._written.rows()
 
     def mixed(self, centre: Tensor, weights: Tensor) -> Tensor:
-        """See `Models`; sums of a block are taken in the models' own precision, those of several in float64."""
+        """See `Models`."""
         if self._written is not None:
             return self._written.mixed(centre, weights)
-        coming = []
-        for block, numbers in self._blocks():
-            of_block = torch.zeros(block.clients, dtype=torch.float64)
-            for number in numbers:
-                of_block[self._places[number].row] += weights[number]
-            coming.append(block.moves(of_block, centre))
-        total = torch.zeros(centre.numel(), dtype=torch.float64)
-        for moved in coming:
-            total += moved()
-        return total.add_(centre).to(centre.dtype)
+        fold = Fold(Model(centre))
+        for place, weight in zip(self._places, weights.tolist(), strict=True):
+            fold.add_in_block(place, weight)
+        return fold.model(1.0).parameters
 
     def distances(self, centre: Tensor) -> Tensor:
         """See `Models`."""
         if self._written is not None:
             return self._written.distances(centre)
-        coming = [(numbers, block.squares(centre)) for block, numbers in self._blocks()]
-        result = torch.zeros(len(self._places), dtype=torch.float64)
-        for numbers, squares in coming:
-            result[numbers] = squares()[[self._places[number].row for number in numbers]]
-        return result.sqrt()
-
-    def _blocks(self) -> Iterator[tuple[Block, list[int]]]:
-        """Each block, and whose of the K models lie in it."""
-        blocks: dict[Block, list[int]] = {}
-        for number, place in enumerate(self._places):
-            blocks.setdefault(place.block, []).append(number)
-        return iter(blocks.items())
+        coming = {block: block.squares(centre) for block in dict.fromkeys(place.block for place in self._places)}
+        squares = {block: answer() for block, answer in coming.items()}
+        return torch.stack([squares[place.block][place.row] for place in self._places]).sqrt()
 
 
 def models_of(replies: list[Reply], origin: Tensor) -> Models:

@@ -12,7 +12,7 @@ from torch import Tensor
 from corymb.client import TrainSettings
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
-from corymb.strategies.block import Rows
+from corymb.strategies.block import Wanted
 from corymb.strategies.geometry import norms
 
 MOST = 32  # clients in a block
@@ -75,10 +75,10 @@ class ClientBlock(ABC):
         self._models: tuple[Tensor, ...] = ()  # if they have been written out
 
     @abstractmethod
-    def _write(self, into: Rows) -> Callable[[], None]:
+    def _write(self, into: Wanted) -> Callable[[], None]:
         """Write out models of which none has been written out before."""
 
-    def write(self, into: Rows) -> Callable[[], None]:
+    def write(self, into: Wanted) -> Callable[[], None]:
         """See `Block`."""
         if not self._models:
             return self._write(into)
@@ -111,7 +111,7 @@ class TrainedBlock(ClientBlock):
         squares = self._trained.squares(offset_of(centre, self._start))
         return lambda: squares
 
-    def _write(self, into: Rows) -> Callable[[], None]:
+    def _write(self, into: Wanted) -> Callable[[], None]:
         copy_rows(self._trained.models(), into)
         return lambda: None
 
@@ -134,7 +134,7 @@ class WrittenBlock:
         squares = norms(self._models, centre).square()
         return lambda: squares
 
-    def write(self, into: Rows) -> Callable[[], None]:
+    def write(self, into: Wanted) -> Callable[[], None]:
         """See `Block`."""
         copy_rows(self._models, into)
         return lambda: None
@@ -149,7 +149,7 @@ def cut_up(vector: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     return tuple(vector[entry.start : entry.stop] for entry in layout.parameters)
 
 
-def copy_rows(models: Sequence[Tensor] | Tensor, into: Rows) -> None:
+def copy_rows(models: Sequence[Tensor] | Tensor, into: Wanted) -> None:
     """Copy the models with these numbers, each `[P]`."""
     for number, row in into:
         row.copy_(models[number])

@@ -78,7 +78,7 @@ class Factors(ABC):
         if offset is not None:
             length = offset.square().sum(dtype=torch.float64)
             total, size = total - 2 * self.along(offset.view_as(self.start)) + length, size + length
-        sound = (total > LEFT * size) & (size > SMALLEST) & size.isfinite()
+        sound = (total > LEFT * size) & (size > SMALLEST)  # infinity is not above itself
         if bool(sound.all() and (self.alpha == 1).all()):
             return total
         return squared_lengths(self.written(), self.start, offset)

@@ -54,7 +54,7 @@ class Program:
     ) -> None:
         population = replace(population, store=population.store.to(device))
         self._population, self._may_factor, self._static, self.device = population, factored, static, device
-        self._now, self._as_patches = Now(), device.type != "cpu"
+        self._now = Now(as_patches=device.type != "cpu")
         self._draws = False
         self._names = [name for name, _ in module.named_parameters()]
         self._layers: dict[str, ClientLayer] = {}
@@ -116,7 +116,7 @@ class Program:
         places, batches = places.to(store.inputs.device), batches.to(device)
         now.clients = len(clients)
         now.generators = [torch.Generator().manual_seed(seed_of(*site)) for site in sites] if self._draws else []
-        plain, now.as_patches = is_plain(settings), self._as_patches
+        plain = is_plain(settings)
         now.precision = None if settings.precision == "float32" else getattr(torch, settings.precision)
         now.rate = settings.rate(server_round) if plain else None
         self._begin(start, clients, batches, settings, own)

@@ -19,7 +19,7 @@ from torch import Tensor
 from corymb.simulations.engine.blocks import ClientBlock, copy_rows, offset_of, with_drift
 from corymb.simulations.engine.trained import Trained
 from corymb.strategies import Layout
-from corymb.strategies.block import Rows
+from corymb.strategies.block import Wanted
 
 SLOTS = 4  # sums that a worker may have worked out and that are not yet read
 Question = tuple[int, int]  # a block's number, and one of its own
@@ -75,7 +75,7 @@ class RemoteBlock(ClientBlock):
 
         return self._ask(take, "squares", slot, offset is not None)
 
-    def _write(self, into: Rows) -> Callable[[], None]:
+    def _write(self, into: Wanted) -> Callable[[], None]:
         worker = self._worker
         while worker.is_writing:
             hear(worker)

@@ -12,7 +12,7 @@ from corymb.protocol.block import BlockArrays
 from corymb.protocol.codec import Array, to_state
 from corymb.protocol.flower import inside_task, quick_messages, quick_metrics, quick_record, quick_reply, stamp
 from corymb.strategies import Layout
-from corymb.strategies.block import Rows
+from corymb.strategies.block import Wanted
 
 STATE = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])}
 
@@ -27,7 +27,7 @@ class Written:
     def squares(self, centre: Tensor) -> Callable[[], Tensor]:
         raise AssertionError("nobody asked for distances")
 
-    def write(self, into: Rows) -> Callable[[], None]:
+    def write(self, into: Wanted) -> Callable[[], None]:
         raise AssertionError("nobody asked for all of them")
 
     def model(self, index: int) -> tuple[Tensor, ...]:
