@@ -16,9 +16,10 @@ from corymb.client.app import seed_of
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.chain import make_chain
 from corymb.simulations.engine.convolution import ClientConv2d
-from corymb.simulations.engine.factors import Factored, FactoredBias, Factors, OnExamples
+from corymb.simulations.engine.factors import Factored, FactoredBias, Factors
 from corymb.simulations.engine.forms import Form, Piece, Stacked, upto
 from corymb.simulations.engine.layers import ClientDropout, ClientLayer, ClientLinear, Now
+from corymb.simulations.engine.on_examples import OnExamples
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products
 from corymb.simulations.engine.trained import Trained
@@ -128,7 +129,6 @@ class Program:
         nothing = example.new_zeros(1).expand(len(clients) * width, *example.shape[1:])
         static = self._first is not None and isinstance(self._first.form, OnExamples)
         logs: list[Tensor] = []
-        chosen: list[Tensor] = []
         minus = example.new_full((len(clients) * width, 1), -1.0)
         for step, (wanted, shares) in enumerate(zip(*each, strict=True)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
@@ -139,15 +139,13 @@ class Program:
             # Where the examples are never looked at, anything of their shape will do.
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(device)
             outputs = self._chain.forward(inputs)
-            scores = outputs.to(dtype)
+            logs.append(outputs.to(dtype).log_softmax(dim=1))
             self._steps += 1
-            logs.append(torch.log_softmax(scores, dim=1))
-            chosen.append(scores.argmax(dim=1))
             slopes = logs[-1].exp().scatter_add_(1, upto(rows, wanted), upto(rows, minus))
             self._chain.backward(slopes.mul_(upto(rows, shares)).to(outputs.dtype))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-        return Trained.of(self._pieces(), logs, chosen, targets, batches)
+        return Trained.of(self._pieces(), logs, targets, batches)
 
     def _begin(
         self, start: State, clients: Sequence[int], batches: Batches, settings: TrainSettings, own: bool

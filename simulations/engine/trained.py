@@ -35,15 +35,13 @@ class Trained:
     device: torch.device
 
     @classmethod
-    def of(
-        cls, pieces: list[Piece], logs: list[Tensor], chosen: list[Tensor], targets: Tensor, batches: Batches
-    ) -> Trained:
-        """From each step's logarithms of probabilities `[A * B, C]`, for the first A clients, and the classes `[A * B]`
-        that were `chosen`; and the `targets [S, K, B]`."""
+    def of(cls, pieces: list[Piece], logs: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
+        """From each step's logarithms of probabilities `[A * B, C]`, for the first A clients; and the
+        `targets [S, K, B]`."""
         there = (batches.weights > 0).transpose(0, 1)
-        rows = there[0].numel()
-        losses = -_side_by_side(logs, rows).gather(2, targets.flatten(1)[..., None]).view_as(there)
-        right = _side_by_side(chosen, rows).view_as(there) == targets
+        given = _side_by_side(logs, there[0].numel())
+        losses = -given.gather(2, targets.flatten(1)[..., None]).view_as(there)
+        right = given.argmax(dim=2).view_as(there) == targets
         sums = torch.where(there, torch.stack([losses.double(), right.double()]), 0.0).sum(dim=(1, 3))
         bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
         examples = there.sum(dim=(0, 2)).tolist()

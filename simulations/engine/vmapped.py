@@ -51,23 +51,20 @@ class Vmapped:
 
         def loss(
             weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, shares: Tensor
-        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            scores = functional_call(self._module, {**weights, **others}, (inputs,))
-            log = torch.log_softmax(scores, dim=1)
-            each = nn.functional.nll_loss(log, targets, reduction="none")
-            return (each * shares).sum(), (log, scores.argmax(dim=1))
+        ) -> tuple[Tensor, Tensor]:
+            log = functional_call(self._module, {**weights, **others}, (inputs,)).log_softmax(dim=1)
+            return (nn.functional.nll_loss(log, targets, reduction="none") * shares).sum(), log
 
         slopes = vmap(grad(loss, has_aux=True))
         places = self._population.places(clients, batches.rows)
-        logs, chosen = [], []
+        logs = []
         self._module.train()
         for step in range(places.shape[1]):
             inputs, targets = store.inputs_at(places[:, step]), store.targets[places[:, step]]
-            gradients, (log, choice) = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
+            gradients, log = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in moving.items():
                 tensor.grad = gradients[name]
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
             logs.append(log.detach().flatten(0, 1))
-            chosen.append(choice.flatten())
         targets = store.targets[places].transpose(0, 1)
-        return Trained.of(list(pieces.values()), logs, chosen, targets, batches)
+        return Trained.of(list(pieces.values()), logs, targets, batches)

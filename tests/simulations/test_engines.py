@@ -28,9 +28,10 @@ from corymb.simulations.engine import program as programs
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import PADDED, Task, cut
 from corymb.simulations.engine.engine import OnDevices, trains
-from corymb.simulations.engine.factors import Factored, OnExamples
+from corymb.simulations.engine.factors import Factored
 from corymb.simulations.engine.forms import Form, Stacked
 from corymb.simulations.engine.making import make_engine, make_trainer
+from corymb.simulations.engine.on_examples import OnExamples
 from corymb.simulations.engine.program import Program, Static
 from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.workers import Workers
