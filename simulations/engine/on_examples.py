@@ -7,7 +7,7 @@ from torch import Tensor
 
 from corymb.simulations.engine.factors import Factors
 from corymb.simulations.engine.forms import Kept, upto
-from corymb.simulations.engine.rows import rows_of_batches
+from corymb.simulations.engine.selection import selections
 
 
 class OnExamples(Factors):
@@ -31,15 +31,15 @@ class OnExamples(Factors):
             torch.addmm(offset, mine, start.T, out=upto(mine.shape[0], outputs))
         reach = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
         self._learnt = iter([0, *reach.tolist()])  # rows of the factors that may not be zero, at each step
-        self._batches = iter(rows_of_batches(rows, width))
+        self._batches = iter(selections(rows, width))
 
     def outputs(self, inputs: Tensor) -> Tensor:
         active, learnt = inputs.shape[0], next(self._learnt)
-        self._rows = next(self._batches)
-        first = self.scaled(self._rows.copied(self._first, active))
+        self._batch = next(self._batches)
+        first = self.scaled(self._batch.copied(self._first, active))
         if not learnt:
             return first
-        near = self._rows.of(self._near, active)[:, :, :learnt]
+        near = self._batch.of(self._near, active)[:, :, :learnt]
         return first.baddbmm_(near, self.factors[:active, :learnt])
 
     def inward(self, slopes: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class OnExamples(Factors):
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
         into = self.factors if rate is not None else self.gradients()
-        self._rows.add(into, slopes, 1.0 if rate is None else -rate)
+        self._batch.add(into, slopes, 1.0 if rate is None else -rate)
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
         total = self.start * self.shrunk(weights, kept)  # who is not kept has weight 0

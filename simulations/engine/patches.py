@@ -26,6 +26,11 @@ class Geometry(NamedTuple):
                          for size, kernel, stride, pad, dilation in each)  # fmt: skip
         return rows, columns
 
+    @property
+    def margins(self) -> list[int]:
+        """The padding, as `nn.functional.pad` wants it."""
+        return [pad for pad in reversed(self.padding) for _ in ("before", "after")]
+
 
 class Patches:
     """All clients' patches in one product, whatever the geometry, but for groups."""
@@ -39,18 +44,27 @@ class Patches:
 
     def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Any]:
         """See `convolution.Way`."""
-        patches = nn.functional.unfold(images.flatten(0, 1), **self._windows).unflatten(0, images.shape[:2])
-        found = torch.matmul(weights.flatten(2).unsqueeze(1), patches)  # [K, B, out, places]
-        return found.unflatten(3, self._geometry.outputs(images.shape[3:])), (patches, images.shape)
+        clients, batch, inner = images.shape[:3]
+        sizes = self._geometry.outputs(images.shape[3:])
+        padded = nn.functional.pad(images.flatten(0, 1), self._geometry.margins)
+        example, channel, row, column = padded.stride()
+        (down, right), (lower, further) = self._geometry.stride, self._geometry.dilation
+        windows = padded.as_strided(
+            (clients, inner, *self._geometry.kernel, batch, *sizes),
+            (batch * example, channel, lower * row, further * column, example, down * row, right * column),
+        )  # one kernel copies them; torch's unfold launches one for each image
+        patches = windows.reshape(clients, weights[0, 0].numel(), -1)  # [K, in * height * width, B * places]
+        found = torch.bmm(weights.flatten(2), patches).unflatten(2, (batch, *sizes))
+        return found.transpose(1, 2), (patches, images.shape)
 
     def back(self, slopes: Tensor, kept: Any, weights: Tensor, inward: bool) -> tuple[Tensor, Tensor | None]:
         """See `convolution.Way`."""
         patches, shape = kept
-        outer = slopes.flatten(3)
-        gradient = torch.einsum("kbop,kbip->koi", outer, patches).view_as(weights)
+        outer = slopes.transpose(1, 2).flatten(2)  # [K, out, B * places]
+        gradient = torch.bmm(outer, patches.mT).view_as(weights)
         if not inward:
             return gradient, None
-        inner = torch.matmul(weights.flatten(2).mT.unsqueeze(1), outer).flatten(0, 1)
+        inner = torch.matmul(weights.flatten(2).mT.unsqueeze(1), slopes.flatten(3)).flatten(0, 1)
         return gradient, nn.functional.fold(inner, shape[3:], **self._windows).view(shape)
 
 
@@ -66,7 +80,7 @@ class Rows:
         (height, width), (down, right) = self._geometry.kernel, self._geometry.stride
         clients, batch = images.shape[:2]
         rows, columns = self._geometry.outputs(images.shape[3:])
-        padded = nn.functional.pad(images.flatten(0, 1), [p for p in reversed(self._geometry.padding) for _ in "ab"])
+        padded = nn.functional.pad(images.flatten(0, 1), self._geometry.margins)
         # Columns of windows first, so that a patch is one stretch of memory among them.
         high = padded.unfold(2, height, down).permute(0, 2, 3, 1, 4).contiguous()  # [K * B, rows, W, in, height]
         place = high.shape[3] * height

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -18,11 +17,13 @@ from corymb.simulations.engine.chain import make_chain
 from corymb.simulations.engine.convolution import ClientConv2d
 from corymb.simulations.engine.factors import Factored, FactoredBias, Factors
 from corymb.simulations.engine.forms import Form, Piece, Stacked, upto
-from corymb.simulations.engine.layers import ClientDropout, ClientLayer, ClientLinear, Now
+from corymb.simulations.engine.layers import ClientDropout, ClientLinear, Now
 from corymb.simulations.engine.on_examples import OnExamples
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products
+from corymb.simulations.engine.recorded import CudaGraphs, Recorder
 from corymb.simulations.engine.trained import Trained
+from corymb.simulations.engine.turning import parameter_of, with_client_layers
 from corymb.simulations.population import Population
 
 State = Mapping[str, Tensor]
@@ -56,38 +57,17 @@ class Program:
         population = replace(population, store=population.store.to(device))
         self._population, self._may_factor, self._static, self.device = population, factored, static, device
         self._now = Now(as_patches=device.type != "cpu")
-        self._draws = False
         self._names = [name for name, _ in module.named_parameters()]
-        self._layers: dict[str, ClientLayer] = {}
         self._steps = 0
-        if any(not parameter.requires_grad for parameter in module.parameters()):
-            raise ValueError("some of its parameters do not learn")
-        self._module = self._turned(deepcopy(module), "").train().to(device)
-        if {_parameter(name, "weight") for name in self._layers} - set(self._names):
-            raise ValueError("two of its layers share their parameters")
-        self._chain = make_chain(self._module)
+        turned, self._layers = with_client_layers(module, self._now)
+        self._draws = any(isinstance(inner, ClientDropout) for inner in turned.modules())
+        self._chain = make_chain(turned.to(device))
         self._products = Products(population, device)
         first = next(iter(self._layers.values()), None)
         enters = static is not Static.NEVER and isinstance(first, ClientLinear) and self._chain.enters_directly
         self._first = first if enters else None  # the layer that the examples enter, if that is all they do
-
-    def _turned(self, module: nn.Module, name: str) -> nn.Module:
-        """`module` with client layers in the places of its own."""
-        if type(module) is nn.Linear:  # a class of its own may do something else
-            self._layers[name] = ClientLinear(module, self._now)
-            return self._layers[name]
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            self._layers[name] = ClientConv2d(module, self._now)
-            return self._layers[name]
-        if type(module) is nn.Dropout:
-            self._draws = True
-            return ClientDropout(module, self._now)
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own or isinstance(module, nn.modules.dropout._DropoutNd):
-            raise ValueError(f"the layer {name or 'at the top'!r} is a {type(module).__name__}")
-        for child, inner in module.named_children():
-            setattr(module, child, self._turned(inner, f"{name}.{child}".removeprefix(".")))
-        return module
+        is_fixed = not (self._draws or self._chain.needs_autograd or population.store.is_mapped or enters)
+        self.recorder = Recorder(CudaGraphs(device)) if device.type == "cuda" and is_fixed else None
 
     @property
     def uses_layers_once(self) -> bool:
@@ -117,27 +97,47 @@ class Program:
         places, batches = places.to(store.inputs.device), batches.to(device)
         now.clients = len(clients)
         now.generators = [torch.Generator().manual_seed(seed_of(*site)) for site in sites] if self._draws else []
-        plain = is_plain(settings)
         now.precision = None if settings.precision == "float32" else getattr(torch, settings.precision)
-        now.rate = settings.rate(server_round) if plain else None
-        self._begin(start, clients, batches, settings, own)
-        optimizer = None if plain else Optimizer(self._coordinates(), settings, settings.rate(server_round))
+        now.rate = settings.rate(server_round) if is_plain(settings) else None
+        targets = store.targets[places].to(device)
 
-        targets, width = store.targets[places].to(device), places.shape[2]
+        def work(places: Tensor, targets: Tensor, weights: Tensor, *values: Tensor) -> tuple[list[Piece], list[Tensor]]:
+            own_start, drawn = dict(zip(start, values, strict=True)), replace(batches, weights=weights)
+            self._begin(own_start, clients, drawn, settings, own)
+            optimizer = None
+            if now.rate is None:
+                optimizer = Optimizer(self._coordinates(), settings, settings.rate(server_round))
+            logs = self._take_steps(places, targets, drawn, optimizer, dtype)
+            return self._pieces(), logs
+
+        inputs = places, targets, batches.weights, *start.values()
+        if self.recorder is None or now.rate is None or own:
+            pieces, logs = work(*inputs)
+        else:
+            kind = (tuple(batches.steps), places.shape, now.rate, now.precision, dtype)
+            pieces, logs = self.recorder.run(kind, work, inputs)
+        return Trained.of(pieces, logs, targets, batches)
+
+    def _take_steps(
+        self, places: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | None, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Train on the batches at `places [S, K, B]`; each step's logarithms of probabilities."""
+        now, store = self._now, self._population.store
+        _, clients, width = places.shape
         each = [tensor.reshape(len(places), -1, 1).unbind() for tensor in (targets, batches.weights.transpose(0, 1))]
-        example = store.inputs_at(slice(0, 1)).to(device)
-        nothing = example.new_zeros(1).expand(len(clients) * width, *example.shape[1:])
+        example = store.inputs_at(slice(0, 1)).to(self.device)
+        nothing = example.new_zeros(1).expand(clients * width, *example.shape[1:])
         static = self._first is not None and isinstance(self._first.form, OnExamples)
         logs: list[Tensor] = []
-        minus = example.new_full((len(clients) * width, 1), -1.0)
+        minus = example.new_full((clients * width, 1), -1.0)
         for step, (wanted, shares) in enumerate(zip(*each, strict=True)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
-            active = sum(steps > step for steps in batches.steps) if plain else len(clients)
+            active = sum(steps > step for steps in batches.steps) if optimizer is None else clients
             now.clients = active
             now.lengths = batches.lengths_at(step)[:active] if self._draws else []
             rows = active * width
             # Where the examples are never looked at, anything of their shape will do.
-            inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(device)
+            inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(self.device)
             outputs = self._chain.forward(inputs)
             logs.append(outputs.to(dtype).log_softmax(dim=1))
             self._steps += 1
@@ -145,7 +145,7 @@ class Program:
             self._chain.backward(slopes.mul_(upto(rows, shares)).to(outputs.dtype))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-        return Trained.of(self._pieces(), logs, targets, batches)
+        return logs
 
     def _begin(
         self, start: State, clients: Sequence[int], batches: Batches, settings: TrainSettings, own: bool
@@ -155,7 +155,7 @@ class Program:
         plain, is_whole = is_plain(settings), settings.precision == "float32"  # else products would be rounded twice
         factors = self._may_factor and not own and is_linear(settings) and is_whole
         for name, layer in self._layers.items():
-            weight, bias = start[_parameter(name, "weight")], start.get(_parameter(name, "bias"))
+            weight, bias = start[parameter_of(name, "weight")], start.get(parameter_of(name, "bias"))
             form: Form | None = None
             if (
                 factors
@@ -182,14 +182,10 @@ class Program:
         """All parameters, in the model's order."""
         pieces: dict[str, Any] = {}
         for name, layer in self._layers.items():
-            pieces[_parameter(name, "weight")], pieces[_parameter(name, "bias")] = layer.form, layer.bias
+            pieces[parameter_of(name, "weight")], pieces[parameter_of(name, "bias")] = layer.form, layer.bias
             if isinstance(layer.form, Factors) and layer.form.bias is not None:
-                pieces[_parameter(name, "bias")] = FactoredBias(layer.form, layer.form.bias)
+                pieces[parameter_of(name, "bias")] = FactoredBias(layer.form, layer.form.bias)
         return [pieces[name] for name in self._names]
-
-
-def _parameter(layer: str, kind: str) -> str:
-    return f"{layer}.{kind}".removeprefix(".")
 
 
 def factored_is_cheaper(rows: int, outputs: int, inputs: int) -> bool:

@@ -15,6 +15,8 @@ class Room:
 
     def of(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A tensor of the `shape`, with anything in it; the one before is lost."""
+        if like.is_cuda:  # where torch does so itself, and a recording may have to keep what it got
+            return like.new_empty(shape)
         count = math.prod(shape)
         if self._flat is None or self._flat.numel() < count or self._flat.dtype != like.dtype:
             self._flat = like.new_empty(count)

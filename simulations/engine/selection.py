@@ -10,7 +10,7 @@ from torch import Tensor
 from corymb.simulations.engine.forms import upto
 
 
-class Rows(Protocol):
+class Selection(Protocol):
     """B rows of each of the first A clients of a block."""
 
     def of(self, table: Tensor, clients: int) -> Tensor:
@@ -56,7 +56,7 @@ class Picked:
         table.flatten(0, 1).index_add_(0, numbers.flatten(), values.flatten(0, 1), alpha=factor)
 
 
-def rows_of_batches(rows: Tensor, width: int) -> list[Rows]:
+def selections(rows: Tensor, width: int) -> list[Selection]:
     """Those of every batch, from `rows [S, K, B]` of tables with `width` rows."""
     _, clients, size = rows.shape
     firsts = rows[:, 0, 0]
