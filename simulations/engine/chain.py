@@ -126,11 +126,13 @@ class ByHand:
                 slopes = torch.ops.aten.threshold_backward.grad_input(slopes, kept, 0, grad_input=into)
             elif type(layer) is nn.MaxPool2d:
                 before, chosen = kept
-                strides = torch.empty_like(before, device="meta").stride()  # `before` itself may have gaps
-                room = self._rooms[place].of(before.shape, before).as_strided(before.shape, strides)
-                slopes = torch.ops.aten.max_pool2d_with_indices_backward.grad_input(
-                    slopes, before, *_geometry(layer), chosen, grad_input=room
-                )
+                pooling, told = torch.ops.aten.max_pool2d_with_indices_backward, (before, *_geometry(layer), chosen)
+                if before.is_cuda:  # whose kernel takes memory of its own order only
+                    slopes = pooling.default(slopes, *told)
+                else:
+                    strides = torch.empty_like(before, device="meta").stride()  # `before` itself may have gaps
+                    room = self._rooms[place].of(before.shape, before).as_strided(before.shape, strides)
+                    slopes = pooling.grad_input(slopes, *told, grad_input=room)
             else:
                 (slopes,) = torch.autograd.grad(kept[1], kept[0], slopes)
             after = layer
