@@ -21,11 +21,13 @@ class Chain(Protocol):
     """Forward, then backward, once each per step, with torch's autograd switched off.
 
     `enters_directly` is whether the examples may enter the first client layer as they are, or nobody knows;
-    `needs_autograd` whether it switches autograd on for some of it.
+    `needs_autograd` whether it switches autograd on for some of it; `is_fixed` whether it is known to do the same to
+    any inputs.
     """
 
     enters_directly: bool
     needs_autograd: bool
+    is_fixed: bool
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The outputs."""
@@ -57,6 +59,7 @@ class ByAutograd:
 
     enters_directly = True
     needs_autograd = True
+    is_fixed = False
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -84,6 +87,8 @@ class ByHand:
         self.needs_autograd = any(
             not isinstance(layer, ClientLayer) and type(layer) not in BY_HAND for layer in layers[self._first :]
         )
+        known = all(isinstance(layer, ClientLayer) or type(layer) in (*BY_HAND, nn.Identity) for layer in layers)
+        self.is_fixed = known and not self.needs_autograd
         self.enters_directly = all(type(layer) in (nn.Flatten, nn.Identity) for layer in layers[: self._first])
 
     def forward(self, inputs: Tensor) -> Tensor:

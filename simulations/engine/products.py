@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -19,11 +18,10 @@ LARGEST = 1 << 24  # numbers in a table of a block's factors
 class Products:
     """The matrices `X X^T [n, n]` of a population's clients."""
 
-    def __init__(self, population: Population, device: torch.device) -> None:
-        self._population, self._device = population, device
+    def __init__(self, population: Population) -> None:
+        self._population = population
         self._kept: OrderedDict[int, Tensor] = OrderedDict()
         self._room = ROOM
-        self._lock = Lock()  # threads of several devices
 
     def are_cheap(self, clients: Sequence[int], batches: Batches, shape: Sequence[int]) -> bool:
         """Whether a first layer of the `shape` (out, in) costs less in factors over all examples than written out.
@@ -43,8 +41,7 @@ class Products:
 
     def of(self, clients: Sequence[int]) -> Tensor:
         """The matrices of `clients`, padded with zeros to the largest, `[K, N, N]`."""
-        with self._lock:
-            found = [self._of(client) for client in clients]
+        found = [self._of(client) for client in clients]
         rows = max(map(len, found))
         if all(len(each) == rows for each in found):
             return torch.stack(found)
@@ -57,7 +54,7 @@ class Products:
         if client in self._kept:
             self._kept.move_to_end(client)
             return self._kept[client]
-        examples = self._population.examples(client)[0].flatten(1).to(self._device)
+        examples = self._population.examples(client)[0].flatten(1)
         products = examples @ examples.T
         self._kept[client] = products
         self._room -= products.numel()

@@ -22,12 +22,13 @@ from corymb.simulations.engine.on_examples import OnExamples
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
 from corymb.simulations.engine.products import Products
 from corymb.simulations.engine.recorded import CudaGraphs, Recorder
-from corymb.simulations.engine.trained import Trained
+from corymb.simulations.engine.trained import Trained, side_by_side
 from corymb.simulations.engine.turning import parameter_of, with_client_layers
 from corymb.simulations.population import Population
 
 State = Mapping[str, Tensor]
 CPU = torch.device("cpu")
+LONGEST = 2000  # steps of a recording, whose operations all lie in memory
 
 
 class Static(Enum):
@@ -41,7 +42,8 @@ class Static(Enum):
 class Program:
     """Trains blocks of `population`'s clients as `client.train` would train each, with cross-entropy.
 
-    `factored` says whether layers may take factored form, and `static` whether the first may stand on the examples.
+    `factored` says whether layers may take factored form, and `static` whether the first may stand on the examples,
+    for which they have to be on the CPU.
     It works on `device`, where the examples stay. Raises `ValueError`, naming the layer, for a module that it cannot
     train.
     """
@@ -62,16 +64,18 @@ class Program:
         turned, self._layers = with_client_layers(module, self._now)
         self._draws = any(isinstance(inner, ClientDropout) for inner in turned.modules())
         self._chain = make_chain(turned.to(device))
-        self._products = Products(population, device)
+        self._products = Products(population)
         first = next(iter(self._layers.values()), None)
-        enters = static is not Static.NEVER and isinstance(first, ClientLinear) and self._chain.enters_directly
+        enters = isinstance(first, ClientLinear) and self._chain.enters_directly and static is not Static.NEVER
         self._first = first if enters else None  # the layer that the examples enter, if that is all they do
-        is_fixed = not (self._draws or self._chain.needs_autograd or population.store.is_mapped or enters)
+        is_fixed = self._chain.is_fixed and not population.store.is_mapped and not enters
         self.recorder = Recorder(CudaGraphs(device)) if device.type == "cuda" and is_fixed else None
 
     @property
     def uses_layers_once(self) -> bool:
-        """Whether its layers, if all are used, were called once in each step: called twice, they learn in between."""
+        """Whether its layers, if all are used, were called once in each step of the last block: called twice, they
+        learn in between.
+        """
         return self._now.calls == self._steps * len(self._layers)
 
     def train(
@@ -101,34 +105,37 @@ class Program:
         now.rate = settings.rate(server_round) if is_plain(settings) else None
         targets = store.targets[places].to(device)
 
-        def work(places: Tensor, targets: Tensor, weights: Tensor, *values: Tensor) -> tuple[list[Piece], list[Tensor]]:
-            own_start, drawn = dict(zip(start, values, strict=True)), replace(batches, weights=weights)
-            self._begin(own_start, clients, drawn, settings, own)
+        def work(places: Tensor, targets: Tensor, weights: Tensor, *values: Tensor) -> tuple[list[Piece], Tensor]:
+            common, drawn = dict(zip(start, values, strict=True)), replace(batches, weights=weights)
+            self._begin(common, clients, drawn, settings, own)
             optimizer = None
             if now.rate is None:
                 optimizer = Optimizer(self._coordinates(), settings, settings.rate(server_round))
-            logs = self._take_steps(places, targets, drawn, optimizer, dtype)
-            return self._pieces(), logs
+            scores = self._take_steps(places, targets, drawn, optimizer, dtype)
+            return self._pieces(), scores
 
         inputs = places, targets, batches.weights, *start.values()
-        if self.recorder is None or now.rate is None or own:
-            pieces, logs = work(*inputs)
+        if self.recorder is None or now.rate is None or own or settings.schedule or len(places) > LONGEST:
+            pieces, scores = work(*inputs)
         else:
-            kind = (tuple(batches.steps), places.shape, now.rate, now.precision, dtype)
-            pieces, logs = self.recorder.run(kind, work, inputs)
-        return Trained.of(pieces, logs, targets, batches)
+            kind = tuple(batches.steps), places.shape, now.rate, now.precision, dtype
+            pieces, scores = self.recorder.run(kind, work, inputs)
+        return Trained.of(pieces, scores, targets, batches)
 
     def _take_steps(
         self, places: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | None, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Train on the batches at `places [S, K, B]`; each step's logarithms of probabilities."""
+    ) -> Tensor:
+        """Train on the batches at `places [S, K, B]`; what the models gave for them before each step, `[S, K * B, C]`,
+        zeros where a client had finished.
+        """
         now, store = self._now, self._population.store
+        now.calls = self._steps = 0
         _, clients, width = places.shape
         each = [tensor.reshape(len(places), -1, 1).unbind() for tensor in (targets, batches.weights.transpose(0, 1))]
         example = store.inputs_at(slice(0, 1)).to(self.device)
         nothing = example.new_zeros(1).expand(clients * width, *example.shape[1:])
         static = self._first is not None and isinstance(self._first.form, OnExamples)
-        logs: list[Tensor] = []
+        scores: list[Tensor] = []
         minus = example.new_full((clients * width, 1), -1.0)
         for step, (wanted, shares) in enumerate(zip(*each, strict=True)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
@@ -139,13 +146,13 @@ class Program:
             # Where the examples are never looked at, anything of their shape will do.
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(self.device)
             outputs = self._chain.forward(inputs)
-            logs.append(outputs.to(dtype).log_softmax(dim=1))
+            scores.append(outputs.to(dtype))
             self._steps += 1
-            slopes = logs[-1].exp().scatter_add_(1, upto(rows, wanted), upto(rows, minus))
+            slopes = scores[-1].softmax(dim=1).scatter_add_(1, upto(rows, wanted), upto(rows, minus))
             self._chain.backward(slopes.mul_(upto(rows, shares)).to(outputs.dtype))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-        return logs
+        return side_by_side(scores, clients * width)
 
     def _begin(
         self, start: State, clients: Sequence[int], batches: Batches, settings: TrainSettings, own: bool
@@ -162,7 +169,7 @@ class Program:
                 and layer is self._first
                 and (self._static is Static.ALWAYS or self._products.are_cheap(clients, batches, weight.shape))
             ):
-                basis = [self._population.examples(client)[0].flatten(1).to(self.device) for client in clients]
+                basis = [self._population.examples(client)[0].flatten(1) for client in clients]
                 products = self._products.of(clients)
                 form = OnExamples(weight, bias, basis, products, batches.rows.transpose(0, 1), plain)
             elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):

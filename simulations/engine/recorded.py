@@ -7,14 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from copy import deepcopy
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 log = logging.getLogger("flwr.corymb")
 RECORDING = Lock()  # torch can make one recording at a time, of whatever device
-MOST = 16  # kinds of work that are remembered, recorded or not
+MOST = 8  # recordings that are kept, each with memory for a block of clients
+REMEMBERED = 64  # kinds of work that came once
 Replay = Callable[[], None]
 Work = Callable[..., Any]
 Record = Callable[[Callable[[], Any]], tuple[Replay, Any]]  # work without inputs; how to do it again, and its result
@@ -33,11 +34,13 @@ class CudaGraphs:
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Replay, Any]:
         """See `Record`."""
-        graph = torch.cuda.CUDAGraph()
         # Other threads may be busy with other devices meanwhile.
         how: Any = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with RECORDING, torch.cuda.device(self._device), torch.cuda.graph(graph, **how):
-            result = work()
+        with RECORDING, torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            # The stream in use comes back even after a recording that broke off, which leaves its own behind.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
+                result = work()
         return graph.replay, result
 
 
@@ -59,24 +62,39 @@ class Recorder:
     """Does work that follows from its inputs alone: the first two times directly, from then on by a recording.
 
     The second time shows that it comes again, and that this thread has all that it needs, so it is recorded then.
+    `replayed` counts the times from recordings.
     """
 
+    has_failed: ClassVar[bool] = False  # once, anywhere: torch is not sound for another recording after one broke off
+
     def __init__(self, record: Record) -> None:
-        self._record: Record | None = record
-        self._kinds: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+        self._record = record
+        self._once: OrderedDict[Hashable, None] = OrderedDict()
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self.replayed = 0
 
     def run(self, kind: Hashable, work: Work, inputs: Sequence[Tensor]) -> Any:
         """`work(*inputs)`, of which all of a `kind` do the same on tensors of the same shapes."""
-        if recording := self._kinds.get(kind):
-            self._kinds.move_to_end(kind)
-            return recording(inputs)
+        if kind in self._recordings:
+            self._recordings.move_to_end(kind)
+            self.replayed += 1
+            return self._recordings[kind](inputs)
         result = work(*inputs)
-        if self._record is not None:
-            try:
-                self._kinds[kind] = _Recording(self._record, work, inputs) if kind in self._kinds else None
-            except Exception as error:
-                log.warning("Training goes on without CUDA graphs, as recording one failed: %s", error)
-                self._record = None
-            if len(self._kinds) > MOST:
-                self._kinds.popitem(last=False)
+        if kind in self._once and not Recorder.has_failed:
+            del self._once[kind]
+            self._make(kind, work, inputs)
+        else:
+            self._once[kind] = None
+            if len(self._once) > REMEMBERED:
+                self._once.popitem(last=False)
         return result
+
+    def _make(self, kind: Hashable, work: Work, inputs: Sequence[Tensor]) -> None:
+        try:
+            self._recordings[kind] = _Recording(self._record, work, inputs)
+        except Exception as error:
+            Recorder.has_failed = True
+            reason = error.__context__ or error  # the first is what went wrong, before the recording was closed
+            log.warning("No more CUDA graphs are recorded, as one could not be: %s", reason)
+        if len(self._recordings) > MOST:  # never the last one: their memory would have to be made anew
+            self._recordings.popitem(last=False)

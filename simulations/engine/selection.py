@@ -59,8 +59,8 @@ class Picked:
 def selections(rows: Tensor, width: int) -> list[Selection]:
     """Those of every batch, from `rows [S, K, B]` of tables with `width` rows."""
     _, clients, size = rows.shape
-    firsts = rows[:, 0, 0]
-    if torch.equal(rows, (firsts[:, None] + torch.arange(size, device=rows.device))[:, None].expand_as(rows)):
-        return [Run(first, size) for first in firsts.tolist()]
-    before = torch.arange(clients, device=rows.device)[:, None] * width
-    return [Picked(numbers) for numbers in (rows + before).unbind()]
+    firsts = rows[:, :1, :1]
+    are_runs = (rows == firsts + torch.arange(size)).flatten(1).all(dim=1).tolist()
+    numbers = (rows + torch.arange(clients)[:, None] * width).unbind()
+    each = zip(are_runs, firsts.flatten().tolist(), numbers, strict=True)
+    return [Run(first, size) if is_run else Picked(number) for is_run, first, number in each]

@@ -35,13 +35,11 @@ class Trained:
     device: torch.device
 
     @classmethod
-    def of(cls, pieces: list[Piece], logs: list[Tensor], targets: Tensor, batches: Batches) -> Trained:
-        """From each step's logarithms of probabilities `[A * B, C]`, for the first A clients; and the
-        `targets [S, K, B]`."""
+    def of(cls, pieces: list[Piece], scores: Tensor, targets: Tensor, batches: Batches) -> Trained:
+        """From what the models gave at each step, `[S, K * B, C]`, and the `targets [S, K, B]`."""
         there = (batches.weights > 0).transpose(0, 1)
-        given = _side_by_side(logs, there[0].numel())
-        losses = -given.gather(2, targets.flatten(1)[..., None]).view_as(there)
-        right = given.argmax(dim=2).view_as(there) == targets
+        losses = -scores.log_softmax(dim=2).gather(2, targets.flatten(1)[..., None]).view_as(there)
+        right = scores.argmax(dim=2).view_as(there) == targets
         sums = torch.where(there, torch.stack([losses.double(), right.double()]), 0.0).sum(dim=(1, 3))
         bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
         examples = there.sum(dim=(0, 2)).tolist()
@@ -67,7 +65,7 @@ class Trained:
         return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1, out=into).cpu()
 
 
-def _side_by_side(steps: list[Tensor], rows: int) -> Tensor:
+def side_by_side(steps: list[Tensor], rows: int) -> Tensor:
     """`[S, rows, ...]`, filled up with zeros where some clients have finished."""
     gaps = [(0, 0) * (each.dim() - 1) + (0, rows - each.shape[0]) for each in steps]
     return torch.stack([pad(each, gap) if gap[-1] else each for each, gap in zip(steps, gaps, strict=True)])

@@ -52,19 +52,19 @@ class Vmapped:
         def loss(
             weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, shares: Tensor
         ) -> tuple[Tensor, Tensor]:
-            log = functional_call(self._module, {**weights, **others}, (inputs,)).log_softmax(dim=1)
-            return (nn.functional.nll_loss(log, targets, reduction="none") * shares).sum(), log
+            given = functional_call(self._module, {**weights, **others}, (inputs,))
+            return (nn.functional.cross_entropy(given, targets, reduction="none") * shares).sum(), given
 
         slopes = vmap(grad(loss, has_aux=True))
         places = self._population.places(clients, batches.rows)
-        logs = []
+        scores = []
         self._module.train()
         for step in range(places.shape[1]):
             inputs, targets = store.inputs_at(places[:, step]), store.targets[places[:, step]]
-            gradients, log = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
+            gradients, given = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in moving.items():
                 tensor.grad = gradients[name]
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-            logs.append(log.detach().flatten(0, 1))
+            scores.append(given.detach().flatten(0, 1))
         targets = store.targets[places].transpose(0, 1)
-        return Trained.of(list(pieces.values()), logs, targets, batches)
+        return Trained.of(list(pieces.values()), torch.stack(scores), targets, batches)
