@@ -36,7 +36,7 @@ class Run:
         return self.of(table, clients).clone(memory_format=torch.contiguous_format)
 
     def add(self, table: Tensor, values: Tensor, factor: float) -> None:
-        self.of(table, len(values)).add_(values, alpha=factor)
+        self.of(table, values.shape[0]).add_(values, alpha=factor)
 
 
 class Picked:
@@ -52,7 +52,7 @@ class Picked:
     copied = of
 
     def add(self, table: Tensor, values: Tensor, factor: float) -> None:
-        numbers = upto(len(values), self._numbers)
+        numbers = upto(values.shape[0], self._numbers)
         table.flatten(0, 1).index_add_(0, numbers.flatten(), values.flatten(0, 1), alpha=factor)
 
 
