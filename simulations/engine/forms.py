@@ -52,6 +52,11 @@ def upto(count: int, tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[0] == count else tensor[:count]
 
 
+def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this precision: the tensor itself where that is its own, which takes no time."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class Stacked:
     """Each client's weight in full, `[K, ...]`; a step of plain SGD is fused with the product that is its slope.
 
@@ -68,7 +73,7 @@ class Stacked:
 
     def like(self, clients: Tensor) -> Tensor:
         """The weights of as many clients as `clients [K, ...]` has, in its precision."""
-        return upto(clients.shape[0], self.weight).to(clients.dtype)
+        return as_type(upto(clients.shape[0], self.weight), clients.dtype)
 
     def outputs(self, inputs: Tensor) -> Tensor:
         weight, width = self.like(inputs), inputs.shape[1]

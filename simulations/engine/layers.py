@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.forms import Form, Stacked, upto
+from corymb.simulations.engine.forms import Form, Stacked, as_type, upto
 
 
 @dataclass
@@ -98,7 +98,7 @@ class ClientLinear(ClientLayer):
         """Learn; the slopes of the inputs if they are wanted."""
         rows, dtype = kept
         outer = slopes.reshape(self.now.clients, -1, slopes.shape[-1])
-        result = self.form.inward(outer).reshape(*slopes.shape[:-1], -1).to(dtype) if inward else None
+        result = as_type(self.form.inward(outer).reshape(*slopes.shape[:-1], -1), dtype) if inward else None
         self.form.learn(outer, rows, self.now.rate)
         self.learn_bias(outer)
         return result

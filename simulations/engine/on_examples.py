@@ -7,7 +7,7 @@ from torch import Tensor
 
 from corymb.simulations.engine.factors import Factors
 from corymb.simulations.engine.forms import Kept, upto
-from corymb.simulations.engine.selection import selections
+from corymb.simulations.engine.selection import Tables, selections
 
 
 class OnExamples(Factors):
@@ -23,31 +23,35 @@ class OnExamples(Factors):
         clients, width, _ = products.shape
         super().__init__(start, bias, clients, width, plain)
         self._basis, self._products = basis, products
-        self._near = products if bias is None else products + 1  # a bias meets an input of one
         self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
-        self._first = start.new_empty(clients, width, start.shape[0])  # what a batch with an example begins with
+        first = start.new_empty(clients, width, start.shape[0])
         offset = start.new_zeros(1) if bias is None else bias
-        for mine, outputs in zip(basis, self._first, strict=True):
+        for mine, outputs in zip(basis, first, strict=True):
             torch.addmm(offset, mine, start.T, out=upto(mine.shape[0], outputs))
+        near = products if bias is None else products + 1  # a bias meets an input of one
+        self._batches = iter(selections(Tables(first, near, self.factors), rows))
         reach = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
         self._learnt = iter([0, *reach.tolist()])  # rows of the factors that may not be zero, at each step
-        self._batches = iter(selections(rows, width))
 
     def outputs(self, inputs: Tensor) -> Tensor:
         active, learnt = inputs.shape[0], next(self._learnt)
         self._batch = next(self._batches)
-        first = self.scaled(self._batch.copied(self._first, active))
+        first = self.scaled(self._batch.first(active))
         if not learnt:
             return first
-        near = self._batch.of(self._near, active)[:, :, :learnt]
-        return first.baddbmm_(near, self.factors[:active, :learnt])
+        near, factors = self._batch.near(active), upto(active, self.factors)
+        if learnt < factors.shape[1]:
+            near, factors = near[:, :, :learnt], factors[:, :learnt]
+        return first.baddbmm_(near, factors)
 
     def inward(self, slopes: Tensor) -> Tensor:
         raise NotImplementedError("Nothing lies before the examples.")
 
     def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        into = self.factors if rate is not None else self.gradients()
-        self._batch.add(into, slopes, 1.0 if rate is None else -rate)
+        if rate is None:
+            self._batch.add(slopes, 1.0, into=self.gradients())
+        else:
+            self._batch.add(slopes, -rate)
 
     def moved(self, weights: Tensor, kept: Kept) -> Tensor:
         total = self.start * self.shrunk(weights, kept)  # who is not kept has weight 0

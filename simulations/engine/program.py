@@ -16,7 +16,7 @@ from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.chain import make_chain
 from corymb.simulations.engine.convolution import ClientConv2d
 from corymb.simulations.engine.factors import Factored, FactoredBias, Factors
-from corymb.simulations.engine.forms import Form, Piece, Stacked, upto
+from corymb.simulations.engine.forms import Form, Piece, Stacked, as_type, upto
 from corymb.simulations.engine.layers import ClientDropout, ClientLinear, Now
 from corymb.simulations.engine.on_examples import OnExamples
 from corymb.simulations.engine.optimizer import Optimizer, is_linear, is_plain
@@ -137,19 +137,21 @@ class Program:
         static = self._first is not None and isinstance(self._first.form, OnExamples)
         scores: list[Tensor] = []
         minus = example.new_full((clients * width, 1), -1.0)
+        active = clients
         for step, (wanted, shares) in enumerate(zip(*each, strict=True)):
             # Plain SGD leaves those alone who have finished; under another they are put back after the step.
-            active = sum(steps > step for steps in batches.steps) if optimizer is None else clients
+            while optimizer is None and batches.steps[active - 1] <= step:  # the largest come first
+                active -= 1
             now.clients = active
             now.lengths = batches.lengths_at(step)[:active] if self._draws else []
             rows = active * width
             # Where the examples are never looked at, anything of their shape will do.
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(self.device)
             outputs = self._chain.forward(inputs)
-            scores.append(outputs.to(dtype))
+            scores.append(as_type(outputs, dtype))
             self._steps += 1
             slopes = scores[-1].softmax(dim=1).scatter_add_(1, upto(rows, wanted), upto(rows, minus))
-            self._chain.backward(slopes.mul_(upto(rows, shares)).to(outputs.dtype))
+            self._chain.backward(as_type(slopes.mul_(upto(rows, shares)), outputs.dtype))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
         return side_by_side(scores, clients * width)
