@@ -50,20 +50,20 @@ def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewe
     ]
     enough = max(1, sum(passed) * parameters // SMALLEST)
     number = max(-(-len(order) // most), min(fewest, len(order), enough))
-    size, more = divmod(len(order), number)
-    ends = {block * size + min(block, more) for block in range(number)}  # the larger blocks first
+    each, more = divmod(len(order), number)
+    ends = {block * each + min(block, more) for block in range(number)}  # the larger blocks first
     blocks: list[list[int]] = []
+    largest = held = count = 0  # of the last block: the most examples of a client, of all, and its clients
     for position, place in enumerate(order):
-        if position in ends or _is_padded([sizes[other] for other in (*blocks[-1], place)], settings):
+        size = sizes[place]
+        # Under a fixed number of steps all do the same, whatever their sizes.
+        is_padded = settings.steps is None and largest * (count + 1) > PADDED * (held + size)
+        if position in ends or is_padded:
             blocks.append([])
+            largest, held, count = size, 0, 0
         blocks[-1].append(place)
+        held, count = held + size, count + 1
     return blocks
-
-
-def _is_padded(sizes: list[int], settings: TrainSettings) -> bool:
-    """Whether clients of these `sizes`, largest first, would be padded too much."""
-    # Under a fixed number of steps all do the same, whatever their sizes.
-    return settings.steps is None and sizes[0] * len(sizes) > PADDED * sum(sizes)
 
 
 class ClientBlock(ABC):
