@@ -66,6 +66,6 @@ class Trained:
 
 
 def side_by_side(steps: list[Tensor], rows: int) -> Tensor:
-    """`[S, rows, ...]`, filled up with zeros where some clients have finished."""
-    gaps = [(0, 0) * (each.dim() - 1) + (0, rows - each.shape[0]) for each in steps]
-    return torch.stack([pad(each, gap) if gap[-1] else each for each, gap in zip(steps, gaps, strict=True)])
+    """`[S, rows, C]`, filled up with zeros where some clients have finished."""
+    gaps = [rows - each.shape[0] for each in steps]
+    return torch.stack([pad(each, (0, 0, 0, gap)) if gap else each for each, gap in zip(steps, gaps, strict=True)])
