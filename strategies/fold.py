@@ -15,7 +15,7 @@ from corymb.strategies.reply import Reply
 
 COMING = 3  # blocks whose sums are worked out while further replies are read
 WAITED_FOR = 8  # blocks of which not all clients are here
-BLOCK = 1 << 18  # numbers per step: scratch memory stays in the cache, and torch has work for all its threads
+BLOCK = 1 << 17  # numbers per step: scratch memory stays in the cache, and torch has work for all its threads
 
 
 class Fold:
@@ -49,7 +49,7 @@ class Fold:
             for piece in part.split(BLOCK):
                 stop = start + len(piece)
                 difference = torch.sub(piece, self._origin.parameters[start:stop], out=self._scratch[: stop - start])
-                self._moved[start:stop] += difference.mul_(weight)
+                self._moved[start:stop].add_(difference.mul_(weight))
                 start = stop
 
     def add_in_block(self, parts: InBlock, weight: float) -> None:
