@@ -78,12 +78,21 @@ def _not_empty(loader: DataLoader[Batch]) -> Iterator[Batch]:
 
 
 def evaluation_batches(data: Examples, size: int = 1024) -> Iterator[Batch]:
-    """All examples, once, in order."""
+    """All examples, once, in order.
+
+    Raises `ValueError` where a model has changed them in place: a tensor's batches are views, as a test set is large.
+    """
     if isinstance(data, DataLoader):
         yield from data
         return
-    if isinstance(data, TensorDataset):  # views: a test set is large
-        yield from zip(*(tensor.split(size) for tensor in data.tensors), strict=True)
+    if isinstance(data, TensorDataset):
+        for batch in zip(*(tensor.split(size) for tensor in data.tensors), strict=True):
+            before = batch[0]._version
+            yield batch
+            if batch[0]._version != before:
+                raise ValueError(
+                    "The model changes its inputs in place, which are the examples; let it work on a copy."
+                )
         return
     for rows in torch.arange(count(data)).split(size):
         yield _take(data, rows)

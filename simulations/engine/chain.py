@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from corymb.simulations.engine.convolution import ClientConv2d
 from corymb.simulations.engine.layers import ClientLayer
 from corymb.simulations.engine.room import Room
 
@@ -20,12 +21,10 @@ BY_HAND = (nn.Flatten, nn.ReLU, nn.MaxPool2d)  # beside client layers
 class Chain(Protocol):
     """Forward, then backward, once each per step, with torch's autograd switched off.
 
-    `enters_directly` is whether the examples may enter the first client layer as they are, or nobody knows;
     `needs_autograd` whether it switches autograd on for some of it; `is_fixed` whether it is known to do the same to
     any inputs.
     """
 
-    enters_directly: bool
     needs_autograd: bool
     is_fixed: bool
 
@@ -36,28 +35,32 @@ class Chain(Protocol):
         """Have the layers learn from the slopes of the outputs."""
 
 
-def make_chain(module: nn.Module) -> Chain:
-    """By hand for a sequence."""
-    layers = _flat(module)
-    inside = [layer for layer in layers if not isinstance(layer, ClientLayer)]
-    if any(isinstance(part, ClientLayer) for layer in inside for part in layer.modules()):
+def make_chain(module: fx.GraphModule) -> Chain:
+    """By hand for layers that follow one another."""
+    inner = list(module.graph.nodes)[1:-1]  # between its inputs and its outputs
+    layers = [module.get_submodule(str(node.target)) for node in inner if node.op == "call_module"]
+    if len(layers) < len(inner) or any(len(node.users) > 1 for node in module.graph.nodes):
         return ByAutograd(module)
     for place, pair in enumerate(pairwise(layers)):
         if tuple(map(type, pair)) == (nn.ReLU, nn.MaxPool2d):  # the same the other way round, on fewer numbers
             layers[place : place + 2] = pair[::-1]
-    return ByAutograd(module) if len(layers) == 1 and not isinstance(module, ClientLayer) else ByHand(layers)
+    return ByHand(layers)
 
 
-def _flat(module: nn.Module) -> list[nn.Module]:
-    if type(module) is not nn.Sequential:
-        return [module]
-    return [layer for child in module for layer in _flat(child)]
+def enters_directly(module: fx.GraphModule) -> bool:
+    """Whether the examples enter a client layer, flattened at most, and nothing else."""
+    node = next(iter(module.graph.nodes))
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, (nn.Flatten, nn.Identity)):
+            return isinstance(layer, ClientLayer)
+    return False
 
 
 class ByAutograd:
-    """Any module."""
+    """Any graph."""
 
-    enters_directly = True
     needs_autograd = True
     is_fixed = False
 
@@ -82,6 +85,8 @@ class ByHand:
     def __init__(self, layers: list[nn.Module]) -> None:
         self._layers = layers
         self._first = next(place for place, layer in enumerate(layers) if isinstance(layer, ClientLayer))
+        last = next(layer for layer in reversed(layers) if isinstance(layer, ClientLayer))
+        self._lends_outputs = isinstance(last, ClientConv2d)  # from memory that it uses again
         self._kept: list[Any] = []
         self._rooms = {place: Room() for place, layer in enumerate(layers) if type(layer) is nn.MaxPool2d}
         self.needs_autograd = any(
@@ -89,7 +94,6 @@ class ByHand:
         )
         known = all(isinstance(layer, ClientLayer) or type(layer) in (*BY_HAND, nn.Identity) for layer in layers)
         self.is_fixed = known and not self.needs_autograd
-        self.enters_directly = all(type(layer) in (nn.Flatten, nn.Identity) for layer in layers[: self._first])
 
     def forward(self, inputs: Tensor) -> Tensor:
         """See `Chain`."""
@@ -97,7 +101,6 @@ class ByHand:
         for place, layer in enumerate(self._layers):
             kept = None
             if isinstance(layer, ClientLayer):
-                layer.now.calls += 1
                 inputs, kept = layer.outputs(inputs, inward=place > self._first)
             elif type(layer) is nn.Flatten:
                 kept, inputs = inputs, inputs.flatten(layer.start_dim, layer.end_dim)
@@ -115,7 +118,7 @@ class ByHand:
                     after = layer(before.clone() if getattr(layer, "inplace", True) else before)
                 kept, inputs = (before, after), after.detach()
             self._kept.append(kept)
-        return inputs
+        return inputs.clone() if self._lends_outputs else inputs
 
     def backward(self, slopes: Tensor) -> None:
         """See `Chain`."""

@@ -23,7 +23,6 @@ class Now:
     precision: torch.dtype | None = None  # to which inputs of layers with parameters are rounded, if they are
     clients: int = 1  # that still train
     rate: float | None = None  # of plain SGD; None: leave gradients for an optimiser
-    calls: int = 0  # of layers with parameters, in all steps so far
     lengths: list[int] = field(default_factory=list)  # examples in each client's batch; the rest is padding
     generators: Sequence[torch.Generator] = ()  # what each client draws from
 
@@ -59,7 +58,6 @@ class ClientLayer(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The outputs of all clients, `[K * B, ...]`."""
-        self.now.calls += 1
         result: Tensor = _Applied.apply(inputs, self._hook, self)  # type: ignore[no-untyped-call]
         return result
 

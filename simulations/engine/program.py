@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from corymb.client import TrainSettings
 from corymb.client.app import seed_of
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.chain import make_chain
+from corymb.simulations.engine.chain import enters_directly, make_chain
 from corymb.simulations.engine.convolution import ClientConv2d
 from corymb.simulations.engine.factors import Factored, FactoredBias, Factors
 from corymb.simulations.engine.forms import Form, Piece, Stacked, as_type, upto
@@ -60,23 +60,15 @@ class Program:
         self._population, self._may_factor, self._static, self.device = population, factored, static, device
         self._now = Now(as_patches=device.type != "cpu")
         self._names = [name for name, _ in module.named_parameters()]
-        self._steps = 0
         turned, self._layers = with_client_layers(module, self._now)
         self._draws = any(isinstance(inner, ClientDropout) for inner in turned.modules())
         self._chain = make_chain(turned.to(device))
         self._products = Products(population)
         first = next(iter(self._layers.values()), None)
-        enters = isinstance(first, ClientLinear) and self._chain.enters_directly and static is not Static.NEVER
+        enters = isinstance(first, ClientLinear) and enters_directly(turned) and static is not Static.NEVER
         self._first = first if enters else None  # the layer that the examples enter, if that is all they do
         is_fixed = self._chain.is_fixed and not population.store.is_mapped and not enters
         self.recorder = Recorder(CudaGraphs(device)) if device.type == "cuda" and is_fixed else None
-
-    @property
-    def uses_layers_once(self) -> bool:
-        """Whether its layers, if all are used, were called once in each step of the last block: called twice, they
-        learn in between.
-        """
-        return self._now.calls == self._steps * len(self._layers)
 
     def train(
         self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
@@ -129,7 +121,6 @@ class Program:
         zeros where a client had finished.
         """
         now, store = self._now, self._population.store
-        now.calls = self._steps = 0
         _, clients, width = places.shape
         each = [tensor.reshape(len(places), -1, 1).unbind() for tensor in (targets, batches.weights.transpose(0, 1))]
         example = store.inputs_at(slice(0, 1)).to(self.device)
@@ -149,7 +140,6 @@ class Program:
             inputs = upto(rows, nothing) if static else store.inputs_at(places[step, :active].flatten()).to(self.device)
             outputs = self._chain.forward(inputs)
             scores.append(as_type(outputs, dtype))
-            self._steps += 1
             slopes = scores[-1].softmax(dim=1).scatter_add_(1, upto(rows, wanted), upto(rows, minus))
             self._chain.backward(as_type(slopes.mul_(upto(rows, shares)), outputs.dtype))
             if optimizer is not None:

@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
-from torch import nn
+from torch import fx, nn
 
 from corymb.simulations.engine.convolution import ClientConv2d
 from corymb.simulations.engine.layers import ClientDropout, ClientLayer, ClientLinear, Now
+from corymb.simulations.engine.reading import name_of, read
 
 
-def with_client_layers(module: nn.Module, now: Now) -> tuple[nn.Module, dict[str, ClientLayer]]:
-    """A copy of `module`, to train, with client layers in the places of its own; and those by their names.
+def with_client_layers(module: nn.Module, now: Now) -> tuple[fx.GraphModule, dict[str, ClientLayer]]:
+    """`module` as a graph, to train, with client layers in the places of its own; and those by their names, in order.
 
     Raises `ValueError`, naming the layer, where that cannot be done.
     """
     if any(not parameter.requires_grad for parameter in module.parameters()):
         raise ValueError("some of its parameters do not learn")
+    turned = read(module)
     layers: dict[str, ClientLayer] = {}
-    turned = _turned(deepcopy(module), "", now, layers).train()
-    if {parameter_of(name, "weight") for name in layers} - {name for name, _ in module.named_parameters()}:
+    met: set[str] = set()
+    for node in turned.graph.find_nodes(op="call_module"):
+        layer, name = turned.get_submodule(str(node.target)), name_of(node)
+        if name in layers:
+            raise ValueError(f"the layer {name!r} is used twice")
+        if isinstance(layer, nn.Linear):
+            layers[name] = ClientLinear(layer, now)
+        elif isinstance(layer, nn.Conv2d):
+            layers[name] = ClientConv2d(layer, now)
+        elif isinstance(layer, nn.Dropout):
+            turned.set_submodule(str(node.target), ClientDropout(layer, now))
+        if name in layers:
+            turned.set_submodule(str(node.target), layers[name])
+            met |= {parameter_of(name, kind) for kind, _ in layer.named_parameters()}
+    every = {name for name, _ in module.named_parameters()}
+    if met - every:
         raise ValueError("two of its layers share their parameters")
+    if unused := every - met:
+        raise ValueError(f"it does not use {min(unused)!r}")
     return turned, layers
 
 
 def parameter_of(layer: str, kind: str) -> str:
     """The name of a layer's parameter."""
     return f"{layer}.{kind}".removeprefix(".")
-
-
-def _turned(module: nn.Module, name: str, now: Now, layers: dict[str, ClientLayer]) -> nn.Module:
-    if type(module) is nn.Linear:  # a class of its own may do something else
-        layers[name] = ClientLinear(module, now)
-        return layers[name]
-    if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        layers[name] = ClientConv2d(module, now)
-        return layers[name]
-    if type(module) is nn.Dropout:
-        return ClientDropout(module, now)
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if own or isinstance(module, nn.modules.dropout._DropoutNd):
-        raise ValueError(f"the layer {name or 'at the top'!r} is a {type(module).__name__}")
-    for child, inner in module.named_children():
-        setattr(module, child, _turned(inner, f"{name}.{child}".removeprefix("."), now, layers))
-    return module

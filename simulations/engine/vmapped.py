@@ -21,7 +21,8 @@ Tensors = dict[str, Tensor]
 class Vmapped:
     """Trains blocks of clients as `Program` does, for modules whose layers that does not know.
 
-    Raises `ValueError`, naming the layer, for randomness, recurrence, buffers and shared parameters.
+    Raises `ValueError`, naming the layer, for randomness, recurrence, buffers and shared parameters, and for code
+    that mixes the examples of a batch: a batch may be filled up.
     """
 
     def __init__(self, module: nn.Module, population: Population) -> None:
@@ -33,6 +34,9 @@ class Vmapped:
         every = dict(module.named_parameters(remove_duplicate=False))
         if shared := every.keys() - dict(module.named_parameters()).keys():
             raise ValueError(f"{min(shared)!r} is shared by two layers")
+        example = population.store.inputs_at(slice(0, 1))
+        if _mixes(module.train(), tuple(example.shape[1:]), example.dtype):
+            raise ValueError("its code mixes the examples of a batch")
 
     def train(
         self, start: Tensors, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
@@ -68,3 +72,20 @@ class Vmapped:
             scores.append(given.detach().flatten(0, 1))
         targets = store.targets[places].transpose(0, 1)
         return Trained.of(list(pieces.values()), torch.stack(scores), targets, batches)
+
+
+@torch.no_grad()
+def _mixes(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether what it gives for an example depends on those before and after, by a bit.
+
+    Parameters are noise, too: at the start some may be zero.
+    """
+    drawn = torch.Generator().manual_seed(0)
+    before, example, after, *others = torch.randn(5, *shape, generator=drawn).to(dtype)
+    batches = (before, example, after), (others[0], example, others[1])
+    noise = {name: torch.randn(p.shape, generator=drawn).to(p.dtype) for name, p in module.named_parameters()}
+    try:
+        alone, again = (functional_call(module, noise, (torch.stack(batch),))[1] for batch in batches)
+    except Exception as error:  # its own code runs here
+        raise ValueError(f"it fails on noise ({type(error).__name__}: {error})") from error
+    return not torch.equal(alone, again)

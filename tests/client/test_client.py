@@ -260,3 +260,10 @@ def test_a_target_site_sends_the_update_of_each_batch() -> None:
     assert all(tensor.shape[0] == 6 for tensor in steps.values())  # two epochs of three batches
     for name, tensor in steps.items():
         torch.testing.assert_close(before[name] + tensor.sum(dim=0), after[name])
+
+
+def test_a_model_that_changes_the_examples_is_told() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    examples = TensorDataset(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="changes its inputs in place"):
+        evaluate(module, evaluation_batches(examples))
