@@ -17,6 +17,7 @@ BY_EXAMPLE = {
 }  # fmt: skip
 NUMBER_BY_NUMBER = {
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
+    operator.gt, operator.ge, operator.lt, operator.le, torch.where, torch.maximum, torch.minimum, torch.nan_to_num,
     torch.add, torch.sub, torch.mul, torch.div, torch.neg, torch.abs, torch.exp, torch.log, torch.sqrt, torch.square,
     torch.sin, torch.cos, torch.clamp, torch.tanh, torch.sigmoid, F.tanh, F.sigmoid, F.relu6, F.leaky_relu, F.elu,
     F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.softsign, F.logsigmoid, F.hardtanh, F.hardswish,

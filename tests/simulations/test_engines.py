@@ -145,7 +145,7 @@ def ways(draw: Any, optimizers: Sequence[str]) -> TrainSettings:
     optimizer = draw(st.sampled_from(optimizers))
     length = draw(st.sampled_from([{"epochs": 1}, {"epochs": 3}, {"steps": 4}, {"steps": 1}]))
     return TrainSettings(
-        learning_rate=0.05 if optimizer == "SGD" else 0.005,
+        learning_rate=0.01 if optimizer == "SGD" else 0.005,  # at 0.05 some multiply rounding by 10^9
         batch_size=draw(st.integers(2, 9)),
         optimizer=optimizer,
         optimizer_options=draw(st.sampled_from(LINEAR)) if optimizer == "SGD" else {},
@@ -616,14 +616,14 @@ class Unlike(nn.Module):
         return outputs
 
 
-@pytest.mark.parametrize(("make", "kind"), [(Gated, Vmapped), (Unlike, Program)])
-def test_what_a_trial_would_not_show_is_known(make: Any, kind: type) -> None:
+@pytest.mark.parametrize("make", [Gated, Unlike])
+def test_what_a_trial_would_not_show_is_known(make: Any) -> None:
     people = population([30, 4, 60])
     people.store.inputs[::2] += 2
     torch.manual_seed(1)
     module = make()
     trainer = make_trainer(lambda: module, people, factored=True)
-    assert isinstance(trainer, kind)
+    assert isinstance(trainer, Program)
     how = TrainSettings(batch_size=5, epochs=2, learning_rate=0.05)
     assert max(differences(module, trainer, people, how)) < CLOSE
 
