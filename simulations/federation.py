@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
@@ -47,6 +48,8 @@ from corymb.simulations.scenario import TARGET, Scenario, scenario_of, source_of
 from corymb.simulations.settings import AttackSettings, ParticipationSettings, RuleSettings
 from corymb.strategies import ElectingRule, Layout, Proxy
 from corymb.strategies.election import certified_accuracy
+
+log = logging.getLogger("flwr.corymb")
 
 
 def participation_of(
@@ -127,13 +130,14 @@ class Federation:
         experiment, scenario = self._experiment, self.scenario
         torch.manual_seed(self._seed)
         module = model_of(experiment)
-        tested = _proxy(experiment, scenario.test)
+        rule = self._rule.make()
+        tested = _proxy(experiment, scenario.test) if isinstance(rule, ElectingRule) else None
 
         def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if server_round % experiment.evaluate.every and server_round != experiment.rounds:
                 return None
-            if isinstance(strategy.rule, ElectingRule):
-                return _elected(strategy.rule, strategy.memory, tested, experiment.evaluate.budgets)
+            if tested is not None and isinstance(rule, ElectingRule):
+                return _elected(rule, strategy.memory, tested, experiment.evaluate.budgets)
             module.load_state_dict(to_state(arrays))
             test = TensorDataset(scenario.test.inputs, scenario.test.targets)
             metrics: dict[str, Any] = evaluate(module, evaluation_batches(test), TrainSettings())
@@ -148,7 +152,7 @@ class Federation:
         watched = _Watched()
         with closing(Journal(folder, durable=False)) as journal:
             strategy = FlowerStrategy(
-                self._rule.make(),
+                rule,
                 step=self._rule.step.make() if self._rule.step else None,
                 guard=self._rule.make_guard(),
                 proxy=_proxy(experiment, scenario.proxy) if scenario.proxy else None,
@@ -163,6 +167,7 @@ class Federation:
             initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
             # Clients run while their replies are pulled: no clock may decide who counts.
             strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
+        watched.end()
 
 
 class _Watched:
@@ -170,15 +175,26 @@ class _Watched:
 
     def __init__(self) -> None:
         self._heard = False
+        self._admitted = 0
+        self._refused: Counter[str] = Counter()
 
     def look(self, record: RoundRecord) -> None:
         """Raise `ValueError` when clients were asked and every one that could be reached failed."""
         failed = [verdict for verdict in record.verdicts if verdict.code == Code.ERROR]
+        self._admitted += sum(verdict.code == "admitted" for verdict in record.verdicts)
+        told = (verdict for verdict in record.verdicts if verdict.code not in ("admitted", Code.OFFLINE))
+        self._refused.update(verdict.reason.removeprefix(f"{verdict.node}: ") for verdict in told)
         self._heard = self._heard or any(v.code not in (Code.ERROR, Code.OFFLINE) for v in record.verdicts)
         if failed and not self._heard:
             reasons = Counter(verdict.reason.removeprefix(f"{verdict.node}: ") for verdict in failed)
             reason, times = reasons.most_common(1)[0]
             raise ValueError(f"Every client failed, {times} times with: {reason}")
+
+    def end(self) -> None:
+        """Warn when nothing has been learnt, as a table of results would not show it."""
+        if self._refused and not self._admitted:
+            reason, times = self._refused.most_common(1)[0]
+            log.warning("Not one reply was admitted, so the model is the one at the start; %d times: %s", times, reason)
 
 
 def run(

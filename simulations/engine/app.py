@@ -19,7 +19,7 @@ from corymb.protocol.codec import to_state
 from corymb.protocol.flower import quick_metrics, quick_record, quick_reply
 from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, of_kind
 from corymb.simulations.engine.blocks import Task, cut
-from corymb.simulations.engine.engine import Answered, Engine, trains
+from corymb.simulations.engine.engine import Answered, Engine, obstacle
 from corymb.simulations.population import Population
 from corymb.strategies import Layout
 
@@ -54,7 +54,7 @@ class CohortApp:
     def __init__(self, engine: Engine, population: Population, layout: Layout, alone: Client, blocks: int) -> None:
         self._engine, self._population, self._layout, self._alone = engine, population, layout, alone
         self._blocks = blocks
-        self._told: set[str] = set()  # failures of blocks, each logged once
+        self._told: set[str] = set()  # lines that were logged
 
     def __call__(self, message: Message, context: Context) -> Message:
         """One message by itself."""
@@ -93,13 +93,21 @@ class CohortApp:
                 configs = of_kind(message.content, ConfigRecord)
                 try:
                     settings = TrainSettings.read(context.run_config, node, *configs)
-                    special = not trains(settings, self._engine.device)
-                    groups[key] = _Group(only_arrays(message.content), settings, round_of(configs), special)
+                    reason = obstacle(settings, self._engine.device)
+                    if reason is not None:
+                        self._tell(f"Clients are trained one after another, as {reason}.")
+                    arrays = only_arrays(message.content)
+                    groups[key] = _Group(arrays, settings, round_of(configs), reason is not None)
                 except ValueError:
                     alone.append(number)  # where it is told what is wrong
                     continue
             (alone if groups[key].is_special else groups[key].numbers).append(number)
         return [group for group in groups.values() if group.numbers], alone
+
+    def _tell(self, line: str) -> None:
+        if line not in self._told:
+            log.warning("%s", line)
+            self._told.add(line)
 
     def _trained(self, asked: Asked, group: _Group) -> Iterator[Answered]:
         return self._engine.train(self._tasks(asked, group.numbers, group), self._vector(group.arrays))
@@ -132,9 +140,7 @@ class CohortApp:
         for task, block, report in answered:
             if isinstance(block, Exception) or report is None:
                 # One client's data may be to blame, so each shows by itself whether it can train.
-                if str(block) not in self._told:
-                    log.warning("A block of %d clients is trained one by one, as it failed: %s", len(task.asked), block)
-                    self._told.add(str(block))
+                self._tell(f"A block of clients is trained one by one, as it failed: {block}")
                 yield from ((number, self._by_itself(*asked[number])) for number in task.asked)
                 continue
             seconds = (time.perf_counter() - started) / len(task.asked)

@@ -55,13 +55,19 @@ class Engine(Protocol):
         """End what it started."""
 
 
-def trains(settings: TrainSettings, device: torch.device) -> bool:
-    """Whether a block can be trained so on `device`; the rest is for a client by itself, as is bfloat16 on a CPU, where
-    it is slower than float32.
+def obstacle(settings: TrainSettings, device: torch.device) -> str | None:
+    """What keeps a block from being trained so on `device`, if anything does: a client has to do that by itself. So it
+    is with bfloat16 on a CPU, where it is slower than float32.
     """
-    precisions = ("float32",) if device.type == "cpu" else ("float32", "bfloat16")
-    special = settings.batch_updates or settings.report_classes or settings.precision not in precisions
-    return not special and settings.optimizer in ELEMENTWISE and choose_device(settings.device).type == device.type
+    if settings.batch_updates or settings.report_classes:
+        return "the rule wants more of a client than its model"
+    if settings.precision not in (("float32",) if device.type == "cpu" else ("float32", "bfloat16")):
+        return f"precision = {settings.precision!r} is not for blocks on {device.type!r}"
+    if settings.optimizer not in ELEMENTWISE:
+        return f"{settings.optimizer} does not treat every number by itself"
+    if choose_device(settings.device).type != device.type:
+        return f"they want device = {settings.device!r} and the engine has {device.type!r}"
+    return None
 
 
 class InProcess:

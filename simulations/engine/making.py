@@ -98,12 +98,12 @@ def make_trainer(
 
 
 def _few(store: Examples) -> Population:
-    """Two clients with three examples each, noise of several sizes: real ones may be too much alike, or no numbers."""
+    """Clients with five and two examples, noise of several sizes: real ones may be too much alike, or no numbers."""
     shape = tuple(store.inputs_at(slice(0, 1)).shape[1:])
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.tensor([0.1, 1.0, 10.0]).repeat(2).view(6, *[1] * len(shape))
-    targets = store.targets[torch.arange(6) * (len(store) // 6) % len(store)]
-    return Population(Examples(sizes * torch.randn(6, *shape, generator=generator), targets), np.array([0, 3, 6]))
+    sizes = torch.tensor([0.1, 1.0, 10.0, 0.1, 1.0, 10.0, 1.0]).view(7, *[1] * len(shape))
+    targets = store.targets[torch.arange(7) * (len(store) // 7) % len(store)]
+    return Population(Examples(sizes * torch.randn(7, *shape, generator=generator), targets), np.array([0, 5, 7]))
 
 
 def _prove(trainer: Trainer, module: nn.Module, few: Population) -> None:

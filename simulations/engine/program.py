@@ -156,15 +156,10 @@ class Program:
         for name, layer in self._layers.items():
             weight, bias = start[parameter_of(name, "weight")], start.get(parameter_of(name, "bias"))
             form: Form | None = None
-            if (
-                factors
-                and layer is self._first
-                and (self._static is Static.ALWAYS or self._products.are_cheap(clients, batches, weight.shape))
-            ):
-                basis = [self._population.examples(client)[0].flatten(1) for client in clients]
-                products = self._products.of(clients)
-                form = OnExamples(weight, bias, basis, products, batches.rows.transpose(0, 1), plain)
-            elif factors and isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape):
+            if factors and layer is self._first:
+                form = self._on_examples(weight, bias, clients, batches, plain)
+            is_cheaper = isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape)
+            if factors and form is None and is_cheaper:
                 form = Factored(weight, bias, len(clients), steps * width, plain)
             if form is not None:
                 layer.begin(form, None)
@@ -172,6 +167,20 @@ class Program:
                 flat = weight.flatten(2 if own else 1) if isinstance(layer, ClientConv2d) else weight
                 mine = None if bias is None else Stacked(bias, len(clients), own)
                 layer.begin(Stacked(flat, len(clients), own), mine)
+
+    def _on_examples(
+        self, weight: Tensor, bias: Tensor | None, clients: Sequence[int], batches: Batches, plain: bool
+    ) -> OnExamples | None:
+        """The first layer's parameters over the examples, if that is cheapest, and no example is without numbers: it
+        would reach clients that have not drawn it.
+        """
+        if self._static is not Static.ALWAYS and not self._products.are_cheap(clients, batches, weight.shape):
+            return None
+        products = self._products.of(clients)
+        if not products.diagonal(dim1=1, dim2=2).isfinite().all():
+            return None
+        basis = [self._population.examples(client)[0].flatten(1) for client in clients]
+        return OnExamples(weight, bias, basis, products, batches.rows.transpose(0, 1), plain)
 
     def _coordinates(self) -> list[tuple[Tensor, Tensor]]:
         forms = [form for layer in self._layers.values() for form in (layer.form, layer.bias) if form is not None]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import operator
+import pickle
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -80,11 +83,13 @@ def read(module: nn.Module) -> fx.GraphModule:
     for name, inner in module.named_modules():
         if any(getattr(inner, kind) for kind in HOOKS) or "forward" in vars(inner):
             raise ValueError(f"{_called(name)} has hooks")
-    reader, tracer = Read(module).train(), fx.Tracer()
+    reader, tracer, before = Read(module).train(), fx.Tracer(), dice()
     try:
         graph = tracer.trace(reader)
     except Exception as error:  # its own code runs here
         raise ValueError(f"its code cannot be followed ({type(error).__name__}: {error})") from error
+    if dice() != before:
+        raise ValueError("its code draws random numbers")
     turned = fx.GraphModule(reader, graph)
     graph = turned.graph
     for node in list(graph.nodes):
@@ -98,6 +103,11 @@ def read(module: nn.Module) -> fx.GraphModule:
         _check(node, turned)
     turned.recompile()
     return turned
+
+
+def dice() -> bytes:
+    """Where the random numbers of Python, NumPy and torch stand."""
+    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
 
 
 def name_of(node: fx.Node) -> str:
@@ -177,9 +187,9 @@ def _check(node: Any, turned: fx.GraphModule) -> None:
         known |= kind in (nn.Softmax, nn.LogSoftmax) and _spares_examples(layer.dim)
         known |= kind is nn.Flatten and layer.start_dim >= 1
         known |= kind is nn.InstanceNorm2d and not [*layer.parameters(), *layer.buffers()]
-        before = node.all_input_nodes[0]
-        known &= not (kind is nn.Dropout and layer.inplace and len(before.users) > 1)  # ours gives another tensor
-        if not known or getattr(layer, "return_indices", False):
+        if kind is nn.Dropout and layer.inplace:  # ours gives another tensor
+            known = len(node.all_input_nodes[0].users) == 1
+        if not known or len(node.all_input_nodes) != 1 or getattr(layer, "return_indices", False):
             raise ValueError(f"{_called(name_of(node))} is a {kind.__name__}")
     elif node.op in ("call_function", "call_method"):
         joins = node.target in NUMBER_BY_NUMBER or (

@@ -118,19 +118,19 @@ def _forget(worker: Worker, number: int) -> None:
 
 
 def send(pipe: Connection, message: Any) -> None:
-    """Raises `RuntimeError` where nobody is at the other end."""
+    """Raises `ChildProcessError` where nobody is at the other end."""
     try:
         pipe.send(message)
     except OSError:
-        raise RuntimeError("A worker process has died; the machine may be short of memory.") from None
+        raise ChildProcessError("A worker process has died; the machine may be short of memory.") from None
 
 
 def received(pipe: Connection) -> Any:
-    """The next message; raises `RuntimeError` where nobody is at the other end."""
+    """The next message; raises `ChildProcessError` where nobody is at the other end."""
     try:
         return pipe.recv()
     except (EOFError, OSError):
-        raise RuntimeError("A worker process has died; the machine may be short of memory.") from None
+        raise ChildProcessError("A worker process has died; the machine may be short of memory.") from None
 
 
 def answer_one(blocks: dict[int, Trained], questions: Connection, sums: Tensor, models: Tensor) -> None:

@@ -12,6 +12,7 @@ from corymb.client import TrainSettings
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.forms import Stacked
 from corymb.simulations.engine.optimizer import Optimizer
+from corymb.simulations.engine.reading import dice
 from corymb.simulations.engine.trained import Trained
 from corymb.simulations.population import Population
 
@@ -84,8 +85,11 @@ def _mixes(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> boo
     before, example, after, *others = torch.randn(5, *shape, generator=drawn).to(dtype)
     batches = (before, example, after), (others[0], example, others[1])
     noise = {name: torch.randn(p.shape, generator=drawn).to(p.dtype) for name, p in module.named_parameters()}
+    generators = dice()
     try:
         alone, again = (functional_call(module, noise, (torch.stack(batch),))[1] for batch in batches)
     except Exception as error:  # its own code runs here
         raise ValueError(f"it fails on noise ({type(error).__name__}: {error})") from error
+    if dice() != generators:
+        raise ValueError("its code draws random numbers")
     return not torch.equal(alone, again)

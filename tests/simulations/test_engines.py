@@ -28,7 +28,7 @@ from corymb.simulations.engine import frequencies
 from corymb.simulations.engine import program as programs
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import PADDED, Task, cut
-from corymb.simulations.engine.engine import OnDevices, trains
+from corymb.simulations.engine.engine import OnDevices, obstacle
 from corymb.simulations.engine.factors import Factored
 from corymb.simulations.engine.forms import Form, Stacked
 from corymb.simulations.engine.making import make_engine, make_trainer
@@ -332,7 +332,7 @@ def test_bfloat16_is_used_as_serial_uses_it(options: dict[str, Any], is_sequence
     how = TrainSettings(
         batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options, precision="bfloat16", device="cpu"
     )
-    assert not trains(how, torch.device("cpu"))  # where it is slower than float32
+    assert obstacle(how, torch.device("cpu"))  # where it is slower than float32
     trainer = Program(deepcopy(module), people)
     trainer._now.as_patches = True  # as on a GPU
     found = trainer.train(Layout.of_module(module).split(start), range(4), how, 1).models()
@@ -534,7 +534,7 @@ def test_a_worker_that_dies_is_told() -> None:
     engine._workers[0].process.kill()
     engine._workers[0].process.join()
     tasks = [Task((client,), (client,), TrainSettings(epochs=1), 1) for client in range(8)]
-    with pytest.raises(RuntimeError, match="A worker process has died"):
+    with pytest.raises(ChildProcessError, match="A worker process has died"):
         list(engine.train(tasks, torch.zeros(layout.num_parameters)))
     engine.close()
 
@@ -626,6 +626,52 @@ def test_what_a_trial_would_not_show_is_known(make: Any) -> None:
     assert isinstance(trainer, Program)
     how = TrainSettings(batch_size=5, epochs=2, learning_rate=0.05)
     assert max(differences(module, trainer, people, how)) < CLOSE
+
+
+def tied(shape: tuple[int, ...], classes: int) -> nn.Module:
+    first, second = nn.Linear(torch.Size(shape).numel(), 8), nn.Linear(8, 8)
+    third = nn.Linear(8, 8)
+    third.weight = second.weight
+    return nn.Sequential(nn.Flatten(), first, nn.Tanh(), second, nn.Tanh(), third, nn.Tanh(), nn.Linear(8, classes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"model": {"kind": "corymb.tests.simulations.test_engines:tied"}}, "share their parameters"),
+        ({"train": {"optimizer": "Adafactor"}}, "one after another, as Adafactor does not"),
+        ({"train": {"precision": "bfloat16"}}, "one after another, as precision = 'bfloat16' is not"),
+        ({"train": {"learning_rate": 1e38, "epochs": 2}}, "Not one reply was admitted, so the model is the one at"),
+    ],
+)
+def test_what_is_unlike_others_is_told_once(
+    changes: dict[str, Any],
+    told: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
+    small = Experiment(**{**SMALL, **changes})
+    with caplog.at_level(logging.WARNING):
+        run(small, small.rules[0], 0, tmp_path)
+    assert [told in line for line in caplog.messages].count(True) == 1
+
+
+def test_an_example_without_numbers_reaches_those_only_who_draw_it() -> None:
+    people, how = population([40, 30]), TrainSettings(batch_size=4, steps=2)
+    people.store.inputs[7] = torch.nan
+    module = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
+    trainer = Program(module, people, static=Static.ALWAYS)
+    start = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    layout = Layout.of_module(module)
+    drew = []
+    for number in range(1, 9):
+        expected = one_by_one(module, start, people, how, number)
+        found = trainer.train(layout.split(start), range(2), how, number).models()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+        drew.append(bool(expected.isnan().any()))
+    assert set(drew) == {True, False}
 
 
 @pytest.mark.parametrize("end", [[nn.Conv2d(4, 4, 4)], [nn.Conv2d(4, 4, 2), nn.ReLU(), nn.MaxPool2d(3)]])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -107,11 +109,14 @@ def test_other_ways_in_are_followed(before: Any, chain: type) -> None:
         (lambda x: F.softmax(x.flatten(1), dim=0), "its code calls softmax"),
         (lambda x: torch.cat([x.flatten(1), x.flatten(1)]), "its code calls cat"),
         (lambda x: x.flatten(), "the layer 'function_flatten' is a Flatten"),
-        (lambda x: x.flatten(1) + torch.randn(36), "its code uses '_tensor_constant0' without a layer"),
+        (lambda x: x.flatten(1) + torch.ones(36), "its code uses '_tensor_constant0' without a layer"),
         (lambda x: x.flatten(1)[1:], "its code calls getitem"),
         (lambda x: x.flatten(1) * x.size(0), "its code calls size"),
         (lambda x: x.flatten(1).cumsum(0), "its code calls cumsum"),
         (lambda x: x.flatten(1) if x.sum() > 0 else x.flatten(1) * 2, "its code cannot be followed .TraceError"),
+        (lambda x: x.flatten(1) * (0 if torch.rand(()) < 0.01 else 1), "its code draws random numbers"),
+        (lambda x: x.flatten(1) * random.choice([1, 1]), "its code draws random numbers"),
+        (lambda x: x.flatten(1) * int(np.random.choice([1, 1])), "its code draws random numbers"),
         (lambda x: F.dropout2d(x).flatten(1), "its code .*dropout2d"),
         (nn.Softmax(dim=0), "the layer 'before' is a Softmax"),
         (nn.Flatten(0), "the layer 'before' is a Flatten"),
