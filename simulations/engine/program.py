@@ -158,8 +158,8 @@ class Program:
             form: Form | None = None
             if factors and layer is self._first:
                 form = self._on_examples(weight, bias, clients, batches, plain)
-            is_cheaper = isinstance(layer, ClientLinear) and factored_is_cheaper(steps * width, *weight.shape)
-            if factors and form is None and is_cheaper:
+            may_factor = factors and form is None and isinstance(layer, ClientLinear)
+            if may_factor and factored_is_cheaper(steps * width, *weight.shape):
                 form = Factored(weight, bias, len(clients), steps * width, plain)
             if form is not None:
                 layer.begin(form, None)

@@ -152,11 +152,8 @@ def _flatten(start_dim: int = 0, end_dim: int = -1) -> nn.Module:
 
 
 def _reshape(shape: Any) -> nn.Module | None:
-    if (
-        len(shape) < 2
-        or not (shape[0] == -1 or _is_count(shape[0]))
-        or any(type(size) is not int for size in shape[1:])
-    ):
+    are_counted = len(shape) >= 2 and (shape[0] == -1 or _is_count(shape[0]))
+    if not are_counted or any(type(size) is not int for size in shape[1:]):
         return None
     return nn.Flatten() if len(shape) == 2 else Reshape(tuple(shape[1:]))
 
