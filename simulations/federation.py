@@ -174,26 +174,22 @@ class _Watched:
     """Ends a run in which nothing but errors comes from the clients: at once, not after the last round."""
 
     def __init__(self) -> None:
-        self._heard = False
-        self._admitted = 0
-        self._refused: Counter[str] = Counter()
+        self._codes: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
 
     def look(self, record: RoundRecord) -> None:
         """Raise `ValueError` when clients were asked and every one that could be reached failed."""
-        failed = [verdict for verdict in record.verdicts if verdict.code == Code.ERROR]
-        self._admitted += sum(verdict.code == "admitted" for verdict in record.verdicts)
-        told = (verdict for verdict in record.verdicts if verdict.code not in ("admitted", Code.OFFLINE))
-        self._refused.update(verdict.reason.removeprefix(f"{verdict.node}: ") for verdict in told)
-        self._heard = self._heard or any(v.code not in (Code.ERROR, Code.OFFLINE) for v in record.verdicts)
-        if failed and not self._heard:
-            reasons = Counter(verdict.reason.removeprefix(f"{verdict.node}: ") for verdict in failed)
-            reason, times = reasons.most_common(1)[0]
+        came = [verdict for verdict in record.verdicts if verdict.code != Code.OFFLINE]
+        self._codes.update(verdict.code for verdict in came)
+        self._reasons.update(v.reason.removeprefix(f"{v.node}: ") for v in came if v.code != "admitted")
+        if self._codes.keys() == {Code.ERROR}:
+            reason, times = self._reasons.most_common(1)[0]
             raise ValueError(f"Every client failed, {times} times with: {reason}")
 
     def end(self) -> None:
         """Warn when nothing has been learnt, as a table of results would not show it."""
-        if self._refused and not self._admitted:
-            reason, times = self._refused.most_common(1)[0]
+        if self._reasons and "admitted" not in self._codes:
+            reason, times = self._reasons.most_common(1)[0]
             log.warning("Not one reply was admitted, so the model is the one at the start; %d times: %s", times, reason)
 
 

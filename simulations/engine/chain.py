@@ -21,7 +21,7 @@ BY_HAND = (nn.Flatten, nn.ReLU, nn.MaxPool2d)  # beside client layers
 class Chain(Protocol):
     """Forward, then backward, once each per step, with torch's autograd switched off.
 
-    `needs_autograd` whether it switches autograd on for some of it; `is_fixed` whether it is known to do the same to
+    `needs_autograd` is whether it switches autograd on for some of it; `is_fixed` whether it is known to do the same to
     any inputs.
     """
 

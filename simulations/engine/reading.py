@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import pickle
 import random
 from typing import Any
 
@@ -105,9 +104,10 @@ def read(module: nn.Module) -> fx.GraphModule:
     return turned
 
 
-def dice() -> bytes:
+def dice() -> tuple[Any, ...]:
     """Where the random numbers of Python, NumPy and torch stand."""
-    return pickle.dumps((random.getstate(), np.random.get_state(), torch.get_rng_state().numpy()))
+    numpy: Any = np.random.get_state(legacy=False)
+    return random.getstate(), numpy["state"]["key"].tolist(), numpy["state"]["pos"], torch.get_rng_state().tolist()
 
 
 def name_of(node: fx.Node) -> str:
