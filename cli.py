@@ -65,7 +65,7 @@ def simulate(
     nodes: Annotated[int, typer.Option(min=1, help="Clients, with --app.")] = 10,
 ) -> None:
     """Run experiments, or any Flower app, on this machine."""
-    from corymb.simulations.commands import simulate_app, simulate_experiments
+    from corymb.simulations.results.commands import simulate_app, simulate_experiments
 
     if app_folder is not None:
         if out is not None or jobs != 1:
@@ -85,7 +85,7 @@ def compare(
     jobs: Jobs = 1,
 ) -> None:
     """Run several rules on the same data, participation and seeds, and rank them."""
-    from corymb.simulations.commands import simulate_experiments
+    from corymb.simulations.results.commands import simulate_experiments
 
     extra = {"rules": [rule.strip() for rule in rules.split(",")]} if rules else {}
     simulate_experiments(
@@ -104,7 +104,7 @@ def new_rule(
     out: Annotated[Path, typer.Option(help="Folder to make it in.")] = Path(),
 ) -> None:
     """Make a package folder with a rule, its entry point, its test and an experiment."""
-    from corymb.simulations.new_rule import new_rule as make
+    from corymb.simulations.scaffold.new_rule import new_rule as make
 
     folder = make(name, kind, out)
     console.print(
@@ -128,7 +128,7 @@ def results(
     jobs: Jobs = 1,
 ) -> None:
     """Measure what the papers claim, and tell what held."""
-    from corymb.simulations.commands import measure_claims
+    from corymb.simulations.results.commands import measure_claims
 
     measure_claims(experiments or [], data, out, document, jobs, console)
 

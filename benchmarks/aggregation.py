@@ -19,9 +19,9 @@ from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from flwr.serverapp.strategy.multikrum import compute_distances
 
 from corymb.strategies import Model, Reply
-from corymb.strategies.fold import Fold
-from corymb.strategies.geometry import squared_distances
-from corymb.strategies.ranks import median, middle
+from corymb.strategies.core.geometry import squared_distances
+from corymb.strategies.core.order_statistics import median, middle
+from corymb.strategies.core.weighted_sum import WeightedSum
 
 
 def seconds(*works: Callable[[], Any], repeats: int = 5) -> list[float]:
@@ -45,18 +45,18 @@ def told(what: str, ours: float, theirs: float, bar: float) -> bool:
 def weighted_mean(numbers: int, clients: int) -> bool:
     """Replies that come one by one: the bytes that go through memory in a second, beside those of copying each once.
 
-    Counted as STREAM does: a copy reads four bytes of a number and writes four. To fold it in, four of the reply and
-    four of the model are read, and the float64 sum is read and written.
+    Counted as STREAM does: a copy reads four bytes of a number and writes four. To add it to a sum, four of the reply
+    and four of the model are read, and the float64 sum is read and written.
     """
     origin = Model(torch.randn(numbers))
     few = [Reply.of(f"site-{i}", torch.randn(numbers), i + 1) for i in range(4)]
     place = torch.empty(numbers)
 
     def stream() -> None:
-        fold = Fold(origin)
+        total = WeightedSum(origin)
         for i in range(clients):
-            fold.add(few[i % 4], float(i + 1))
-        fold.model(1 / fold.total)
+            total.add(few[i % 4], float(i + 1))
+        total.model(1 / total.weight)
 
     def copy() -> None:
         for i in range(clients):

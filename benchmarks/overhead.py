@@ -18,21 +18,29 @@ from types import FrameType
 
 from rich.console import Console
 
-from corymb.server import FlowerStrategy, RoundRecord
-from corymb.simulations.campaign import run_all
-from corymb.simulations.experiment import read
+from corymb.server.rounds.round_loop import RoundLoop
+from corymb.simulations.experiments.reader import read
+from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.results.runner import run_all
 
 SECONDS = 0.001
 WARMUP = 2  # rounds
 PARTS = {
     "engine": ("simulations/engine/",),
-    "messages": ("simulations/grid", "protocol/flower", "protocol/block", "server/arrivals", "server/roster"),
-    "codec": ("protocol/codec", "strategies/layout"),
-    "door": ("server/door",),
-    "fold": ("strategies/",),
-    "journal": ("server/journal", "server/record"),
-    "tests": ("simulations/federation", "client/"),
-    "other": ("server/strategy",),
+    "messages": (
+        "simulations/grid",
+        "protocol/flower",
+        "protocol/row_arrays",
+        "server/rounds/arrivals",
+        "server/rounds/requests",
+        "server/rounds/roster",
+    ),
+    "codec": ("protocol/codec", "strategies/core/layout"),
+    "door": ("server/rounds/door", "server/rounds/array_checks"),
+    "rule": ("strategies/",),
+    "journal": ("server/journal", "server/rounds/record"),
+    "tests": ("simulations/results/run.py", "client/"),
+    "other": ("server/",),
 }
 
 
@@ -51,23 +59,23 @@ def part_of(frame: FrameType | None) -> str:
 def shares(file: Path) -> dict[str, float]:
     """The share of each part in the rounds of an experiment, after the first few."""
     samples: Counter[str] = Counter()
-    finish = FlowerStrategy._finish
+    finish = RoundLoop._finish
 
-    def finished(strategy: FlowerStrategy, record: RoundRecord, num_rounds: int) -> None:
-        finish(strategy, record, num_rounds)
-        if record.round == WARMUP:
+    def finished(strategy: RoundLoop, num_rounds: int) -> None:
+        finish(strategy, num_rounds)
+        if strategy.record.round == WARMUP:
             signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
-        if record.round == num_rounds:
+        if strategy.record.round == num_rounds:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def sample(number: int, frame: FrameType | None) -> None:
         samples[part_of(frame)] += 1
 
     signal.signal(signal.SIGALRM, sample)
-    FlowerStrategy._finish = finished  # type: ignore[method-assign, assignment]
+    RoundLoop._finish = finished  # type: ignore[method-assign, assignment]
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        list(run_all([(read(file), Path(folder))], Console(quiet=True)))
+        list(run_all([(resolve(read(file)), Path(folder))], Console(quiet=True)))
     return {part: samples[part] / max(1, samples.total()) for part in PARTS}
 
 

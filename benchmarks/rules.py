@@ -17,8 +17,9 @@ import workload
 from rich.console import Console
 from simulators import ROWS, WARMUP, write_experiment
 
-from corymb.simulations.campaign import run_all
-from corymb.simulations.experiment import read
+from corymb.simulations.experiments.reader import read
+from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.results.runner import run_all
 
 RULES = ["norm_clipping", "krum", "ida", "median", "trimmed_mean", "centred_clipping", "geometric_median"]
 
@@ -27,7 +28,7 @@ def times(row: str, rules: list[str]) -> list[float]:
     """The median milliseconds of a round under each of `rules`."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = read(write_experiment(ROWS[row], Path(folder)), {"rules": rules})
-        (runs,) = run_all([(experiment, Path(folder) / "out")], Console(quiet=True))
+        (runs,) = run_all([(resolve(experiment), Path(folder) / "out")], Console(quiet=True))
         return [workload.median([record.seconds for record in run.records[WARMUP:]]) for run in runs]
 
 

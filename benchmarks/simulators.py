@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE))
 
 import workload
 
-from corymb.simulations.campaign import cores
+from corymb.simulations.results.runner import cores
 
 Result = dict[str, Any]
 

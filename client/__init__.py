@@ -1,7 +1,7 @@
 """What runs at a site: training and evaluation as a Flower ClientApp."""
 
 from corymb.client.app import make_client_app
-from corymb.client.settings import TrainSettings
 from corymb.client.trainer import evaluate, train
+from corymb.protocol.train_settings import TrainSettings
 
 __all__ = ["TrainSettings", "evaluate", "make_client_app", "train"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import cast
 
 import torch
@@ -14,11 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from corymb.client.batches import Examples, count, evaluation_batches, training_batches
 from corymb.client.device import choose_device
-from corymb.client.settings import TrainSettings
 from corymb.client.trainer import Loss, evaluate, train
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, ROUND, STEPS, of_kind
-from corymb.strategies.reply import CLASS
+from corymb.protocol.train_settings import TrainSettings
+from corymb.strategies.core.reply import CLASS
 
 Data = Callable[[Context], tuple[Examples, Examples | None]]
 
@@ -38,40 +39,46 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
     `participation`, the probability that the site takes part, if its node config says so.
     """
     app = ClientApp()
-    built: list[nn.Module] = []  # once in a process, filled anew for each message; Ray pickles it, so no `cache`
+    made: list[nn.Module] = []  # once in a process; Ray pickles it, so no `cache`
 
-    def module() -> nn.Module:
-        if not built:
-            built.append(model())
-        return built[0]
+    def fresh_module(seed: int) -> nn.Module:
+        """As `model()` made it: what a state dict does not hold goes from no client to the next."""
+        if not made:
+            made.append(_seeded(model, seed))
+        try:
+            return deepcopy(made[0])
+        except Exception:  # not every module can be copied
+            return _seeded(model, seed)
 
     def prepared(message: Message, context: Context) -> tuple[nn.Module, TrainSettings, int]:
         configs = of_kind(message.content, ConfigRecord)
         settings = TrainSettings.read(context.run_config, context.node_config, *configs)
         server_round = round_of(configs)
         device = choose_device(settings.device)
-        arrays = only_arrays(message.content)
-        filled = module()
-        filled.load_state_dict(to_state(arrays))
-        # After the module, whose making draws random numbers, but only in the process's first message.
+        module = fresh_module(settings.seed)
+        module.load_state_dict(to_state(only_arrays(message.content)))
         _seed_torch(seed_of(settings.seed, site_of(context), server_round), device)
-        return filled.to(device), settings, server_round
+        return module.to(device), settings, server_round
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
-        filled, settings, server_round = prepared(message, context)
+        module, settings, server_round = prepared(message, context)
         examples, _ = data(context)
         generator = batch_generator(settings.seed, site_of(context), server_round)
         batches = training_batches(examples, settings, generator)
-        parameters = dict(filled.named_parameters())
-        path = [_copied(parameters)]
-        after_step = (lambda: path.append(_copied(parameters))) if settings.batch_updates else (lambda: None)
-        metrics = train(filled, batches, settings, loss, server_round, after_step)
+        parameters = dict(module.named_parameters())
+        path: list[dict[str, Tensor]] = []  # the model after each batch, if the updates of batches are wanted
+
+        def keep() -> None:
+            if settings.batch_updates:
+                path.append(_on_cpu(parameters, copy=True))
+
+        keep()
+        metrics = train(module, batches, settings, loss, server_round, keep)
         metrics |= _classes(examples) if settings.report_classes else {}
         metrics |= own_metrics(context)
-        # Copies, because the next message fills the same module.
         content = RecordDict(
-            {ARRAYS: to_arrays(_copied(filled.state_dict())), METRICS: _metrics(count(examples), metrics)}
+            {ARRAYS: to_arrays(_on_cpu(module.state_dict())), METRICS: _metrics(count(examples), metrics)}
         )
         if settings.batch_updates:
             content[STEPS] = to_arrays({name: _differences([state[name] for state in path]) for name in parameters})
@@ -79,18 +86,24 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
-        filled, settings, _ = prepared(message, context)
+        module, settings, _ = prepared(message, context)
         _, examples = data(context)
         if examples is None:
             return Message(RecordDict({METRICS: _metrics(0, {})}), reply_to=message)
-        metrics = evaluate(filled, evaluation_batches(examples), settings, loss)
+        metrics = evaluate(module, evaluation_batches(examples), settings, loss)
         return Message(RecordDict({METRICS: _metrics(count(examples), metrics)}), reply_to=message)
 
     return app
 
 
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+def _seeded(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return model()
+
+
+def _on_cpu(state: Mapping[str, Tensor], copy: bool = False) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in state.items()}
 
 
 def _differences(states: list[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from corymb.client.settings import TrainSettings
+from corymb.protocol.train_settings import TrainSettings
 
 Batch = tuple[Tensor, ...]  # inputs [B, ...] and targets [B, ...]
 Examples = Dataset[Batch] | DataLoader[Batch]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from corymb.client.batches import Batch
-from corymb.client.settings import TrainSettings
+from corymb.protocol.train_settings import TrainSettings
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -41,10 +41,18 @@ class Array(flwr.app.Array):
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.__dict__["tensor"] = tensor.detach()
-        self.__dict__["dtype"] = str(tensor.dtype).removeprefix("torch.")
-        self.__dict__["shape"] = tuple(tensor.shape)
-        self.__dict__["stype"] = NPY
+        self._tensor = tensor.detach()
+        self._describe(tensor.dtype, tensor.shape)
+
+    def _describe(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.shape = tuple(shape)
+        self.stype = NPY
+
+    @property
+    def tensor(self) -> Tensor:
+        """The numbers, shared."""
+        return self._tensor
 
     @property
     def data(self) -> bytes:
@@ -60,7 +68,7 @@ class Array(flwr.app.Array):
 
     def numpy(self, copy: bool = True) -> np.ndarray[Any, Any]:
         """The numbers; a copy, as with Flower's own, so that an app may change what it gets."""
-        tensor = self.__dict__["tensor"].cpu()
+        tensor = self.tensor.cpu()
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.contiguous().view(torch.uint16)
         numbers: np.ndarray[Any, Any] = tensor.numpy()
@@ -89,8 +97,7 @@ def to_state(arrays: ArrayRecord) -> dict[str, Tensor]:
 def to_tensor(name: str, array: flwr.app.Array) -> Tensor:
     """One array's tensor, without a copy. Nothing is allocated before its header has been checked."""
     if isinstance(array, Array):
-        tensor: Tensor = array.__dict__["tensor"]
-        return tensor
+        return array.tensor
     if array.stype != NPY:
         raise CodecError(f"Array {name!r} has the format {array.stype!r}; only {NPY!r} is read.")
     if array.dtype not in DTYPES:

@@ -1,18 +1,27 @@
-"""What runs a federation: a rule as a Flower strategy, the door, the journal, a ready ServerApp."""
+"""What runs a federation: a rule as a Flower strategy, one round as a value, the journal, a ready ServerApp."""
 
-from corymb.server.guard import Guard
 from corymb.server.journal import Journal
-from corymb.server.patience import DynamicBackupWorkers, Patience, WaitForShare
-from corymb.server.record import RoundRecord, Verdict
+from corymb.server.rounds.backup_workers import DynamicBackupWorkers
+from corymb.server.rounds.candidate_election import CandidateElection
+from corymb.server.rounds.conclude import conclude
+from corymb.server.rounds.record import RoundRecord, Verdict
+from corymb.server.rounds.round import Requests, Round
+from corymb.server.rounds.round_size import RoundSize, WaitForShare
+from corymb.server.rounds.state import Method, RunState
 from corymb.server.strategy import FlowerStrategy
 
 __all__ = [
+    "CandidateElection",
     "DynamicBackupWorkers",
     "FlowerStrategy",
-    "Guard",
     "Journal",
-    "Patience",
+    "Method",
+    "Requests",
+    "Round",
     "RoundRecord",
+    "RoundSize",
+    "RunState",
     "Verdict",
     "WaitForShare",
+    "conclude",
 ]

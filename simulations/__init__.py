@@ -1,5 +1,23 @@
-"""A federation on one machine: a grid in process, participation, data, experiments and their reports."""
+"""A federation on one machine: a grid in process, participation, data, experiments and their results."""
 
-from corymb.simulations.grid import LocalGrid
+from corymb.simulations.data.examples import Examples, Source
+from corymb.simulations.data.participation import Always, Bernoulli, Cyclic, Markov, Participation, Trace
+from corymb.simulations.experiments.experiment import Experiment
+from corymb.simulations.experiments.reader import read
+from corymb.simulations.grid.availability import with_availability
+from corymb.simulations.grid.local_grid import LocalGrid
 
-__all__ = ["LocalGrid"]
+__all__ = [
+    "Always",
+    "Bernoulli",
+    "Cyclic",
+    "Examples",
+    "Experiment",
+    "LocalGrid",
+    "Markov",
+    "Participation",
+    "Source",
+    "Trace",
+    "read",
+    "with_availability",
+]

@@ -1,87 +1,48 @@
 """Rules: what one round's replies become. Pure mathematics on torch; no Flower, no I/O.
 
-`RULES` is the one table of names; other packages add theirs in the entry-point group `corymb.rules`.
+`core/` has what all rules share: the kinds of rule, models as vectors, the sums. Each other folder holds the rules for
+one kind of trouble, one file for each, and `rules.py` the table of their names. Other packages add theirs in the
+entry-point group `corymb.rules`.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
-from corymb.strategies.blind import BlindRule
-from corymb.strategies.bulyan import Bulyan
-from corymb.strategies.clipping import CentredClipping, NormClipping
-from corymb.strategies.cohort import Cohort
-from corymb.strategies.distillation import RunOffDistillation
-from corymb.strategies.electing import ElectingRule, Electorate
-from corymb.strategies.election import Election
-from corymb.strategies.fedau import FedAU
-from corymb.strategies.fedavg import FedAvg
-from corymb.strategies.fedda import FedDA
-from corymb.strategies.fedgp import FedGP
-from corymb.strategies.fedlaw import FedLAW
-from corymb.strategies.fedvarp import FedVARP
-from corymb.strategies.fisher import FisherMerging
-from corymb.strategies.fltrust import FLTrust
-from corymb.strategies.foolsgold import FoolsGold
-from corymb.strategies.geometric_median import GeometricMedian
-from corymb.strategies.greedy_soup import GreedySoup
-from corymb.strategies.ida import IDA
-from corymb.strategies.isotropic import IsoC, IsoCTS
-from corymb.strategies.known_participation import KnownParticipation
-from corymb.strategies.krum import Krum
-from corymb.strategies.layerwise import Layerwise
-from corymb.strategies.layout import Layout, Model
-from corymb.strategies.learned_soup import LearnedSoup
-from corymb.strategies.making import known_rules, make_rule
-from corymb.strategies.median import Median
-from corymb.strategies.mifa import MIFA
-from corymb.strategies.model_stock import ModelStock
-from corymb.strategies.plurality import Plurality
-from corymb.strategies.proxy import Proxy
-from corymb.strategies.reply import Reply, Report
-from corymb.strategies.rule import Outcome, Rule
-from corymb.strategies.run_off import RunOff
-from corymb.strategies.sighted import SightedRule
-from corymb.strategies.step import Step
-from corymb.strategies.trimmed_mean import TrimmedMean
-from corymb.strategies.weight_matching import WeightMatching
-
-RULES: dict[str, type[Rule[Any]]] = {
-    # uneven participation
-    "fedavg": FedAvg,
-    "fedau": FedAU,
-    "known_participation": KnownParticipation,
-    "mifa": MIFA,
-    "fedvarp": FedVARP,
-    # sites of unlike worth
-    "ida": IDA,
-    "fedlaw": FedLAW,
-    "fedda": FedDA,
-    "fedgp": FedGP,
-    # hostile sites
-    "trimmed_mean": TrimmedMean,
-    "median": Median,
-    "geometric_median": GeometricMedian,
-    "krum": Krum,
-    "bulyan": Bulyan,
-    "norm_clipping": NormClipping,
-    "centred_clipping": CentredClipping,
-    "fltrust": FLTrust,
-    "foolsgold": FoolsGold,
-    # elections
-    "plurality": Plurality,
-    "run_off": RunOff,
-    "run_off_distillation": RunOffDistillation,
-    # merging
-    "greedy_soup": GreedySoup,
-    "learned_soup": LearnedSoup,
-    "model_stock": ModelStock,
-    "fisher": FisherMerging,
-    "weight_matching": WeightMatching,
-    "iso_c": IsoC,
-    "iso_cts": IsoCTS,
-    "layerwise": Layerwise,
-}
+from corymb.strategies.core.blind import BlindRule
+from corymb.strategies.core.cohort import Cohort
+from corymb.strategies.core.layout import Layout, Model
+from corymb.strategies.core.proxy import Proxy
+from corymb.strategies.core.reply import Reply, Report
+from corymb.strategies.core.rule import Outcome, Rule
+from corymb.strategies.core.server_optimizer import ServerOptimizer
+from corymb.strategies.core.sighted import Mix, SightedRule
+from corymb.strategies.merging.fisher import FisherMerging
+from corymb.strategies.merging.greedy_soup import GreedySoup
+from corymb.strategies.merging.isotropic import IsoC, IsoCTS
+from corymb.strategies.merging.layerwise import Layerwise
+from corymb.strategies.merging.learned_soup import LearnedSoup
+from corymb.strategies.merging.model_stock import ModelStock
+from corymb.strategies.merging.weight_matching import WeightMatching
+from corymb.strategies.participation.fedau import FedAU
+from corymb.strategies.participation.fedavg import FedAvg
+from corymb.strategies.participation.fedvarp import FedVARP
+from corymb.strategies.participation.known_participation import KnownParticipation
+from corymb.strategies.participation.mifa import MIFA
+from corymb.strategies.robust.bulyan import Bulyan
+from corymb.strategies.robust.clipping import CentredClipping, NormClipping
+from corymb.strategies.robust.fltrust import FLTrust
+from corymb.strategies.robust.foolsgold import FoolsGold
+from corymb.strategies.robust.geometric_median import GeometricMedian
+from corymb.strategies.robust.krum import Krum
+from corymb.strategies.robust.median import Median
+from corymb.strategies.robust.trimmed_mean import TrimmedMean
+from corymb.strategies.rules import RULES, known_rules, make_rule
+from corymb.strategies.voting.election import Election
+from corymb.strategies.voting.plurality import Plurality
+from corymb.strategies.voting.run_off import RunOff
+from corymb.strategies.voting.run_off_distillation import RunOffDistillation
+from corymb.strategies.voting.voting_rule import Voters, VotingRule
+from corymb.strategies.weighting.fedda import FedDA
+from corymb.strategies.weighting.fedgp import FedGP
+from corymb.strategies.weighting.fedlaw import FedLAW
+from corymb.strategies.weighting.ida import IDA
 
 __all__ = [
     "IDA",
@@ -91,9 +52,7 @@ __all__ = [
     "Bulyan",
     "CentredClipping",
     "Cohort",
-    "ElectingRule",
     "Election",
-    "Electorate",
     "FLTrust",
     "FedAU",
     "FedAvg",
@@ -113,6 +72,7 @@ __all__ = [
     "Layout",
     "LearnedSoup",
     "Median",
+    "Mix",
     "Model",
     "ModelStock",
     "NormClipping",
@@ -124,9 +84,11 @@ __all__ = [
     "Rule",
     "RunOff",
     "RunOffDistillation",
+    "ServerOptimizer",
     "SightedRule",
-    "Step",
     "TrimmedMean",
+    "Voters",
+    "VotingRule",
     "WeightMatching",
     "known_rules",
     "make_rule",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import inside_task, stamp
+from corymb.simulations.experiments.experiment import Experiment
+from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.experiments.scenario import Scenario, scenario_of
+from corymb.simulations.results.run import OnRound, Run, clients_of
 from corymb.strategies import RULES, Model, Reply, Rule, make_rule
+from corymb.strategies.core.rows import SingleRow
 
 GOLDEN = Path(__file__).parent / "golden"
 State = Mapping[str, Tensor]
@@ -58,3 +64,23 @@ def reply(node_id: int, what: RecordDict) -> Message:
     asked = Message(RecordDict(), node_id, "train")
     stamp(asked, f"asked-{node_id}")
     return Message(what, reply_to=asked)
+
+
+def run_rule(
+    experiment: Experiment, rule: int, seed: int, folder: Path, on_round: OnRound | None = None, workers: int = 1
+) -> None:
+    """One run of an experiment on this machine; the journal in `folder` is its record."""
+    resolved = resolve(experiment)
+    mine = experiment.rules[rule]
+    with clients_of(resolved, resolved.key(mine, seed), workers) as clients:
+        Run(resolved, mine, seed).on_this_machine(clients, folder, on_round)
+
+
+def scenario_of_seed(experiment: Experiment, seed: int = 0) -> Scenario:
+    """The clients of a seed."""
+    return scenario_of(experiment, experiment.data.load(), seed)
+
+
+def with_parts(reply: Reply, *parts: Tensor) -> Reply:
+    """`reply` with another model, in flat `parts`."""
+    return replace(reply, rows=SingleRow(parts), row=0)

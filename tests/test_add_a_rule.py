@@ -66,7 +66,7 @@ def test_a_blind_rule_begins_as_well(tmp_path: Path, shell: dict[str, str]) -> N
         ("By-Loss", "cannot be a module's"),
         ("fedavg", "There is a rule 'fedavg' already"),
         ("by_loss", "There is a rule 'by_loss' already"),
-        ("other --kind electing", "The kind 'electing' is unknown; choose one of sighted, blind"),
+        ("other --kind voting", "The kind 'voting' is unknown; choose one of sighted, blind"),
     ):
         with pytest.raises(AssertionError, match=message):
             run(f"corymb new rule {wrong}", tmp_path, shell)

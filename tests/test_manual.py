@@ -9,7 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from corymb.simulations.experiment import Experiment
+from corymb.simulations.experiments.experiment import Experiment
 from corymb.strategies import RULES
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,8 @@ def test_the_wheel_holds_corymb_only_with_its_experiments(tmp_path: Path) -> Non
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"corymb"}
-    for name in ("py.typed", "cli.py", "simulations/experiments/demo.toml", "simulations/report.html.j2"):
+    experiment, report = "simulations/experiments/shipped/demo.toml", "simulations/results/report.html.j2"
+    for name in ("py.typed", "cli.py", experiment, report):
         assert f"corymb/{name}" in names
 
 

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from corymb.client import TrainSettings
-from corymb.simulations.engine.trained import Trained
+from corymb.simulations.engine.block_result import BlockResult
 from corymb.strategies import Layout
-from corymb.strategies.block import Wanted
-from corymb.strategies.geometry import norms
 
 MOST = 32  # clients in a block
 LARGEST = 1 << 26  # parameters in a block, should all have to be written out
@@ -22,11 +20,14 @@ SMALLEST = 1 << 24  # examples times parameters, for which a block is worth its 
 PADDED = 1.5  # times its examples, what a block may hold with its padding
 
 
+Targets = Sequence[tuple[int, Tensor]]  # numbers of models in a block, and where each is wanted
+
+
 @dataclass(frozen=True)
 class Task:
-    """Clients to train at once, largest first; the numbers of their messages among those asked are `asked`."""
+    """Clients to train at once, largest first; `requests` are the numbers of their messages among those of the push."""
 
-    asked: tuple[int, ...]
+    requests: tuple[int, ...]
     clients: tuple[int, ...]
     settings: TrainSettings
     server_round: int
@@ -67,91 +68,62 @@ def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewe
 
 
 class ClientBlock(ABC):
-    """What blocks of K clients share whose models are not written out: see `strategies.block.Block`."""
+    """What blocks of K clients share whose models are not written out; see `strategies.core.rows.Rows`."""
 
     def __init__(self, clients: int, layout: Layout) -> None:
-        self.clients = clients
+        self.count = clients
         self._layout = layout
         self._models: tuple[Tensor, ...] = ()  # if they have been written out
 
     @abstractmethod
-    def _write(self, into: Wanted) -> Callable[[], None]:
+    def _copy_to(self, targets: Targets) -> Callable[[], None]:
         """Write out models of which none has been written out before."""
 
-    def write(self, into: Wanted) -> Callable[[], None]:
-        """See `Block`."""
+    def copy_to(self, targets: Targets) -> Callable[[], None]:
+        """See `Rows`."""
         if not self._models:
-            return self._write(into)
-        copy_rows(self._models, into)
+            return self._copy_to(targets)
+        copy_rows(self._models, targets)
         return lambda: None
 
-    def model(self, index: int) -> tuple[Tensor, ...]:
-        """See `Block`; all models are written out for the first that is asked for."""
+    def pieces(self, row: int) -> tuple[Tensor, ...]:
+        """See `Rows`; all models are written out for the first that is asked for."""
         if not self._models:
-            rows = torch.empty(self.clients, self._layout.num_parameters, dtype=self._layout.dtype).unbind()
-            self._write(list(enumerate(rows)))()
+            rows = torch.empty(self.count, self._layout.num_parameters, dtype=self._layout.dtype).unbind()
+            self._copy_to(list(enumerate(rows)))()
             self._models = rows
-        return cut_up(self._models[index], self._layout)
+        return tuple(self._models[row][entry.start : entry.stop] for entry in self._layout.parameters)
 
 
 class TrainedBlock(ClientBlock):
     """A block that was trained in this process."""
 
-    def __init__(self, trained: Trained, start: Tensor, layout: Layout) -> None:
-        super().__init__(len(trained.report.steps), layout)
-        self._trained, self._start = trained, start
+    def __init__(self, result: BlockResult, start: Tensor, layout: Layout) -> None:
+        super().__init__(len(result.report.steps), layout)
+        self._result, self._start = result, start
 
-    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
-        """See `Block`."""
-        total = with_drift(self._trained.moved(weights.to(self._start.dtype)), weights, self._start, origin)
-        return lambda: total
+    def add_to(self, total: Tensor, weights: Tensor, origin: Tensor) -> Callable[[], None]:
+        """See `Rows`."""
+        moved = with_drift(self._result.moved(weights.to(self._start.dtype)), weights, self._start, origin)
 
-    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
-        """See `Block`."""
-        squares = self._trained.squares(offset_of(centre, self._start))
+        def finish() -> None:
+            total.add_(moved)
+
+        return finish
+
+    def squared_distances(self, centre: Tensor) -> Callable[[], Tensor]:
+        """See `Rows`."""
+        squares = self._result.squares(offset_of(centre, self._start))
         return lambda: squares
 
-    def _write(self, into: Wanted) -> Callable[[], None]:
-        copy_rows(self._trained.models(), into)
+    def _copy_to(self, targets: Targets) -> Callable[[], None]:
+        copy_rows(self._result.models(), targets)
         return lambda: None
 
 
-class WrittenBlock:
-    """A block of models that are written out, `[K, P]`."""
-
-    def __init__(self, models: Tensor, layout: Layout) -> None:
-        self._models, self._layout = models, layout
-        self.clients = len(models)
-
-    def moves(self, weights: Tensor, origin: Tensor) -> Callable[[], Tensor]:
-        """See `Block`."""
-        kept = weights.nonzero()[:, 0]
-        total = weights[kept].double() @ (self._models[kept] - origin).double()
-        return lambda: total
-
-    def squares(self, centre: Tensor) -> Callable[[], Tensor]:
-        """See `Block`."""
-        squares = norms(self._models, centre).square()
-        return lambda: squares
-
-    def write(self, into: Wanted) -> Callable[[], None]:
-        """See `Block`."""
-        copy_rows(self._models, into)
-        return lambda: None
-
-    def model(self, index: int) -> tuple[Tensor, ...]:
-        """See `Block`."""
-        return cut_up(self._models[index], self._layout)
-
-
-def cut_up(vector: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    """A flat model as the layout's pieces."""
-    return tuple(vector[entry.start : entry.stop] for entry in layout.parameters)
-
-
-def copy_rows(models: Sequence[Tensor] | Tensor, into: Wanted) -> None:
+def copy_rows(models: Sequence[Tensor] | Tensor, targets: Targets) -> None:
     """Copy the models with these numbers, each `[P]`."""
-    for number, row in into:
+    for number, row in targets:
         row.copy_(models[number])
 
 
@@ -165,8 +137,8 @@ def is_same(start: Tensor, origin: Tensor) -> bool:
     return start.data_ptr() == origin.data_ptr() or torch.equal(start, origin)
 
 
-def with_drift(total: Tensor, weights: Tensor, start: Tensor, origin: Tensor) -> Tensor:
-    """The `total` of moves from `start`, as moves from `origin`."""
+def with_drift(moved: Tensor, weights: Tensor, start: Tensor, origin: Tensor) -> Tensor:
+    """The weighted sum of moves from `start`, as one of moves from `origin`."""
     if is_same(start, origin):
-        return total
-    return total + (start.double() - origin) * weights.sum()
+        return moved
+    return moved + (start.double() - origin) * weights.sum()

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.forms import Stacked, upto
 from corymb.simulations.engine.frequencies import Frequencies, are_worthwhile
-from corymb.simulations.engine.layers import ClientLayer, Now
+from corymb.simulations.engine.layers import ClientLayer, StepContext
 from corymb.simulations.engine.patches import Geometry, Patches, Rows
-from corymb.simulations.engine.room import Room
+from corymb.simulations.engine.scratch import Scratch
+from corymb.simulations.engine.weight_forms import DenseWeights, upto
 
 
 class Way(Protocol):
@@ -33,10 +33,10 @@ class ClientConv2d(ClientLayer):
     """
 
     FEW = 4
-    form: Stacked
+    form: DenseWeights
 
-    def __init__(self, original: nn.Conv2d, now: Now) -> None:
-        super().__init__(original, now)
+    def __init__(self, original: nn.Conv2d, context: StepContext) -> None:
+        super().__init__(original, context)
         self._ways: dict[type[Any], Way] = {}  # each with memory that it uses again
         self._shape = tuple(original.weight.shape)
         self._geometry = Geometry(
@@ -50,20 +50,20 @@ class ClientConv2d(ClientLayer):
 
     def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
         """See `ClientLayer.outputs`."""
-        images = self.rounded(inputs).unflatten(0, (self.now.clients, -1))
+        images = self.rounded(inputs).unflatten(0, (self.context.clients, -1))
         weights = self.weights(images)
         way = self._way(images, weights, inward)
         found, kept = way.outputs(images, weights)
         if self.bias is not None:
-            found += upto(self.now.clients, self.bias.weight)[:, None, :, None, None]
+            found += upto(self.context.clients, self.bias.weight)[:, None, :, None, None]
         return found.flatten(0, 1), (way, kept, inputs.dtype)
 
     def back(self, slopes: Tensor, kept: Any, inward: bool) -> Tensor | None:
         """Learn; the slopes of the inputs if they are wanted."""
         way, kept, dtype = kept
-        outer = slopes.unflatten(0, (self.now.clients, -1))
+        outer = slopes.unflatten(0, (self.context.clients, -1))
         gradient, found = way.back(outer, kept, self.weights(outer), inward)
-        self.form.take(gradient.flatten(2), self.now.rate)
+        self.form.take(gradient.flatten(2), self.context.rate)
         self.learn_bias(outer.sum(dim=(3, 4)))
         return None if found is None else found.flatten(0, 1).to(dtype)
 
@@ -77,7 +77,7 @@ class ClientConv2d(ClientLayer):
         geometry = self._geometry
         if geometry.groups > 1:
             return Library
-        if self.now.as_patches:
+        if self.context.as_patches:
             return Patches
         if geometry.dilation == (1, 1) and weights.shape[2] <= self.FEW and not inward:
             return Rows
@@ -89,7 +89,7 @@ class Library:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._found, self._inner = Room(), Room()
+        self._found, self._inner = Scratch(), Scratch()
 
     def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `Way`."""

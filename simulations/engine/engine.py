@@ -15,13 +15,13 @@ from torch import Tensor
 
 from corymb.client import TrainSettings
 from corymb.client.device import choose_device
-from corymb.simulations.engine.blocks import Task, TrainedBlock, WrittenBlock
+from corymb.simulations.engine.block_result import BlockResult, Report
+from corymb.simulations.engine.blocks import Task, TrainedBlock
 from corymb.simulations.engine.optimizer import ELEMENTWISE
-from corymb.simulations.engine.trained import Report, Trained
 from corymb.strategies import Layout
-from corymb.strategies.block import Block
+from corymb.strategies.core.rows import Matrix, Rows
 
-Answered = tuple[Task, Block | Exception, Report | None]
+Answered = tuple[Task, Rows | Exception, Report | None]
 
 
 class Trainer(Protocol):
@@ -36,7 +36,7 @@ class Trainer(Protocol):
         settings: TrainSettings,
         server_round: int,
         own: bool = False,
-    ) -> Trained:
+    ) -> BlockResult:
         """See `Program.train`."""
 
 
@@ -96,7 +96,7 @@ class InProcess:
             )
         except Exception as error:
             return task, error, None
-        return task, WrittenBlock(trained.models(), self._layout), trained.report
+        return task, Matrix(trained.models()), trained.report
 
     def close(self) -> None:
         """Nothing was started."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from corymb.simulations.engine.patches import Geometry
-from corymb.simulations.engine.room import Room
+from corymb.simulations.engine.scratch import Scratch
 
 TRANSFORM = 4  # what an operation of a transform costs, in operations of a product
 WORTHWHILE = 0.75  # of the operations that the convolution itself takes
@@ -79,7 +79,7 @@ class Frequencies:
 
     def __init__(self, geometry: Geometry) -> None:
         (self._height, self._width), (self._above, self._padding) = geometry.kernel, geometry.padding
-        self._images, self._weights, self._windows, self._slopes, self._found = (Room() for _ in range(5))
+        self._images, self._weights, self._windows, self._slopes, self._found = (Scratch() for _ in range(5))
 
     def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `convolution.Way`; kept are the spread images `[K, B, R, W, in]` and weights `[K, R, w * in, out]`."""

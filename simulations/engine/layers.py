@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.forms import Form, Stacked, as_type, upto
+from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm, as_type, upto
 
 
 @dataclass
-class Now:
+class StepContext:
     """What the layers of a module have to know of the step that they are in."""
 
     as_patches: bool = False  # convolutions as products of matrices: on a GPU, where a kernel per client is too small
@@ -45,14 +45,14 @@ class _Applied(torch.autograd.Function):
 class ClientLayer(nn.Module):
     """A layer with parameters; `begin` gives each block of clients new ones."""
 
-    def __init__(self, original: nn.Module, now: Now) -> None:
+    def __init__(self, original: nn.Module, context: StepContext) -> None:
         super().__init__()
-        self.now = now
+        self.context = context
         self.form: Any = None
-        self.bias: Stacked | None = None
+        self.bias: DenseWeights | None = None
         self._hook = torch.zeros(1, requires_grad=True)  # so that torch comes back through the first layer too
 
-    def begin(self, form: Any, bias: Stacked | None) -> None:
+    def begin(self, form: Any, bias: DenseWeights | None) -> None:
         """Start a block of clients."""
         self.form, self.bias = form, bias
 
@@ -71,33 +71,33 @@ class ClientLayer(nn.Module):
 
     def rounded(self, inputs: Tensor) -> Tensor:
         """`inputs` as the layer is to meet them."""
-        return inputs if self.now.precision is None else inputs.to(self.now.precision)
+        return inputs if self.context.precision is None else inputs.to(self.context.precision)
 
     def learn_bias(self, slopes: Tensor) -> None:
         """From `slopes [K, B, out]`."""
         if self.bias is not None:
-            self.bias.take(slopes.sum(dim=1), self.now.rate)
+            self.bias.take(slopes.sum(dim=1), self.context.rate)
 
 
 class ClientLinear(ClientLayer):
     """`nn.Linear` for each client, in any form."""
 
-    form: Form
+    form: WeightForm
 
     def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, tuple[Tensor, torch.dtype]]:
         """Outputs, and what the way back needs, which is `inward` where slopes of the inputs are wanted."""
-        rows = self.rounded(inputs.reshape(self.now.clients, -1, inputs.shape[-1]))
+        rows = self.rounded(inputs.reshape(self.context.clients, -1, inputs.shape[-1]))
         outputs = self.form.outputs(rows)
         if self.bias is not None:
-            outputs = outputs.add_(upto(self.now.clients, self.bias.weight).unsqueeze(1))
+            outputs = outputs.add_(upto(self.context.clients, self.bias.weight).unsqueeze(1))
         return outputs.reshape(*inputs.shape[:-1], -1), (rows, inputs.dtype)
 
     def back(self, slopes: Tensor, kept: tuple[Tensor, torch.dtype], inward: bool) -> Tensor | None:
         """Learn; the slopes of the inputs if they are wanted."""
         rows, dtype = kept
-        outer = slopes.reshape(self.now.clients, -1, slopes.shape[-1])
+        outer = slopes.reshape(self.context.clients, -1, slopes.shape[-1])
         result = as_type(self.form.inward(outer).reshape(*slopes.shape[:-1], -1), dtype) if inward else None
-        self.form.learn(outer, rows, self.now.rate)
+        self.form.learn(outer, rows, self.context.rate)
         self.learn_bias(outer)
         return result
 
@@ -105,17 +105,17 @@ class ClientLinear(ClientLayer):
 class ClientDropout(nn.Module):
     """Dropout that draws for each client what it would draw by itself."""
 
-    def __init__(self, original: nn.Dropout, now: Now) -> None:
+    def __init__(self, original: nn.Dropout, context: StepContext) -> None:
         super().__init__()
-        self.p, self.now = original.p, now
+        self.p, self.context = original.p, context
 
     def forward(self, inputs: Tensor) -> Tensor:
         """`inputs [K * B, ...]` with a share of them set to zero."""
         if not self.training or self.p == 0:
             return inputs
         keep = torch.zeros_like(inputs)
-        pieces = keep.unflatten(0, (self.now.clients, -1))
-        for mine, length, generator in zip(pieces, self.now.lengths, self.now.generators, strict=False):
+        pieces = keep.unflatten(0, (self.context.clients, -1))
+        for mine, length, generator in zip(pieces, self.context.lengths, self.context.generators, strict=False):
             if length:  # some clients at the end may have finished
                 drawn = torch.empty(mine[:length].shape, dtype=inputs.dtype).bernoulli_(1 - self.p, generator=generator)
                 mine[:length] = drawn.div_(1 - self.p)

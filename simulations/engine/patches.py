@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.room import Room
+from corymb.simulations.engine.scratch import Scratch
 
 
 class Geometry(NamedTuple):
@@ -74,7 +74,7 @@ class Rows:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._found, self._patches = Room(), Room()
+        self._found, self._patches = Scratch(), Scratch()
 
     def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `convolution.Way`; channels lie last in memory."""

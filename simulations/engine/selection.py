@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from corymb.simulations.engine.forms import upto
+from corymb.simulations.engine.weight_forms import upto
 
 
 class Tables(NamedTuple):

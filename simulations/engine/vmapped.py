@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from corymb.client import TrainSettings
+from corymb.simulations.data.population import Population
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.forms import Stacked
+from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.optimizer import Optimizer
-from corymb.simulations.engine.reading import dice
-from corymb.simulations.engine.trained import Trained
-from corymb.simulations.population import Population
+from corymb.simulations.engine.tracing import dice
+from corymb.simulations.engine.weight_forms import DenseWeights
 
 Tensors = dict[str, Tensor]
 
@@ -41,13 +41,13 @@ class Vmapped:
 
     def train(
         self, start: Tensors, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
-    ) -> Trained:
+    ) -> BlockResult:
         """See `Program.train`."""
         store = self._population.store
         sizes = [self._population.size(client) for client in clients]
         sites = [(settings.seed, client, server_round) for client in clients]
         batches = Batches.drawn(sizes, settings, sites, next(iter(start.values())).dtype)
-        pieces = {name: Stacked(tensor, len(clients), own) for name, tensor in start.items()}
+        pieces = {name: DenseWeights(tensor, len(clients), own) for name, tensor in start.items()}
         learns = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
         moving = {name: piece.weight for name, piece in pieces.items() if name in learns}
         fixed = {name: piece.weight for name, piece in pieces.items() if name not in learns}
@@ -72,7 +72,7 @@ class Vmapped:
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
             scores.append(given.detach().flatten(0, 1))
         targets = store.targets[places].transpose(0, 1)
-        return Trained.of(list(pieces.values()), torch.stack(scores), targets, batches)
+        return BlockResult.of(list(pieces.values()), torch.stack(scores), targets, batches)
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.blocks import Task, most_clients
 from corymb.simulations.engine.engine import Answered, InProcess, Trainer
-from corymb.simulations.engine.remote import SLOTS, RemoteBlock, Worker, answer_one, hear, received, send
-from corymb.simulations.engine.trained import Trained
+from corymb.simulations.engine.remote_block import SLOTS, RemoteBlock, Worker, answer_one, hear, received, send
 from corymb.strategies import Layout
 
 AHEAD = 2  # blocks that each worker is given before it has trained them: it never waits for more work
@@ -157,7 +157,7 @@ def _work(
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     for pipe in others:  # of which this process has copies that would keep them open
         pipe.close()
-    blocks: dict[int, Trained] = {}
+    blocks: dict[int, BlockResult] = {}
     seen, state = 0, layout.split(start)
     with suppress(EOFError, OSError):
         while True:

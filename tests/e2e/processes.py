@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from corymb.simulations.flower.simulation import end_all
+from corymb.simulations.grid.flower_simulation import end_all
 
 BIN = Path(sys.executable).parent
 PEM = serialization.Encoding.PEM

@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from corymb.server.journal import committed
-from corymb.simulations.experiment import read
-from corymb.simulations.federation import run
+from corymb.simulations.experiments.reader import read
+from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.results.ray import run_with_ray
 from corymb.tests.e2e.processes import processes, until
 
 EXPERIMENT = """
@@ -24,6 +25,18 @@ seeds = [1]
 partition = { clients = 5 }
 participation = { kind = "bernoulli", probability = 0.6 }
 train = { epochs = 2, batch_size = 16, learning_rate = 0.1 }
+"""
+
+
+ONLY_HERE = """
+import os
+from corymb.simulations.experiments.models import softmax
+
+
+def make(shape, classes):
+    if "FLWR_HOME" in os.environ:
+        raise RuntimeError("not under Flower")
+    return softmax(shape, classes)
 """
 
 
@@ -48,10 +61,11 @@ def test_ray_gives_the_model_that_serial_gives(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_a_run_that_fails_there_shows_the_end_of_flower_s_log(tmp_path: Path) -> None:
-    (tmp_path / "wrong.toml").write_text(EXPERIMENT + 'model = { kind = "nowhere:at_all" }\n')
-    experiment = read(tmp_path / "wrong.toml", {"engine": "ray"})
-    with pytest.raises(ValueError, match=r"(?s)after round 0 of 3.*nowhere"):
-        run(experiment, experiment.rules[0], 1, tmp_path / "journal")
+    (tmp_path / "only_here.py").write_text(ONLY_HERE)
+    (tmp_path / "wrong.toml").write_text(EXPERIMENT + 'model = { kind = "only_here:make" }\n')
+    resolved = resolve(read(tmp_path / "wrong.toml", {"engine": "ray"}))
+    with pytest.raises(ValueError, match=r"(?s)after round 0 of 3.*not under Flower"):
+        run_with_ray(resolved, 0, 1, tmp_path / "journal")
 
 
 @pytest.mark.nightly

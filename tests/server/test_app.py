@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from flwr.app import Context, Message
 from torch import nn
 
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.server import FlowerStrategy, Guard, Journal
-from corymb.server.app import ServerSettings, app, function, guard_from, rule_from, step_from
-from corymb.simulations.grid import LocalGrid
-from corymb.strategies import FedAU, FedAvg, FedLAW, Krum, Layerwise, Median, Proxy, Step
+from corymb.server import CandidateElection, FlowerStrategy, Journal
+from corymb.server.app import app
+from corymb.server.settings import ServerSettings
+from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.strategies import FedAU, FedAvg, FedLAW, Krum, Layerwise, Median, Proxy
+from corymb.strategies.core.registry import import_reference
 from corymb.tests.support import content
 
 
@@ -26,10 +29,10 @@ def site(message: Message, context: Context) -> Message:
 def test_it_runs_from_a_run_config(tmp_path: Path) -> None:
     config = {
         "model": "corymb.tests.server.test_app:small",
-        "num-server-rounds": 2,
+        "rounds": 2,
         "journal": str(tmp_path / "journal"),
-        "rule.name": "fedau",
-        "rule.cutoff": 7,
+        "rules.name": "fedau",
+        "rules.parameters.cutoff": 7,
         "train.epochs": 1,
     }
     grid = LocalGrid(site, 3, run_config=config)
@@ -44,42 +47,39 @@ def server_data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(12, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 
 
-def test_data_step_guard_and_patience_come_from_the_config(tmp_path: Path) -> None:
+def test_everything_around_a_rule_comes_from_the_config(tmp_path: Path) -> None:
+    """As the tables of an experiment, with lists as JSON strings."""
+    seen = []
+
+    def watching(message: Message, context: Context) -> Message:
+        seen.append(message.content["config"].get("train.optimizer_options.betas"))
+        return site(message, context)
+
     config = {
         "model": "corymb.tests.server.test_app:small",
-        "proxy": "corymb.tests.server.test_app:server_data",
-        "num-server-rounds": 2,
+        "proxy.data": "corymb.tests.server.test_app:server_data",
+        "rounds": 2,
         "fraction-evaluate": 0.0,
         "journal": str(tmp_path / "journal"),
-        "rule.name": "fedlaw",
-        "rule.epochs": 2,
-        "step.optimizer": "SGD",
-        "step.learning_rate": 0.5,
-        "step.options.momentum": 0.9,
-        "guard": "median, fedavg",
-        "wait-share": 0.7,
+        "rules.name": "fedlaw",
+        "rules.parameters.epochs": 2,
+        "rules.train.optimizer": "Adam",
+        "rules.train.optimizer_options.betas": "[0.5, 0.9]",
+        "rules.server_optimizer.optimizer": "SGD",
+        "rules.server_optimizer.learning_rate": 0.5,
+        "rules.server_optimizer.options.momentum": 0.9,
+        "rules.candidate_election": '["median", "fedavg"]',
+        "round_size.kind": "share",
+        "round_size.share": 0.7,
     }
-    grid = LocalGrid(site, 3, run_config=config)
+    grid = LocalGrid(watching, 3, run_config=config)
     app(grid=grid, context=grid.server_context())
     journal = Journal(tmp_path / "journal")
     rounds = list(journal.rounds())
     journal.close()
     assert [len(record.admitted) for record in rounds] == [2, 2]
-    assert all("gamma" in record.rule for record in rounds)
-
-
-def test_rules_within_rules_come_from_the_config() -> None:
-    nested = {"rule.name": "layerwise", "rule.rule.name": "krum", "rule.rule.hostile": 2}
-    assert rule_from(nested) == Layerwise(Krum(hostile=2))
-    assert rule_from({"rule.name": "layerwise", "rule.rule": "median"}) == Layerwise(Median())
-    with pytest.raises(ValueError, match=r"has a key that 'rule\.rule\.hostile' lies within"):
-        rule_from({"rule.name": "layerwise", "rule.rule": "krum", "rule.rule.hostile": 2})
-    assert step_from({"step.optimizer": "Adam"}) == Step("Adam")
-    assert step_from({"model": "x"}) is None
-    with pytest.raises(ValueError, match=r"'step\.lr'; there are optimizer, learning_rate, options"):
-        step_from({"step.lr": 1.0})
-    assert guard_from("") == Guard()
-    assert guard_from("krum,median") == Guard((Krum(), Median()))
+    assert all({"gamma", "waited-for"} <= record.notes.keys() for record in rounds)
+    assert set(seen) == {"[0.5, 0.9]"}
 
 
 def test_a_proxy_of_another_model_is_refused() -> None:
@@ -88,17 +88,44 @@ def test_a_proxy_of_another_model_is_refused() -> None:
         strategy.start(LocalGrid(site, 3), to_arrays(nn.Linear(2, 2).state_dict()))
 
 
+def read(**config: Any) -> ServerSettings:
+    return ServerSettings.read({"model": "x:y"} | {key.replace("__", "."): value for key, value in config.items()})
+
+
 def test_rules_come_from_the_config() -> None:
-    assert rule_from({}) == FedAvg()
-    assert rule_from({"rule.name": "fedau", "rule.population": 9, "model": "x:y"}) == FedAU(population=9)
-    with pytest.raises(ValueError, match="no parameter 'cutof'"):
-        rule_from({"rule.name": "fedau", "rule.cutof": 9})
+    assert read().rules[0].make() == FedAvg()
+    assert read(rules="median").rules[0].make() == Median()
+    assert read(rules__name="fedau", rules__parameters__population=9).rules[0].make() == FedAU(population=9)
+    assert read(rules__0__name="fedau").rules[0].make() == FedAU()
+    nested = {"rules__name": "layerwise", "rules__parameters__rule__name": "krum"}
+    assert read(**nested, rules__parameters__rule__hostile=2).rules[0].make() == Layerwise(Krum(hostile=2))
+    assert read(rules__name="layerwise", rules__parameters__rule="median").rules[0].make() == Layerwise(Median())
+    election = read(rules__name="ida", rules__candidate_election='["krum", "median"]').rules[0].make_election()
+    assert election == CandidateElection((Krum(), Median()))
+    with pytest.raises(ValueError, match=r"rules = .*at most 1 item"):
+        read(rules__0__name="fedau", rules__1__name="ida")
 
 
 def test_everything_wrong_is_told_at_once() -> None:
-    with pytest.raises(ValueError, match=r"model: .*; num-server-rounds: .*; seed: "):
-        ServerSettings.read({"num-server-rounds": 0, "seed": "x"})
-    with pytest.raises(ValueError, match="'num-server-round'; did you mean 'num-server-rounds'"):
-        ServerSettings.read({"model": "x:y", "num-server-round": 9})
+    with pytest.raises(ValueError, match=r"model: field required; rounds = 0: .*; seed = 'x': "):
+        ServerSettings.read({"rounds": 0, "seed": "x"})
+    for config, message in (
+        ({"round": 9}, "has a key 'round', which is unknown; did you mean 'rounds'"),
+        ({"min-available-node": 9}, "did you mean 'min_available_nodes'"),
+        ({"rules.name": "fedau", "rules.parameters.cutof": 9}, "no parameter of rule 'fedau' 'cutof'; did you mean"),
+        ({"rules.name": "fedau", "rules.cutoff": 9}, r"rules\.0\.cutoff is no known key"),
+        ({"train.learning_rat": 0.1}, r"train\.learning_rat is no known key \(did you mean 'learning_rate'\?\)"),
+        ({"rules.name": "ida", "rules.server_optimizer.lr": 1.0}, r"rules\.0\.server_optimizer\.lr is no known key"),
+        ({"round_size.kind": "share", "round_size.window": 3}, r"round_size\.window is no known key"),
+        ({"rules": "ida", "rules.label": "x"}, "as a value and as a table|lies within another key"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ServerSettings.read({"model": "x:y", **config})
     with pytest.raises(ValueError, match="'nowhere:make' cannot be imported"):
-        function("model", "nowhere:make")
+        import_reference("nowhere:make", "model")
+
+
+def test_keys_of_the_apps_own_are_left_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="flwr.corymb"):
+        assert read(hospital="basel").model.kind == "x:y"
+    assert "keys that the server does not read: hospital" in caplog.text

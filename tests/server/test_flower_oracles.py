@@ -14,8 +14,8 @@ from flwr.serverapp.strategy import Strategy
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import of_kind
 from corymb.server import FlowerStrategy
-from corymb.simulations.grid import LocalGrid
-from corymb.strategies import Bulyan, FedAvg, Krum, Rule, Step
+from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.strategies import Bulyan, FedAvg, Krum, Rule, ServerOptimizer
 from corymb.tests.support import content
 
 NODES = 9
@@ -45,20 +45,20 @@ def learned(strategy: Strategy, rounds: int) -> torch.Tensor:
     ("step", "built_in"),
     [
         (
-            Step("SGD", 0.7, {"momentum": 0.9}),
+            ServerOptimizer("SGD", 0.7, {"momentum": 0.9}),
             lambda: flower.FedAvgM(server_learning_rate=0.7, server_momentum=0.9, **OPTIONS),
         ),
         (
-            Step("Yogi", 0.05, {"betas": (0.9, 0.99), "eps": 1e-3}),
+            ServerOptimizer("Yogi", 0.05, {"betas": (0.9, 0.99), "eps": 1e-3}),
             lambda: flower.FedYogi(eta=0.05, beta_1=0.9, beta_2=0.99, tau=1e-3, **OPTIONS),
         ),
-        (Step("Adagrad", 0.1, {"eps": 1e-3}), lambda: flower.FedAdagrad(eta=0.1, tau=1e-3, **OPTIONS)),
+        (ServerOptimizer("Adagrad", 0.1, {"eps": 1e-3}), lambda: flower.FedAdagrad(eta=0.1, tau=1e-3, **OPTIONS)),
     ],
     ids=["FedAvgM", "FedYogi", "FedAdagrad"],
 )
-def test_server_optimisers(step: Step, built_in: Callable[[], Strategy]) -> None:
+def test_server_optimisers(step: ServerOptimizer, built_in: Callable[[], Strategy]) -> None:
     """(Flower's FedAdam corrects its bias one round ahead of torch's Adam, so the two differ by design.)"""
-    ours = learned(FlowerStrategy(FedAvg(), step=step, **OPTIONS), 6)
+    ours = learned(FlowerStrategy(FedAvg(), server_optimizer=step, **OPTIONS), 6)
     torch.testing.assert_close(ours, learned(built_in(), 6), rtol=1e-4, atol=1e-4)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
-from corymb.server.journal import sha256
-from corymb.simulations.grid import LocalGrid
+from corymb.server.journal.files import sha256
+from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import IDA, FedAU, FedAvg, Median, Rule, TrimmedMean
 from corymb.tests.support import PLAIN, State, content, reply
 
@@ -149,7 +149,7 @@ class Shuffled(LocalGrid):
 
 
 def test_the_order_of_arrival_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corymb.server.arrivals.POLL_SECONDS", 0)
+    monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
     for rule in PLAIN.values():
         models = [
             to_state(FlowerStrategy(rule).start(grid(learner, 9), initial(), num_rounds=4).arrays)["w"]
@@ -186,7 +186,7 @@ def test_a_round_without_replies_keeps_the_model_and_counts_for_the_rule() -> No
     strategy = FlowerStrategy(FedAU())
     result = strategy.start(LocalGrid(nobody, 3), initial(), num_rounds=2)
     assert torch.equal(to_state(result.arrays)["w"], torch.zeros(5))
-    assert strategy.memory.open.tolist() == [2, 2, 2]
+    assert strategy.state.memory.open.tolist() == [2, 2, 2]
     assert result.train_metrics_clientapp == {}
 
 
@@ -223,7 +223,7 @@ def test_server_metrics_are_kept_with_their_round() -> None:
 
 def test_a_reply_that_the_grid_cannot_receive_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Flower's grid, which takes bytes apart inside the pull and raises whatever they provoke."""
-    monkeypatch.setattr("corymb.server.arrivals.POLL_SECONDS", 0)
+    monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
 
     class Breaking(LocalGrid):
         stream = None  # type: ignore[assignment]  # replies are pulled

@@ -1,0 +1,116 @@
+"""The journal's tables, and rounds as their rows."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import closing
+from operator import attrgetter
+from pathlib import Path
+
+from corymb.server.rounds.record import RoundRecord, Verdict
+from corymb.server.rounds.rejections import Code
+
+DATABASE = "journal.sqlite"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS rounds (
+    round INTEGER PRIMARY KEY,
+    seconds REAL NOT NULL,
+    train TEXT NOT NULL,
+    evaluate TEXT NOT NULL,
+    server TEXT NOT NULL,
+    notes TEXT NOT NULL,
+    model TEXT,
+    model_sha256 TEXT,
+    state TEXT
+) STRICT;
+CREATE TABLE IF NOT EXISTS verdicts (
+    round INTEGER NOT NULL REFERENCES rounds,
+    node TEXT NOT NULL,
+    code TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    examples INTEGER NOT NULL,
+    weight REAL,
+    metrics TEXT NOT NULL,
+    PRIMARY KEY (round, node)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS offline (  -- instead of verdicts: there may be many, and they say nothing else
+    round INTEGER PRIMARY KEY REFERENCES rounds,
+    reasons TEXT NOT NULL
+) STRICT;
+"""
+MEASURED = ("train", "evaluate", "server", "notes")
+
+
+def insert(database: sqlite3.Connection, records: Sequence[RoundRecord], newest: tuple[str, str, str]) -> None:
+    """Put `records` into the tables in one transaction; `newest` is model, hash and state after the last of them."""
+    with database:
+        database.executemany(
+            "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    r.round, r.seconds, *(json.dumps(dict(getattr(r, name))) for name in MEASURED),
+                    *(newest if r is records[-1] else (None, None, None)),
+                )
+                for r in records
+            ],
+        )  # fmt: skip
+        database.executemany(
+            "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [_row(r.round, v) for r in records for v in r.verdicts if v.code != Code.OFFLINE],
+        )
+        database.executemany("INSERT INTO offline VALUES (?, ?)", [(r.round, _offline(r)) for r in records])
+
+
+def committed(folder: Path, after: int) -> list[RoundRecord]:
+    """The rounds after that number which another process has committed in `folder` by now; none while it is busy."""
+    address = f"{(folder / DATABASE).resolve().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as database:
+            return read_rounds(database, after)
+    except sqlite3.OperationalError:
+        return []
+
+
+def read_rounds(database: sqlite3.Connection, after: int = 0) -> list[RoundRecord]:
+    """The rounds after that number, in order, read in one transaction so that none comes without its verdicts."""
+    database.execute("BEGIN")
+    try:
+        verdicts: dict[int, list[Verdict]] = defaultdict(list)
+        for number, *row in database.execute("SELECT * FROM verdicts WHERE round > ?", (after,)):
+            verdicts[number].append(_verdict(*row))
+        seen: dict[tuple[str, str], Verdict] = {}  # the same nodes are offline again and again
+        for number, reasons in database.execute("SELECT * FROM offline WHERE round > ?", (after,)):
+            for pair in json.loads(reasons).items():
+                if pair not in seen:
+                    seen[pair] = Verdict(pair[0], Code.OFFLINE, pair[1])
+                verdicts[number].append(seen[pair])
+        rounds = database.execute(
+            f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds WHERE round > ? ORDER BY round", (after,)
+        )
+        return [
+            RoundRecord(
+                number,
+                tuple(sorted(verdicts[number], key=attrgetter("node"))),
+                **dict(zip(MEASURED, map(json.loads, metrics), strict=True)),
+                seconds=seconds,
+            )
+            for number, seconds, *metrics in rounds
+        ]
+    finally:
+        database.execute("ROLLBACK")
+
+
+def _row(number: int, verdict: Verdict) -> tuple[object, ...]:
+    metrics = json.dumps(dict(verdict.metrics))
+    return number, verdict.node, verdict.code, verdict.reason, verdict.examples, verdict.weight, metrics
+
+
+def _verdict(node: str, code: str, reason: str, examples: int, weight: float | None, metrics: str) -> Verdict:
+    return Verdict(node, code, reason, examples, weight, json.loads(metrics))
+
+
+def _offline(record: RoundRecord) -> str:
+    return json.dumps({verdict.node: verdict.reason for verdict in record.verdicts if verdict.code == Code.OFFLINE})

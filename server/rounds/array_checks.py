@@ -1,0 +1,85 @@
+"""What the door checks of the arrays in a reply, cheapest first, before anything large is allocated."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor
+
+from corymb.protocol.codec import DTYPES, CodecError, to_tensor
+from corymb.protocol.records import STEPS
+from corymb.server.rounds.rejections import Code, Refused, short
+from corymb.strategies import Layout
+from corymb.strategies.core.rows import CHUNK
+
+MOST_STEPS = 256  # batches whose updates a site may send
+LARGEST_NUMBER = 1e20  # of a model: times MOST_EXAMPLES it is finite in float32, and nothing trained comes near
+
+
+def decoded_model(arrays: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
+    """The parameters and float buffers in `arrays`; integer buffers are the server's, so they are not decoded.
+
+    Raises `Refused` unless they are of this `layout`, and every number is finite and of a trained number's size.
+    """
+    _check_claims(arrays, layout)
+    state = {entry.name: _decoded(entry.name, arrays) for entry in (*layout.parameters, *layout.buffers)}
+    for name, tensor in state.items():
+        _require_bounded(tensor, f"tensor {name!r}")
+    return state
+
+
+def decoded_steps(arrays: ArrayRecord, layout: Layout) -> Tensor:
+    """The updates of single batches in `arrays`, `[S, P]`. Raises `Refused` for what is none."""
+    names = [entry.name for entry in layout.parameters]
+    if list(arrays) != names:
+        raise Refused(Code.NAMES, f"its record {STEPS!r} does not have the model's parameters in their order")
+    count = arrays[names[0]].shape[0] if names and arrays[names[0]].shape else 0
+    if not 0 < count <= MOST_STEPS:
+        raise Refused(Code.SHAPE, f"its record {STEPS!r} has {short(count)} batches, not 1 to {MOST_STEPS}")
+    pieces = []
+    for entry in layout.parameters:
+        array, shape = arrays[entry.name], (count, *entry.shape)
+        if tuple(array.shape) != shape or DTYPES.get(array.dtype) != entry.dtype:
+            raise Refused(Code.SHAPE, f"tensor {entry.name!r} in {STEPS!r} is no {entry.dtype} {list(shape)}")
+        piece = _decoded(entry.name, arrays)
+        _require_bounded(piece, f"tensor {entry.name!r} in {STEPS!r}")
+        pieces.append(piece.reshape(count, -1).to(layout.dtype))
+    return torch.cat(pieces, dim=1)
+
+
+def is_bounded(tensor: Tensor, bound: float) -> bool:
+    """Whether every number is at most `bound` in size, which NaN is not; read in chunks, without further memory."""
+    for piece in tensor.reshape(-1).split(CHUNK):
+        if piece.numel():
+            least, most = piece.aminmax()  # both are NaN where one number is
+            if not (least >= -bound and most <= bound):
+                return False
+    return True
+
+
+def _check_claims(arrays: ArrayRecord, layout: Layout) -> None:
+    """Names, shapes and dtypes, as the arrays' headers claim them."""
+    expected = {entry.name: entry for entry in layout.entries}
+    if missing := expected.keys() - arrays.keys():
+        raise Refused(Code.NAMES, f"tensor {min(missing)!r} is missing")
+    if extra := arrays.keys() - expected.keys():
+        raise Refused(Code.NAMES, f"tensor {short(min(extra))} is not in the model")
+    for name, entry in expected.items():
+        array = arrays[name]
+        if tuple(array.shape) != entry.shape:
+            found = short(list(array.shape))
+            raise Refused(Code.SHAPE, f"tensor {name!r} has the shape {found}, not {list(entry.shape)}")
+        if DTYPES.get(array.dtype) != entry.dtype:
+            raise Refused(Code.DTYPE, f"tensor {name!r} has the dtype {short(array.dtype)}, not {entry.dtype}")
+
+
+def _decoded(name: str, arrays: ArrayRecord) -> Tensor:
+    try:
+        return to_tensor(name, arrays[name])
+    except CodecError as error:
+        raise Refused(Code.BYTES, short(error)) from None
+
+
+def _require_bounded(tensor: Tensor, what: str) -> None:
+    if not is_bounded(tensor, LARGEST_NUMBER):
+        raise Refused(Code.NOT_FINITE, f"{what} holds NaN, infinity or numbers beyond {LARGEST_NUMBER:g}")

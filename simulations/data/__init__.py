@@ -1,0 +1,1 @@
+"""Who the clients are: their examples, who is online when, what hostile ones do."""

@@ -1,0 +1,53 @@
+"""The small models that experiments name; `module:factory` names any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from corymb.strategies.core.registry import Registry
+
+
+def softmax(shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Softmax regression."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
+
+
+def mlp(shape: tuple[int, ...], classes: int, hidden: int = 64, depth: int = 1) -> nn.Module:
+    """`depth` hidden layers of `hidden` rectified units each."""
+    widths = [torch.Size(shape).numel(), *[hidden] * depth]
+    layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
+
+
+def cnn(shape: tuple[int, ...], classes: int, hidden: int = 128, channels: int = 32) -> nn.Module:
+    """Two 3x3 convolutions with pooling, then one hidden layer (the network of Wang & Ji 2024)."""
+    if len(shape) != 3:
+        raise ValueError(f"The model 'cnn' needs images [channels, height, width], not inputs of shape {list(shape)}.")
+    features = nn.Sequential(
+        nn.Conv2d(shape[0], channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+    )  # fmt: skip
+    width = features(torch.zeros(1, *shape)).shape[1]
+    return nn.Sequential(features, nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+Factory = Callable[..., nn.Module]
+MODELS: dict[str, Factory] = {"softmax": softmax, "mlp": mlp, "cnn": cnn}
+_registry: Registry[Factory] = Registry("model", MODELS, "corymb.models")
+
+
+def make_model(kind: str, shape: tuple[int, ...], classes: int, **options: Any) -> nn.Module:
+    """The model `kind` for inputs of `shape`. A factory "module:name" is called with (shape, classes, **options).
+
+    Raises `ValueError` for a model or option that does not exist.
+    """
+    factory = _registry.find(kind)
+    try:
+        return factory(shape, classes, **options)
+    except Exception as error:
+        raise ValueError(f"The model {kind!r} cannot be made ({type(error).__name__}: {error}).") from error

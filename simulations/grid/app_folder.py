@@ -1,0 +1,72 @@
+"""Any Flower app folder, unmodified, on a LocalGrid."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from corymb.protocol.run_config import flatten
+from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.strategies.core.registry import import_reference
+
+
+class FlowerApp(NamedTuple):
+    """What a Flower app folder holds; `config` is flat, nested keys dotted."""
+
+    server_app: ServerApp
+    client_app: ClientApp
+    config: dict[str, Any]
+
+
+def load_app(folder: Path) -> FlowerApp:
+    """The app in `folder`. It is put on the import path for the rest of the process, as Flower does.
+
+    Raises `ValueError` when there is no app, or a component is missing or cannot be imported.
+    """
+    project = folder / "pyproject.toml"
+    if not project.is_file():
+        raise ValueError(f"The folder {str(folder)!r} has no pyproject.toml; give the folder of a Flower app.")
+    try:
+        tool: Any = tomllib.loads(project.read_text()).get("tool", {})
+        app = tool.get("flwr", {}).get("app")
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"The file {project} is not valid TOML: {error}.") from None
+    if not isinstance(app, dict):
+        raise ValueError(f"The file {project} has no table [tool.flwr.app]; it describes no Flower app.")
+    components = app.get("components", {})
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
+    return FlowerApp(
+        _component(folder, components, "serverapp", ServerApp),
+        _component(folder, components, "clientapp", ClientApp),
+        flatten(app.get("config", {})),
+    )
+
+
+def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any]) -> None:
+    """Run `app` on `nodes` clients, with `changes` to its config.
+
+    Raises `ValueError` for a change to a key that the app does not have, as `flwr run` refuses it.
+    """
+    if unknown := changes.keys() - app.config.keys():
+        has = ", ".join(sorted(app.config)) or "nothing"
+        raise ValueError(f"The app has no config key {min(unknown)!r}; [tool.flwr.app.config] holds {has}.")
+    grid = LocalGrid(app.client_app, nodes, run_config={**app.config, **changes})
+    app.server_app(grid=grid, context=grid.server_context())
+    grid.require_answers()
+
+
+def _component(folder: Path, components: Mapping[str, str], key: str, kind: type[Any]) -> Any:
+    reference = components.get(key)
+    if not reference:
+        raise ValueError(f"The app in {str(folder)!r} has no {kind.__name__}: set {key} in [tool.flwr.app.components].")
+    component = import_reference(reference, kind.__name__)
+    if not isinstance(component, kind):
+        raise ValueError(f"{reference!r} is a {type(component).__name__}, not a {kind.__name__}.")
+    return component

@@ -1,0 +1,1 @@
+"""Runs, and what they leave: journals, tables, pictures, reports, what papers claim."""

@@ -1,0 +1,127 @@
+"""What `corymb simulate`, `corymb compare` and `corymb results` do."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from corymb.simulations.data.sources import DIGITS
+from corymb.simulations.experiments.reader import parse_change, read, shipped
+from corymb.simulations.experiments.resolved import Resolved, resolve
+from corymb.simulations.grid.app_folder import load_app, run_app
+from corymb.simulations.results.claims import findings, put_into, table
+from corymb.simulations.results.folder import (
+    FinishedRun,
+    collect,
+    is_finished,
+    prepare,
+    require_free,
+    scores,
+    write,
+)
+from corymb.simulations.results.report import write_report
+from corymb.simulations.results.runner import Plan, run_all
+
+
+def simulate_experiments(
+    paths: list[Path],
+    changes: list[str],
+    out: Path | None,
+    jobs: int,
+    console: Console,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Run the experiments in `paths`; print the table and write the folder of each."""
+    settings = dict(map(parse_change, changes)) | dict(extra or {})
+    experiments = [read(path, settings) for path in paths]
+    if len({experiment.name for experiment in experiments}) < len(experiments):
+        raise ValueError("Two of the experiments have the same name, so they would share a folder; run one at a time.")
+    folders = [
+        out if out and len(experiments) == 1 else (out or Path("runs")) / experiment.name for experiment in experiments
+    ]
+    plans = [(resolve(experiment), folder) for experiment, folder in zip(experiments, folders, strict=True)]
+    reports = [
+        (resolved.experiment.name, _ranking(runs), write_report(resolved, runs, folder))
+        for (resolved, folder), runs in zip(plans, _carried_out(plans, jobs, console), strict=True)
+    ]
+    for name, ranking, report in reports:
+        if len(reports) > 1:
+            console.print(f"[bold]{escape(name)}[/bold]")
+        console.print(ranking)
+        console.print(f"Report: {report}", soft_wrap=True, markup=False)
+
+
+def _carried_out(plans: list[Plan], jobs: int, console: Console) -> Iterator[list[FinishedRun]]:
+    """The runs of each plan, whose folder is written as soon as they are over."""
+    for _, folder in plans:
+        require_free(folder)
+    for _, folder in plans:  # no mistake is left to be found: earlier results make way
+        prepare(folder)
+    with closing(run_all(plans, console, jobs)) as finished:
+        for (resolved, folder), runs in zip(plans, finished, strict=True):
+            write(resolved.experiment, runs, folder)
+            yield runs
+
+
+def _ranking(runs: list[FinishedRun]) -> Table:
+    """The rules of an experiment, best first."""
+    results = scores(runs)
+    best = max(results, key=lambda rule: results[rule][0])
+    ranking = Table(box=None, pad_edge=False, header_style="bold")
+    ranking.add_column("rule")
+    ranking.add_column("test accuracy %", justify="right")
+    for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -item[1][0]):
+        style = "bold" if rule == best else ""
+        ranking.add_row(escape(rule), f"{100 * mean:.2f} ± {100 * deviation:.2f}", style=style)
+    return ranking
+
+
+def measure_claims(
+    names: list[str], data: Path | None, out: Path, document: Path | None, jobs: int, console: Console
+) -> None:
+    """Run the shipped experiments called `names` (default: all that make claims), and tell what held.
+
+    An experiment whose results are already in `out`, with the same settings, is not run again.
+    """
+    found = {}
+    for name in names or shipped():
+        experiment = read(Path(name))
+        if experiment.claims:
+            if experiment.data.source != DIGITS:
+                if data is None:
+                    console.print(f"{name}: needs {experiment.data.source}; give the folder it is in with --data.")
+                    continue
+                experiment = read(Path(name), {"data.source": str(data / experiment.data.source)})
+            resolved = resolve(experiment)
+            found[name] = (experiment, findings(resolved, _runs(resolved, out / name, jobs, console)))
+    text = table(found)
+    if document is not None:
+        document.write_text(put_into(document.read_text() if document.exists() else "", text))
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _runs(resolved: Resolved, folder: Path, jobs: int, console: Console) -> list[FinishedRun]:
+    """The runs of an experiment in `folder`, made where they are not there."""
+    experiment = resolved.experiment
+    if is_finished(experiment, folder):
+        return collect(experiment, folder)
+    console.print(f"{experiment.name}: {experiment.setting}", markup=False)
+    (runs,) = _carried_out([(resolved, folder)], jobs, console)
+    return runs
+
+
+def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console) -> None:
+    """Run the Flower app in `folder` on a LocalGrid; its own log says what happens."""
+    app = load_app(folder)
+    logging.getLogger("flwr").setLevel(logging.INFO)
+    started = time.monotonic()
+    run_app(app, nodes, dict(map(parse_change, changes)))
+    console.print(f"Finished on {nodes} nodes in {time.monotonic() - started:.1f} s.")

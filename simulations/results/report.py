@@ -1,0 +1,53 @@
+"""The report: one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import base64
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from corymb.simulations.experiments.resolved import Resolved
+from corymb.simulations.results.folder import FinishedRun, scores
+from corymb.simulations.results.plots import draw_all
+
+
+def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> Path:
+    """Draw the pictures into `folder` and write `report.html` with everything in it."""
+    experiment, scenario = resolved.experiment, resolved.first
+    pictures = draw_all(runs, scenario, folder)
+    results = scores(runs)
+    best = max(results, key=lambda rule: results[rule][0])
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        experiment=experiment,
+        clients=len(scenario.names),
+        participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
+        rows=[
+            {
+                "title": rule.title,
+                "mean": results[rule.title][0],
+                "deviation": results[rule.title][1],
+                "seconds": np.mean([run.wall_seconds for run in runs if run.rule == rule.title]),
+                "settings": str(rule.make()),
+                "best": rule.title == best,
+            }
+            for rule in sorted(experiment.rules, key=lambda rule: -results[rule.title][0])
+        ],
+        pictures=[
+            {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}
+            for name, caption in pictures.items()
+        ],
+        runs=runs,
+        config=(folder / "config.toml").read_text(),
+        version=version("corymb"),
+        flwr=version("flwr"),
+        torch=version("torch"),
+    )
+    path = folder / "report.html"
+    path.write_text(page)
+    return path

@@ -1,0 +1,1 @@
+"""What `corymb new` begins from, and the promises that every rule keeps."""

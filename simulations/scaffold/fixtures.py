@@ -1,0 +1,88 @@
+"""A small model, replies to it and proxy data: what the promises of rules are tried on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corymb.strategies import Layout, Model, Outcome, Proxy, Reply, Report, Rule, VotingRule
+from corymb.strategies.core.rows import SingleRow
+from corymb.strategies.core.serialization import packed
+
+CLIENTS = 11  # enough for two hostile ones under Bulyan
+
+
+def make_module() -> nn.Module:
+    torch.default_generator.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def make_proxy(dtype: torch.dtype = torch.float32) -> Proxy:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(48, 4, generator=generator, dtype=torch.float64).to(dtype)
+    return Proxy(make_module().to(dtype), inputs, torch.arange(48) % 3)
+
+
+def first_model(dtype: torch.dtype = torch.float32) -> Model:
+    module = make_module().to(dtype)
+    return Layout.of_module(module).flatten(module.state_dict())
+
+
+def replies_to(origin: Model, seed: int = 0, clients: int = CLIENTS) -> list[Reply]:
+    """Sites that move the same way, more or less."""
+    generator = torch.Generator().manual_seed(seed)
+    size = origin.parameters.numel()
+    common = torch.randn(size, generator=generator)
+    noise = 0.5 * torch.randn(clients, size, generator=generator)
+    buffers = torch.rand(clients, origin.buffers.numel(), generator=generator)
+    return [
+        Reply(
+            Report(f"site-{i:02d}", 1 + 7 * i, {"accuracy": 0.3 + i / 20, "steps": 5.0}),
+            SingleRow(((origin.parameters + 0.1 * (common + noise[i])).to(origin.parameters.dtype),)),
+            0,
+            buffers[i].to(origin.buffers.dtype),
+        )
+        for i in range(clients)
+    ]
+
+
+def with_parts(reply: Reply, *parts: Tensor) -> Reply:
+    """`reply` with another model, in flat `parts`."""
+    return replace(reply, rows=SingleRow(parts), row=0)
+
+
+def one_round(rule: Rule[Any], origin: Model, replies: list[Reply], memory: Any = None, **options: Any) -> Outcome[Any]:
+    """One round, of which every site is known."""
+    known = [f"site-{i:02d}" for i in range(CLIENTS)]
+    proxy = make_proxy(origin.parameters.dtype)
+    memory = rule.initial() if memory is None else memory
+    return rule.aggregate(origin, replies, memory, options.get("known", known), proxy)
+
+
+def learnt(rule: Rule[Any], outcome: Outcome[Any]) -> Tensor:
+    """What a round learnt as one vector: the model, or all voters'."""
+    if isinstance(rule, VotingRule) and outcome.memory.models is not None:
+        models: Tensor = outcome.memory.models
+        return models.reshape(-1)
+    return outcome.model.parameters
+
+
+def alike(one: Any, two: Any) -> bool:
+    """Equal to the last bit, tensors included."""
+    (plain, tensors), (others, their_tensors) = packed(one), packed(two)
+    same = tensors.keys() == their_tensors.keys()
+    return bool(plain == others) and same and all(equal(tensors[name], their_tensors[name]) for name in tensors)
+
+
+def equal(one: Tensor, two: Tensor) -> bool:
+    """To the last bit; NaN is NaN."""
+    if one.shape != two.shape or one.dtype != two.dtype:
+        return False
+    return bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+def close(one: Tensor, two: Tensor, tolerance: float = 1e-4) -> bool:
+    return bool(torch.allclose(one.double(), two.double(), rtol=tolerance, atol=tolerance))

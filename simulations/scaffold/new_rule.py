@@ -1,0 +1,41 @@
+"""A folder to begin a rule of one's own in: `corymb new NAME`."""
+
+from __future__ import annotations
+
+import keyword
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from corymb.strategies import known_rules
+
+KINDS = ("sighted", "blind")
+
+
+def new_rule(name: str, kind: str, parent: Path) -> Path:
+    """Make the folder `parent/name` with a rule, its entry point, its test and an experiment; the folder.
+
+    Raises `ValueError` for a name that is no Python name or is taken, or a folder that is there already.
+    """
+    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
+        raise ValueError(f"The name {name!r} cannot be a module's; use small letters, digits and underscores.")
+    if name in known_rules():
+        raise ValueError(f"There is a rule {name!r} already; choose another name.")
+    if kind not in KINDS:
+        raise ValueError(f"The kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
+    folder = parent / name
+    if folder.exists():
+        raise ValueError(f"There is something at {folder} already; choose another name or folder.")
+    templates = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=templates, undefined=StrictUndefined, keep_trailing_newline=True)
+    title = "".join(part.capitalize() for part in name.split("_"))
+    folder.mkdir(parents=True)
+    for template, file in (
+        ("pyproject.toml", "pyproject.toml"),
+        (f"{kind}.py", f"{name}.py"),
+        ("test.py", f"test_{name}.py"),
+        ("experiment.toml", f"{name}.toml"),
+    ):
+        text = environment.get_template(f"{template}.j2").render(name=name, title=title)
+        (folder / file).write_text(text)
+    return folder

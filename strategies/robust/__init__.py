@@ -1,0 +1,1 @@
+"""Rules that withstand hostile sites."""

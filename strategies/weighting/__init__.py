@@ -1,0 +1,1 @@
+"""Rules that weigh sites of unequal worth."""

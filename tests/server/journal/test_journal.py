@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from corymb.server.journal import Journal
+from corymb.server.journal.files import sha256
+from corymb.server.rounds.backup_workers import Gradients, Learnt
+from corymb.server.rounds.record import RoundRecord, Verdict
+from corymb.server.rounds.state import RunState, Spent
+from corymb.strategies import Layout
+from corymb.strategies.core.serialization import packed
+from corymb.strategies.core.server_optimizer import Moments
+from corymb.strategies.participation.fedau import Attendance
+
+STATE = {"w": torch.arange(6.0).reshape(2, 3).t(), "n": torch.tensor(3), "h": torch.ones(2).bfloat16()}
+
+
+def state(model: Mapping[str, Tensor] = STATE, memory: object = None) -> RunState:
+    return RunState(Layout.of(model).flatten(model), memory)
+
+
+def record(number: int) -> RoundRecord:
+    return RoundRecord(
+        number,
+        (
+            Verdict("a", "offline", "a: error 3: Off."),
+            Verdict("b", "admitted", "", 5, 0.5, {"loss": 1.5}),
+            Verdict("c", "offline", f"c: error 3: Off for the {number}th time."),
+            Verdict("d", "shape", "d: wrong."),
+        ),
+        train={"loss": 1.5},
+        server={"accuracy": 0.25},
+        seconds=0.1,
+    )
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for number in (1, 2, 3):
+        journal.write(record(number), state())
+    journal.close()
+    reopened = Journal(tmp_path)
+    assert list(reopened.rounds()) == [record(1), record(2), record(3)]
+    model = reopened.model()
+    assert all(torch.equal(model[name], tensor) and model[name].dtype == tensor.dtype for name, tensor in STATE.items())
+    assert reopened.model_sha256() == sha256(tmp_path / "model-000003.safetensors")
+    reopened.close()
+
+
+def test_only_the_last_two_models_are_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    memory = Attendance(("a",), *(torch.ones(1) for _ in range(4)))
+    for number in range(1, 6):
+        journal.write(record(number), state(memory=memory))
+    journal.close()
+    kept = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert kept == [f"{kind}-00000{n}.safetensors" for kind in ("model", "state") for n in (4, 5)]
+    tensors = load_file(tmp_path / "state-000005.safetensors")
+    assert tensors.keys() == {f"memory.{name}" for name in ("closed", "open", "mean", "examples")}
+
+
+def test_a_round_that_was_not_committed_did_not_happen(tmp_path: Path) -> None:
+    """The model of round 2 is in place and its row fails, as after a crash in between."""
+    journal = Journal(tmp_path)
+    journal.write(record(1), state())
+    twice = record(2)
+    twice = replace(twice, verdicts=(*twice.verdicts, twice.verdicts[1]))
+    with pytest.raises(Exception, match="UNIQUE"):
+        journal.write(twice, state({"w": torch.zeros(1)}))
+    assert [r.round for r in journal.rounds()] == [1]
+    assert torch.equal(journal.model()["w"], STATE["w"])
+    journal.close()
+
+
+def test_rounds_that_are_not_durable_are_committed_together(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, durable=False)
+    for number in range(1, 5):
+        journal.write(record(number), state({"w": torch.full((1,), float(number))}))
+    assert list(Journal(tmp_path, durable=False).rounds()) == []
+    journal.commit()
+    other = Journal(tmp_path, durable=False)
+    assert [r.round for r in other.rounds()] == [1, 2, 3, 4]
+    assert other.model()["w"].item() == 4
+    other.close()
+    journal.write(record(5), state())
+    journal.close()
+    reopened = Journal(tmp_path)
+    assert list(reopened.rounds()) == [record(number) for number in range(1, 6)]
+    assert reopened.model_sha256() == sha256(tmp_path / "model-000005.safetensors")
+    reopened.close()
+
+
+def test_an_empty_journal_says_so(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    with pytest.raises(LookupError, match="no round yet"):
+        journal.model()
+    journal.close()
+
+
+def test_a_state_is_json_and_tensors_and_comes_back_whole(tmp_path: Path) -> None:
+    """All of it: memories, moments, what a policy of waiting has learnt, who is known, what is spent."""
+    attendance = Attendance(("a", "b"), *(torch.rand(2) for _ in range(4)))
+    learnt = Learnt(Gradients(0.5, 2.0), 3, (0.1,), (1.5, 2.5), (2, 1), 2, 0.7)
+    whole = replace(
+        state(memory=attendance),
+        moments=Moments({"step": torch.tensor(2.0), "exp_avg": torch.rand(8)}),
+        candidate_memories=(None, attendance),
+        round_size=learnt,
+        known=frozenset({"b", "a", "c"}),
+        spent=Spent(9, 7),
+        round=4,
+    )
+    journal = Journal(tmp_path)
+    journal.write(record(4), whole)
+    (text,) = journal._database.execute("SELECT state FROM rounds").fetchone()
+    plain = json.loads(text)
+    assert plain["memory"]["nodes"] == ["a", "b"]
+    assert plain["memory"]["mean"] == {"$tensor": "memory.mean"}
+    assert plain["known"] == ["a", "b", "c"]
+    first = replace(
+        state({name: torch.zeros_like(tensor) for name, tensor in STATE.items()}, Attendance()),
+        moments=Moments(),
+        candidate_memories=(None, Attendance()),
+        round_size=Learnt(),
+    )
+    back = journal.state(first)
+    journal.close()
+    assert back.round_size == learnt
+    assert (back.known, back.spent, back.round) == (whole.known, whole.spent, 4)
+    assert torch.equal(back.model.parameters, whole.model.parameters)
+    assert packed_equal(back, whole)
+
+
+def packed_equal(one: RunState, two: RunState) -> bool:
+    (plain, tensors), (others, theirs) = (packed(replace(each, model=None)) for each in (one, two))  # type: ignore[arg-type]
+    return bool(plain == others) and all(torch.equal(tensors[name], theirs[name]) for name in tensors | theirs)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corymb.protocol.codec import to_arrays
+from corymb.server import FlowerStrategy
+from corymb.server.rounds.arrivals import arrivals
+from corymb.server.rounds.requests import push
+from corymb.server.rounds.roster import connected, sample, wait_for
+from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.strategies import FedAvg
+from corymb.tests.support import content
+
+
+def echo(message: Message, context: Context) -> Message:
+    return Message(RecordDict(), reply_to=message)
+
+
+class Slow(LocalGrid):
+    """Never answers the first message."""
+
+    stream = None  # type: ignore[assignment]  # replies are pulled
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return super().pull_messages([id_ for id_ in message_ids if id_ != "message-1"])
+
+
+def pushed(grid: LocalGrid) -> dict[str, Message]:
+    return push(grid, [Message(RecordDict(), node_id, "train") for node_id in connected(grid).values()])
+
+
+def test_a_node_that_never_answers_delays_nobody_else() -> None:
+    grid = Slow(echo, 4)
+    started = time.monotonic()
+    seen = [reply.metadata.src_node_id for reply in arrivals(grid, pushed(grid), timeout=0.5)]
+    assert seen == [1001, 1002, 1003]
+    assert time.monotonic() - started < 5
+
+
+def test_one_reply_at_a_time_is_in_memory() -> None:
+    """Each reply must be gone when the next site begins to train."""
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    def site(message: Message, context: Context) -> Message:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        tensor = torch.ones(1000)
+        alive.append(weakref.ref(tensor))
+        return Message(content({"w": tensor}), reply_to=message)
+
+    strategy = FlowerStrategy(FedAvg(), fraction_evaluate=0)
+    strategy.start(LocalGrid(site, 8), to_arrays({"w": torch.zeros(1000)}), num_rounds=2)
+    assert len(alive) == 16
+    assert most == 0
+
+
+def test_waiting_for_nodes_gives_up_with_both_numbers() -> None:
+    with pytest.raises(TimeoutError, match="Only 2 of the 3 nodes needed connected within 0 s"):
+        wait_for(LocalGrid(echo, 2), 3, timeout=0)
+
+
+class Growing(LocalGrid):
+    """Nodes register one by one, as in the first seconds of a deployment."""
+
+    there = 0
+    is_complete = False
+
+    def get_nodes(self) -> list[Any]:
+        self.there += 1
+        return super().get_nodes()[: self.there]
+
+
+def test_waiting_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corymb.server.rounds.roster.POLL_SECONDS", 0)
+    assert len(wait_for(Growing(echo, 9), 4, timeout=5)) == 4
+
+
+def test_names_are_kept_where_they_are_unique() -> None:
+    grid = LocalGrid(echo, ["a", "b", "b", ""])
+    assert connected(grid) == {"a": 1000, "b-1001": 1001, "b-1002": 1002, "node-1003": 1003}
+
+
+@given(st.sets(st.text(min_size=1), min_size=1), st.floats(0, 1), st.integers(), st.integers())
+def test_samples_depend_on_names_and_seed_only(names: set[str], fraction: float, seed: int, number: int) -> None:
+    chosen = sample(names, fraction, seed, number)
+    assert chosen == sample(sorted(names, reverse=True), fraction, seed, number)
+    assert set(chosen) <= names
+    assert len(chosen) == (0 if fraction == 0 else max(1, round(fraction * len(names))))
+
+
+def test_rounds_draw_different_samples() -> None:
+    names = [str(i) for i in range(100)]
+    assert sample(names, 0.1, 0, 1) != sample(names, 0.1, 0, 2)

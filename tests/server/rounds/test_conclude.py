@@ -1,0 +1,218 @@
+"""One round as a value: `conclude` alone, our loop and Flower's own `start()` decide alike, for every rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from corymb.protocol.codec import to_arrays, to_state
+from corymb.protocol.flower import inside_task, stamp
+from corymb.server import (
+    CandidateElection,
+    FlowerStrategy,
+    Method,
+    Requests,
+    Round,
+    RoundRecord,
+    RunState,
+    conclude,
+)
+from corymb.simulations.grid.local_grid import FIRST_NODE_ID, LocalGrid
+from corymb.simulations.scaffold.fixtures import make_module, make_proxy
+from corymb.strategies import RULES, FedAvg, Layout, Median, Rule, ServerOptimizer, make_rule
+from corymb.strategies.core.serialization import packed
+from corymb.tests.support import NEEDED
+
+NAMES = [f"site-{i:02d}" for i in range(5)]  # what FedDA and FedGP call their target is among them
+LAYOUT = Layout.of_module(make_module())
+STATE = make_module().state_dict()
+QUICK: dict[str, dict[str, Any]] = {"fedlaw": {"epochs": 2}, "run_off_distillation": {"epochs": 1}}
+CLASSIFIER = {"weight_matching"}  # what it matches has no norm layer
+
+
+def rule_of(name: str) -> Rule[Any]:
+    return make_rule(name, **{**NEEDED.get(name, {}), **QUICK.get(name, {})})
+
+
+# What a site answers with: a seed for its update, its examples, or what is wrong with the reply.
+Answer = tuple[int, int, str]
+answers = st.tuples(st.integers(0, 99), st.integers(1, 50), st.sampled_from(["", "", "", "", "nan", "shape", "error"]))
+rounds = st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES, answers)), min_size=1, max_size=3)
+
+
+def answered(message: Message, answer: Answer) -> Message:
+    """The reply of a site that got `message`."""
+    seed, examples, wrong = answer
+    if wrong == "error":
+        return Message(Error(99, "out of memory"), reply_to=message)
+    generator = torch.Generator().manual_seed(seed)
+    received = to_state(next(r for r in message.content.values() if isinstance(r, ArrayRecord)))
+    sent = {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
+        for name, tensor in received.items()
+    }
+    sent["1.running_var"] = sent["1.running_var"].abs()
+    if wrong == "nan":
+        sent["0.bias"] = torch.full_like(sent["0.bias"], torch.nan)
+    if wrong == "shape":
+        sent["0.bias"] = torch.zeros(99)
+    metrics = {"num-examples": examples, "loss": 1.0 + seed, "accuracy": 0.5, "steps": 3}
+    return Message(RecordDict({"arrays": to_arrays(sent), "metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+def federation(plan: list[dict[str, Answer]]) -> LocalGrid:
+    """Sites that answer as planned, round by round."""
+
+    def site(message: Message, context: Context) -> Message:
+        config = next(r for r in message.content.values() if isinstance(r, ConfigRecord))
+        number = int(config["server-round"])  # type: ignore[arg-type]
+        return answered(message, plan[number - 1][NAMES[int(context.node_config["partition-id"])]])
+
+    return LocalGrid(site, NAMES)
+
+
+def alone(method: Method, plan: list[dict[str, Answer]]) -> tuple[RunState, list[RoundRecord]]:
+    """The rounds by `conclude` alone: no grid, no loop; messages are made here, and replies come in reverse."""
+    inside_task(1, 1)
+    state, records = method.initial(LAYOUT.flatten(STATE)), []
+    for number, mine in enumerate(plan, 1):
+        sent: dict[str, Message] = {}
+        for row, name in enumerate(NAMES):
+            model = method.rule.model_for(name, state.model, state.memory)
+            arrays, config = to_arrays(LAYOUT.restore(model)), ConfigRecord({"server-round": number})
+            message = Message(RecordDict({"arrays": arrays, "config": config}), FIRST_NODE_ID + row, "train")
+            stamp(message, f"{number}-{name}")
+            sent[name] = message
+        requests = Requests({m.metadata.message_id: name for name, m in sent.items()}, tuple(NAMES))
+        replies = [answered(sent[name], mine[name]) for name in reversed(NAMES)]
+        state, record = conclude(state, Round(number, method, requests), iter(replies))
+        records.append(record)
+    return state, records
+
+
+def looped(method: Method, plan: list[dict[str, Answer]], start: Any) -> tuple[RunState, list[RoundRecord]]:
+    """The same through a Flower strategy, under our `start()` or Flower's."""
+    records: list[RoundRecord] = []
+
+    class Recorded(FlowerStrategy):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            result = super().aggregate_train(server_round, replies)
+            records.append(self.record)
+            return result
+
+    strategy = Recorded(
+        method.rule,
+        server_optimizer=method.server_optimizer,
+        proxy=method.proxy,
+        fraction_evaluate=0,
+        buffers=[entry.name for entry in LAYOUT.buffers],
+    )
+    start(strategy, federation(plan), to_arrays(STATE), num_rounds=len(plan))
+    return strategy.state, records
+
+
+def everything(state: RunState) -> tuple[Any, Mapping[str, Tensor]]:
+    plain, tensors = packed(replace(state, model=None))  # type: ignore[arg-type]
+    return plain, tensors | {"model": state.model.parameters, "buffers": state.model.buffers}
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    return torch.equal(one, two) or bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in CLASSIFIER])
+@given(plan=rounds)
+@settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
+def test_conclude_alone_the_loop_and_flowers_start_agree(name: str, plan: list[dict[str, Answer]]) -> None:
+    rule = rule_of(name)
+    method = Method(rule, ServerOptimizer("SGD", 0.5, {"momentum": 0.9}), proxy=make_proxy())
+    found = [alone(method, plan), looped(method, plan, FlowerStrategy.start), looped(method, plan, Strategy.start)]
+    (state, records), others = found[0], found[1:]
+    plain, tensors = everything(state)
+    for other, told in others:
+        assert [replace(r, seconds=0.0) for r in told] == records
+        theirs, their_tensors = everything(other)
+        assert theirs == plain
+        assert tensors.keys() == their_tensors.keys()
+        assert all(same(tensors[key], their_tensors[key]) for key in tensors)
+    for number, (record, mine) in enumerate(zip(records, plan, strict=True), 1):
+        assert record.round == number
+        assert [verdict.node for verdict in record.verdicts] == NAMES
+        assert {v.node for v in record.admitted} == {name for name, (_, _, wrong) in mine.items() if not wrong}
+    assert state.round == len(plan)
+    assert state.known == frozenset(NAMES)
+    assert state.spent.messages == len(plan) * len(NAMES)
+    assert state.spent.admitted == sum(len(record.admitted) for record in records)
+    assert state.model.parameters.isfinite().all()
+
+
+@given(plan=rounds)
+@settings(max_examples=10)
+def test_nothing_that_is_passed_in_is_changed(plan: list[dict[str, Answer]]) -> None:
+    method = Method(make_rule("fedvarp"), ServerOptimizer("Adam", 0.1))
+    state, _ = alone(method, plan)
+    plain, tensors = everything(state)
+    kept = {key: tensor.clone() for key, tensor in tensors.items()}
+    requests = Requests({}, tuple(NAMES))
+    for _ in range(2):
+        conclude(state, Round(state.round + 1, method, requests), iter(()))
+    assert everything(state)[0] == plain
+    assert all(same(tensors[key], kept[key]) for key in kept)
+
+
+def message_to(name: str, number: int = 1) -> Message:
+    inside_task(1, 1)
+    arrays = to_arrays(STATE)
+    message = Message(RecordDict({"arrays": arrays, "c": ConfigRecord()}), FIRST_NODE_ID + NAMES.index(name), "train")
+    stamp(message, f"{number}-{name}")
+    return message
+
+
+def test_replies_are_told_by_the_message_that_they_answer() -> None:
+    """FAULTS S1: also where the SuperLink made them under its own node id; a second one of a node is not read."""
+    method = Method(FedAvg())
+    sent = [message_to(name) for name in NAMES[:3]]
+    requests = Requests({m.metadata.message_id: n for m, n in zip(sent, NAMES, strict=False)}, tuple(NAMES[:3]))
+    failed = Message(Error(5, "offline"), reply_to=sent[2])
+    failed.metadata.__dict__["_src_node_id"] = 1
+    replies = [answered(sent[0], (1, 1, "")), answered(sent[0], (2, 9, "")), failed]
+    state, record = conclude(method.initial(LAYOUT.flatten(STATE)), Round(1, method, requests), iter(replies))
+    assert [(v.node, v.code) for v in record.verdicts] == [
+        ("site-00", "admitted"),
+        ("site-01", "silent"),
+        ("site-02", "offline"),
+    ]
+    assert record.notes["second-replies"] == 1
+    expected = LAYOUT.flatten(to_state(replies[0].content["arrays"]))  # type: ignore[arg-type]
+    torch.testing.assert_close(state.model.parameters, expected.parameters)
+
+
+def test_an_election_is_part_of_the_decision() -> None:
+    """Sites that prefer the model before the round get it, and nothing of the round's momentum stays."""
+    method = Method(FedAvg(), ServerOptimizer("SGD", 1.0, {"momentum": 0.9}), CandidateElection((Median(),)))
+    state = method.initial(LAYOUT.flatten(STATE))
+    sent = {name: message_to(name) for name in NAMES}
+    requests = Requests({m.metadata.message_id: n for n, m in sent.items()}, tuple(NAMES))
+    replies = [answered(m, (seed, 1, "")) for seed, m in enumerate(sent.values())]
+
+    def evaluate(model: Any) -> Any:
+        loss = float((model.parameters - state.model.parameters).norm())
+        metrics = MetricRecord({"num-examples": 1, "loss": loss})
+        for name, message in sent.items():
+            yield name, Message(RecordDict({"m": metrics}), reply_to=message)
+
+    after, record = conclude(state, Round(1, method, requests), iter(replies), evaluate)
+    assert record.notes["elected"] == 2
+    assert after.model is state.model
+    assert after.moments == state.moments
+    with pytest.raises(ValueError, match="give conclude a function that has them evaluate"):
+        conclude(state, Round(1, method, requests), iter(replies))

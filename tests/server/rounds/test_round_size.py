@@ -1,0 +1,110 @@
+"""How many replies a round waits for, on a grid whose sites answer after their own time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from corymb.protocol.codec import to_arrays, to_state
+from corymb.protocol.records import of_kind
+from corymb.server import DynamicBackupWorkers, FlowerStrategy, RoundRecord, RoundSize, WaitForShare
+from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.strategies import FedAvg, Model, Reply
+from corymb.strategies.core.serialization import packed, unpacked
+
+SECONDS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.6]  # the last site is slow
+
+
+class Slow(LocalGrid):
+    """Replies can be pulled after their site's time."""
+
+    stream = None  # type: ignore[assignment]  # replies are pulled
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = super().push_messages(messages)
+        self.pushed = time.monotonic()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        passed = time.monotonic() - self.pushed
+        ready = [
+            id_
+            for id_ in message_ids
+            if id_ in self._waiting and passed >= SECONDS[self._waiting[id_].metadata.dst_node_id - 1000]
+        ]
+        return super().pull_messages(ready)
+
+
+def quadratic(noise: float) -> ClientApp:
+    """Sites that go a tenth of the way to zero, give or take; the loss is half the squared distance."""
+    app = ClientApp()
+    generator = torch.Generator().manual_seed(0)
+
+    @app.train()
+    def _train(message: Message, context: Context) -> Message:
+        w = to_state(of_kind(message.content, ArrayRecord)[0])["w"]
+        gradient = w + noise * torch.randn(w.shape, generator=generator)
+        metrics = MetricRecord({"num-examples": 1, "loss": 0.5 * float(w.square().sum())})
+        content: dict[str, ArrayRecord | MetricRecord] = {"arrays": to_arrays({"w": w - 0.1 * gradient}), "m": metrics}
+        return Message(RecordDict(content), reply_to=message)  # type: ignore[arg-type]
+
+    return app
+
+
+def waited(size: RoundSize[Any] | None, noise: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0.002)
+    monkeypatch.setattr("corymb.server.rounds.arrivals.SLOWEST_POLL_SECONDS", 0.002)
+    records: list[RoundRecord] = []
+    strategy = FlowerStrategy(FedAvg(), round_size=size, fraction_evaluate=0, on_round=records.append)
+    strategy.start(Slow(quadratic(noise), len(SECONDS)), to_arrays({"w": torch.ones(20)}), num_rounds=5)
+    return [len(record.admitted) for record in records]
+
+
+def test_without_a_policy_all_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waited(None, 0.0, monkeypatch) == [6] * 5
+
+
+def test_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waited(WaitForShare(0.5), 0.0, monkeypatch) == [3] * 5
+    with pytest.raises(ValueError, match=r"share = 1.5 must lie in \(0, 1\]"):
+        WaitForShare(1.5)
+
+
+def test_a_slow_site_is_not_worth_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise every update says the same, so one is enough; the loss never rises."""
+    counts = waited(DynamicBackupWorkers(rate=0.1), 0.01, monkeypatch)
+    assert counts[0] == 6
+    assert all(count < 6 for count in counts[2:])
+
+
+def test_nothing_to_gain_takes_all() -> None:
+    """Nor where the loss rose, as it did here in the second round."""
+    size, origin = DynamicBackupWorkers(), Model(torch.zeros(2))
+    chosen, learnt = size.choose(5, size.initial())
+    assert chosen == 5
+    for loss in (1.0, 2.0):
+        learnt = size.observer(learnt, origin).learnt(loss)
+        learnt = size.after([1.0, 2.0], learnt)
+    assert learnt.rose
+    assert size.choose(5, learnt)[0] == 5
+
+
+def test_what_is_learnt_survives_storage() -> None:
+    """And so do the places at which replies come: the mean over the rounds, not every time."""
+    size, origin = DynamicBackupWorkers(rate=0.5), Model(torch.zeros(2))
+    learnt = size.initial()
+    for seconds, loss in (([0.1, 0.3], 2.0), ([0.3, 0.5, 0.9], 1.0)):
+        observer = size.observer(learnt, origin)
+        list(observer.watch(iter([Reply.of("a", torch.ones(2)), Reply.of("b", torch.tensor([0.5, 2.0]))])))
+        learnt = size.after(seconds, observer.learnt(loss))
+    assert learnt.times == pytest.approx((0.2, 0.4, 0.9))
+    assert learnt.rounds == (2, 2, 1)
+    plain, tensors = packed(learnt)
+    assert unpacked(size.initial(), json.loads(json.dumps(plain)), tensors) == learnt

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import gzip
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corymb.simulations.data.examples import Examples, Source
+from corymb.simulations.data.partition import by_site, dirichlet, iid, shards
+from corymb.simulations.data.population import Population
+from corymb.simulations.data.sources import DataSettings
+
+
+def load(source: str, **settings: object) -> Source:
+    return DataSettings(source=source, **settings).load()
+
+
+def test_digits() -> None:
+    source = load("digits")
+    assert source.train.inputs.shape == (1438, 1, 8, 8)
+    assert source.classes == 10
+    assert np.bincount(source.test.targets).min() >= 34  # a fifth of every class
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files(tmp_path: Path, suffix: str) -> None:
+    for part, count in (("train", 5), ("t10k", 3)):
+        pixels = np.full((count, 2, 4), 255, np.uint8)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", np.arange(count, dtype=np.uint8))):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">i4").tobytes()
+            data = header + array.tobytes()
+            (tmp_path / f"{part}-{kind}-ubyte{suffix}").write_bytes(gzip.compress(data) if suffix else data)
+    source = load(str(tmp_path))
+    assert source.train.inputs.shape == (5, 1, 2, 4)
+    assert source.train.inputs.max() == 1
+    assert source.test.targets.tolist() == [0, 1, 2]
+
+
+def test_npz(tmp_path: Path) -> None:
+    x, y = np.random.default_rng(0).random((50, 3)), np.arange(50) % 5
+    np.savez(tmp_path / "one.npz", x=x, y=y)
+    np.savez(tmp_path / "two.npz", x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])
+    np.savez(tmp_path / "bad.npz", inputs=x)
+    assert len(load(str(tmp_path / "one.npz")).test) == 10
+    assert len(load(str(tmp_path / "two.npz")).test) == 4
+    with pytest.raises(ValueError, match="holds inputs; name its arrays"):
+        load(str(tmp_path / "bad.npz"))
+    np.savez(tmp_path / "uneven.npz", x=x, y=y[:40])
+    with pytest.raises(ValueError, match="50 inputs for 40 labels"):
+        load(str(tmp_path / "uneven.npz"))
+
+
+SITES = {
+    "one": "1,2,?,0\n3,4,?,1\n5,6,7,2\n1,1,?,0\n",
+    "two": "9,8,?,1\n?,6,?,1\n4,4,4,0\n7,1,?,3\n",
+}
+
+
+def test_one_table_per_site(tmp_path: Path) -> None:
+    """The third column is mostly missing and goes; then the row that still has a gap."""
+    for name, text in SITES.items():
+        (tmp_path / f"processed.{name}.data").write_text(text)
+    (tmp_path / "README.md").write_text("not data")
+    source = load(str(tmp_path), positive_above=0, test_fraction=0.3)
+    sites = [*(source.train.sites or ()), *(source.test.sites or ())]
+    assert sorted(sites) == ["one"] * 4 + ["two"] * 3
+    assert source.train.inputs.shape[1] == 2
+    assert source.classes == 2
+    parts, names = by_site(source.train.sites or ())
+    assert names == ["one", "two"]
+    assert sum(map(len, parts)) == len(source.train)
+
+
+def test_csv_with_names(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("disease,age,height\n" + "".join(f"{i % 2},{i},{2 * i}\n" for i in range(20)))
+    source = load(str(path), label="disease")
+    assert source.train.inputs.shape[1] == 2
+    assert source.train.sites is None
+    assert abs(float(source.train.inputs.std()) - 1) < 0.2
+    with pytest.raises(ValueError, match="no column 'illness'; it has disease, age, height"):
+        load(str(path), label="illness")
+    for text, message in (
+        ("age,label\n", "the rows of"),
+        ("1,2,3\n4,5\n", "the rows of"),
+        ("1,0\n2,0.5\n3,1\n", "no whole numbers"),
+        ("1,0\n2,-1\n3,1\n", "negative"),
+        ("1,0\n2,1\n", "to test on"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(str(path))
+    path.write_text("age,label\n1,2\nold,3\n")
+    with pytest.raises(ValueError, match="a cell that is no number"):
+        load(str(path))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    from io import BytesIO
+
+    import pyarrow as pa
+    from PIL import Image
+    from pyarrow import parquet
+
+    def picture(shade: int) -> dict[str, bytes]:
+        file = BytesIO()
+        Image.new("RGB", (4, 6), (shade, 0, 0)).save(file, "PNG")
+        return {"bytes": file.getvalue()}
+
+    for part, count in (("train", 6), ("test", 2)):
+        columns = {"image": [picture(255) for _ in range(count)], "label": list(range(count))}
+        parquet.write_table(pa.table(columns), tmp_path / f"{part}.parquet")
+    source = load(str(tmp_path))
+    assert source.train.inputs.shape == (6, 3, 6, 4)
+    assert source.train.inputs[0, :, 0, 0].tolist() == [1, 0, 0]
+    numbers = tmp_path / "numbers.parquet"
+    parquet.write_table(pa.table({"a": [1.0] * 10, "b": [2.0] * 10, "target": [0, 1] * 5}), numbers)
+    assert load(str(numbers)).train.inputs.shape == (8, 2)
+
+
+def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data at 'nowhere'"):
+        load("nowhere")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"no known kind \(found: \.txt\)"):
+        load(str(tmp_path))
+
+
+@given(st.integers(1, 30), st.integers(0, 1000), st.floats(0.01, 100))
+def test_every_partition_uses_every_row_once_and_leaves_nobody_empty(clients: int, seed: int, alpha: float) -> None:
+    labels = np.random.default_rng(seed).integers(0, 4, 60)
+    for partition in (iid, shards, partial(dirichlet, alpha=alpha)):
+        parts = partition(labels, clients, np.random.default_rng(seed))
+        assert sorted(np.concatenate(parts)) == list(range(60))
+        assert min(map(len, parts)) > 0
+        again = partition(labels, clients, np.random.default_rng(seed))
+        assert all((a == b).all() for a, b in zip(parts, again, strict=True))
+
+
+def test_alpha_says_how_mixed_the_clients_are() -> None:
+    labels = np.repeat(np.arange(10), 100)
+    examples = Examples(torch.zeros(1000, 1), torch.from_numpy(labels))
+
+    def purity(alpha: float) -> float:
+        parts = dirichlet(labels, 20, np.random.default_rng(0), alpha)
+        return float(Population.of(examples, parts).labels(10).max(axis=1).mean())
+
+    assert purity(0.05) > 0.7
+    assert purity(100) < 0.2
