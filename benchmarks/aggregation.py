@@ -19,9 +19,9 @@ from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from flwr.serverapp.strategy.multikrum import compute_distances
 
 from corymb.strategies import Model, Reply
+from corymb.strategies.core.blind import WeightedSum
 from corymb.strategies.core.geometry import squared_distances
 from corymb.strategies.core.order_statistics import median, middle
-from corymb.strategies.core.weighted_sum import WeightedSum
 
 
 def seconds(*works: Callable[[], Any], repeats: int = 5) -> list[float]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from corymb.strategies.core.layout import Model
 from corymb.strategies.core.reply import Reply
 from corymb.strategies.core.rows import Matrix, Rows
-from corymb.strategies.core.weighted_sum import WeightedSum
 
 Place = tuple[Rows, int]  # rows, and which of them
 
@@ -44,10 +42,14 @@ class RoundModels:
 
     def mixed(self, centre: Tensor, weights: Tensor) -> Tensor:
         """`centre + sum_k weights[k] * (models[k] - centre)`, `[P]`, for `weights [K]`."""
-        total = WeightedSum(Model(centre))
+        total = torch.zeros(centre.numel(), dtype=torch.float64)
+        by_rows: dict[Rows, Tensor] = {}
         for (rows, row), weight in zip(self._places, weights.tolist(), strict=True):
-            total.add_row(rows, row, weight)
-        return total.model(1.0).parameters
+            by_rows.setdefault(rows, torch.zeros(rows.count, dtype=torch.float64))[row] += weight
+        started = [rows.add_to(total, theirs, centre) for rows, theirs in by_rows.items()]
+        for finish in started:
+            finish()
+        return total.add_(centre).to(centre.dtype)
 
     def distances(self, centre: Tensor) -> Tensor:
         """The distance of each model from `centre [P]`, `[K]` float64."""

@@ -12,12 +12,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from corymb.strategies.core.blind import WeightedSum
 from corymb.strategies.core.layout import Model
 from corymb.strategies.core.proxy import Proxy
 from corymb.strategies.core.reply import Reply, class_counts
 from corymb.strategies.core.rule import Outcome, Rule
 from corymb.strategies.core.validation import at_least
-from corymb.strategies.core.weighted_sum import WeightedSum
 from corymb.strategies.voting.election import Election
 
 
