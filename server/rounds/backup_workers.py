@@ -111,15 +111,15 @@ class DynamicBackupWorkers(RoundSize[Learnt]):
         """Nothing yet."""
         return Learnt()
 
-    def choose(self, asked: int, learnt: Learnt) -> tuple[int, Learnt]:
+    def choose(self, requested: int, learnt: Learnt) -> tuple[int, Learnt]:
         """See `RoundSize.choose`."""
-        chosen = asked
+        chosen = requested
         if learnt.gradients is not None and learnt.smooth:
-            expected = gains(learnt.gradients, fmean(learnt.smooth), self.rate, asked)
-            chosen = replies_to_wait_for(expected, [learnt.time(k) for k in range(1, asked + 1)])
+            expected = gains(learnt.gradients, fmean(learnt.smooth), self.rate, requested)
+            chosen = replies_to_wait_for(expected, [learnt.time(k) for k in range(1, requested + 1)])
         if learnt.rose:
             chosen = max(chosen, learnt.waited + 1)
-        chosen = min(chosen, asked)
+        chosen = min(chosen, requested)
         return chosen, replace(learnt, waited=chosen)
 
     def observer(self, learnt: Learnt, origin: Model) -> GradientSums:

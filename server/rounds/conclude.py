@@ -21,11 +21,11 @@ Evaluate = Callable[[Model], Named]
 
 
 @dataclass
-class _Heard:
-    """What the door said of each node's reply, and who replied a second time, which is not read."""
+class _Checked:
+    """The door's result for each node's first reply, and the number of further replies, which are not read."""
 
-    verdicts: dict[str, Report | Rejection] = field(default_factory=dict)
-    again: list[str] = field(default_factory=list)
+    by_node: dict[str, Report | Rejection] = field(default_factory=dict)
+    second_replies: int = 0
 
 
 def conclude(
@@ -39,10 +39,10 @@ def conclude(
     candidate election calls it, and where there is one it must be given.
     """
     method, requests = round.method, round.requests
-    state = state.knowing(requests.asked).knowing(requests.connected.values())
+    state = state.knowing(requests.nodes).knowing(requests.connected.values())
     door = Door(state.model.layers, method.examples_key, method.rule.wants_steps)
-    heard = _Heard()
-    admitted = _admitted(door, requests, replies, heard)
+    checked = _Checked()
+    admitted = _admitted(door, requests, replies, checked)
     observer = method.round_size.observer(state.round_size, state.model) if method.round_size else None
     if observer is not None:
         admitted = observer.watch(admitted)
@@ -50,10 +50,10 @@ def conclude(
     if method.candidate_election is not None and method.candidate_election.rules:  # every rule reads them
         admitted = iter(kept := list(admitted))
     outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known, method.proxy)
-    train = mean_metrics(report for report in heard.verdicts.values() if isinstance(report, Report))
-    notes = dict(outcome.notes) | ({"second-replies": float(len(heard.again))} if heard.again else {})
+    train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
+    notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})
     record = RoundRecord(
-        round.number, tuple(verdicts(requests.asked, heard.verdicts, outcome.weights)), train=train, notes=notes
+        round.number, tuple(verdicts(requests.nodes, checked.by_node, outcome.weights)), train=train, notes=notes
     )
     concluded = replace(
         state,
@@ -103,17 +103,17 @@ def _moved(
     return replace(state, model=chosen, moments=moments), record
 
 
-def _admitted(door: Door, requests: Requests, replies: Iterable[Message], heard: _Heard) -> Iterator[Reply]:
-    """The replies that the door admits, each as it comes; what it says of each goes into `heard`."""
+def _admitted(door: Door, requests: Requests, replies: Iterable[Message], checked: _Checked) -> Iterator[Reply]:
+    """Yield each reply that the door admits, and note its result for every node in `checked`."""
     for node, message in requests.named(replies):
-        if node in heard.verdicts:
-            heard.again.append(node)
+        if node in checked.by_node:
+            checked.second_replies += 1
             continue
         verdict = door.admit(node, message)
         del message
         if isinstance(verdict, Rejection):
-            heard.verdicts[node] = verdict
+            checked.by_node[node] = verdict
             continue
-        heard.verdicts[node] = verdict.report
+        checked.by_node[node] = verdict.report
         yield verdict
         del verdict  # its memory goes to the next reply

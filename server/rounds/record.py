@@ -1,4 +1,4 @@
-"""What is written down of a round: who was asked, what became of each reply, what was measured."""
+"""The record of a round: a verdict for each node, and the metrics."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ class RoundRecord:
 
 
 def verdicts(
-    asked: Iterable[str], heard: Mapping[str, Report | Rejection], weights: Mapping[str, float]
+    nodes: Iterable[str], replies: Mapping[str, Report | Rejection], weights: Mapping[str, float]
 ) -> list[Verdict]:
-    """One verdict per node, by name: those heard, and those asked who never answered."""
-    return [_verdict(node, heard.get(node), weights) for node in sorted({*asked, *heard})]
+    """One verdict per node, ordered by name: for each of `replies`, and for each of `nodes` that sent none."""
+    return [_verdict(node, replies.get(node), weights) for node in sorted({*nodes, *replies})]
 
 
-def _verdict(node: str, heard: Report | Rejection | None, weights: Mapping[str, float]) -> Verdict:
-    if heard is None:
-        return Verdict(node, SILENT, f"{node}: no reply in time, or it could not be sent.")
-    if isinstance(heard, Rejection):
-        return _turned_away(heard)
-    return Verdict(node, ADMITTED, "", heard.examples, weights.get(node), heard.metrics)
+def _verdict(node: str, reply: Report | Rejection | None, weights: Mapping[str, float]) -> Verdict:
+    if reply is None:
+        return Verdict(node, SILENT, f"{node}: no reply before the timeout, or the message could not be sent.")
+    if isinstance(reply, Rejection):
+        return _rejected(reply)
+    return Verdict(node, ADMITTED, "", reply.examples, weights.get(node), reply.metrics)
 
 
 @lru_cache(maxsize=1 << 14)  # the same nodes are offline round after round
-def _turned_away(rejection: Rejection) -> Verdict:
+def _rejected(rejection: Rejection) -> Verdict:
     return Verdict(rejection.node, rejection.code, rejection.reason)
 
 

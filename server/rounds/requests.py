@@ -67,7 +67,7 @@ class Phase:
     ) -> Iterator[tuple[str, Message]]:
         """Have the nodes of this phase evaluate `model`: their names and replies."""
         ids = {name: node_id for node_id, name in self.connected.items()}
-        nodes = {name: ids[name] for name in self.requests.asked if name in ids}
+        nodes = {name: ids[name] for name in self.requests.nodes if name in ids}
         group = f"{self.server_round}-candidate"
         messages = self._made(nodes, lambda name: model, arrays_of, MessageType.EVALUATE, group)
         sent = push(grid, messages)

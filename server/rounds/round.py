@@ -1,4 +1,4 @@
-"""One round as it was asked: who was asked by which message, and by what method the replies are taken."""
+"""One round: which node was sent which message, and the method that aggregates the replies."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from corymb.server.rounds.state import Method
 
 @dataclass(frozen=True)
 class Requests:
-    """`by_message {message id: node name}` are the messages that were sent, `asked` the nodes that they were meant for,
-    whether or not the grid took them, and `connected {node id: name}` all nodes that were there.
+    """The messages of one phase of a round.
 
-    Node ids change from run to run, names do not.
+    `by_message {message id: node name}` holds the messages that the grid accepted, `nodes` the names of all addressees,
+    and `connected {node id: name}` all nodes that were connected. Node ids change from run to run, names do not.
     """
 
     by_message: Mapping[str, str] = field(default_factory=dict)
-    asked: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
     connected: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, messages: Iterable[Message], connected: Mapping[int, str]) -> Requests:
-        """Of `messages` that have been pushed: a grid gives a message its id then."""
+        """Read them from `messages` that have been pushed: the grid gives each message its id on the push."""
         by_message = {}
-        asked = []
+        nodes = []
         for message in messages:
             node_id, message_id = message.metadata.dst_node_id, message.metadata.message_id
-            asked.append(connected.get(node_id, f"node-{node_id}"))
+            nodes.append(connected.get(node_id, f"node-{node_id}"))
             if message_id:
-                by_message[message_id] = asked[-1]
-        return cls(by_message, tuple(asked), connected)
+                by_message[message_id] = nodes[-1]
+        return cls(by_message, tuple(nodes), connected)
 
     def name_of(self, reply: Message) -> str:
-        """The node that `reply` is from: that of the message it answers, else the one that it says sent it.
+        """The name of the node that sent `reply`: the addressee of the message it answers, else its own source node.
 
-        A SuperLink makes error replies under its own node id, so the message goes before.
+        The message comes first because a SuperLink creates error replies under its own node id.
         """
         name = self.by_message.get(reply.metadata.reply_to_message_id)
         source = reply.metadata.src_node_id
         return name or self.connected.get(source, f"node-{source}")
 
     def named(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
-        """`replies`, one at a time, with the names of their nodes."""
+        """Yield each reply with the name of its node."""
         for reply in replies:
             yield self.name_of(reply), reply
             del reply
@@ -52,7 +52,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class Round:
-    """Round `number`, from 1. What the nodes were sent is the state's model, or what the rule keeps for each."""
+    """Round `number`, from 1. Each node was sent the state's model, or the model that the rule keeps for it."""
 
     number: int
     method: Method

@@ -32,7 +32,7 @@ class RoundSize(ABC, Generic[L]):
         return None  # type: ignore[return-value]  # right for every policy that learns nothing
 
     @abstractmethod
-    def choose(self, asked: int, learnt: L) -> tuple[int, L]:
+    def choose(self, requested: int, learnt: L) -> tuple[int, L]:
         """How many replies of `asked` sites to wait for, one at least, and what is known from then on."""
 
     def observer(self, learnt: L, origin: Model) -> Observer[L] | None:
@@ -46,7 +46,7 @@ class RoundSize(ABC, Generic[L]):
 
 @dataclass(frozen=True)
 class WaitForShare(RoundSize[None]):
-    """A fixed `share` of the sites that were asked: static backup workers."""
+    """A fixed `share` of the sampled sites: static backup workers."""
 
     share: float = 1.0
 
@@ -54,6 +54,6 @@ class WaitForShare(RoundSize[None]):
         if not 0 < self.share <= 1:
             raise ValueError(f"share = {self.share} must lie in (0, 1]; 0.8 waits for four replies of five.")
 
-    def choose(self, asked: int, learnt: None) -> tuple[int, None]:
+    def choose(self, requested: int, learnt: None) -> tuple[int, None]:
         """See `RoundSize.choose`."""
-        return max(1, round(self.share * asked)), None
+        return max(1, round(self.share * requested)), None

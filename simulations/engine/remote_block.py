@@ -36,7 +36,7 @@ class Worker:
     left: int = 0  # tasks that it was given and has not told of
     free: list[int] = field(default_factory=lambda: list(range(SLOTS)))  # places in `sums`
     is_writing: bool = False  # to `models`
-    asked: dict[Question, Callable[[Any], Any]] = field(default_factory=dict)  # no answer yet; what to do with it
+    pending: dict[Question, Callable[[Any], Any]] = field(default_factory=dict)  # no answer yet; what to do with it
     answers: dict[Question, Any] = field(default_factory=dict)  # that came before they were wanted
     done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
 
@@ -81,7 +81,7 @@ class RemoteBlock(ClientBlock):
     def _copy_to(self, targets: Targets) -> Callable[[], None]:
         worker = self._worker
         while worker.is_writing:
-            hear(worker)
+            receive_answer(worker)
         worker.is_writing = True
 
         def take(_: Any) -> None:
@@ -95,25 +95,25 @@ class RemoteBlock(ClientBlock):
             hear(self._worker)
         return self._worker.free.pop()
 
-    def _ask(self, take: Callable[[Any], Any], *asked: Any) -> Callable[[], Any]:
+    def _ask(self, take: Callable[[Any], Any], *details: Any) -> Callable[[], Any]:
         worker, question = self._worker, (self._number, next(self._questions))
-        worker.asked[question] = take
-        send(worker.questions, (question, *asked))
+        worker.pending[question] = take
+        send(worker.questions, (question, *details))
         return lambda: _answer_to(worker, question)
 
 
 def _answer_to(worker: Worker, question: Question) -> Any:
     while question not in worker.answers:
-        if question not in worker.asked:
+        if question not in worker.pending:
             raise RuntimeError("A block was asked something in one round and read in the next.")
-        hear(worker)
+        receive_answer(worker)
     return worker.answers.pop(question)
 
 
-def hear(worker: Worker) -> None:
+def receive_answer(worker: Worker) -> None:
     """Take one answer from a worker; it is copied, so that its place is free again."""
     question, answer = received(worker.questions)
-    worker.answers[question] = worker.asked.pop(question)(answer)
+    worker.answers[question] = worker.pending.pop(question)(answer)
 
 
 def _forget(worker: Worker, number: int) -> None:

@@ -19,7 +19,15 @@ from torch import Tensor
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.blocks import Task, most_clients
 from corymb.simulations.engine.engine import Answered, InProcess, Trainer
-from corymb.simulations.engine.remote_block import SLOTS, RemoteBlock, Worker, answer_one, hear, received, send
+from corymb.simulations.engine.remote_block import (
+    SLOTS,
+    RemoteBlock,
+    Worker,
+    answer_one,
+    receive_answer,
+    received,
+    send,
+)
 from corymb.strategies import Layout
 
 AHEAD = 2  # blocks that each worker is given before it has trained them: it never waits for more work
@@ -128,8 +136,8 @@ class Workers:
             while worker.left:
                 number, _ = self._told(worker)
                 worker.done_with.append(number)
-            while worker.asked:
-                hear(worker)
+            while worker.pending:
+                receive_answer(worker)
             worker.answers.clear()
 
 

@@ -28,7 +28,7 @@ class Axis:
     block: int = 1
 
 
-def chain(layout: Layout) -> list[Axis]:
+def layer_axes(layout: Layout) -> list[Axis]:
     """The axes of a chain of linear and convolution layers, with biases and norms, in the order of `layout`.
 
     Each layer's outputs feed the next, channels before pixels where an image is flattened. Raises
@@ -62,7 +62,7 @@ def match(
 
     Groups are visited in an order drawn from `seed`, each solved exactly with the others held, until none gains.
     """
-    axes = chain(layout) if axes is None else axes
+    axes = layer_axes(layout) if axes is None else axes
     fixed, moving = layout.split(reference.double()), layout.split(vector.double())
     sizes = {a.group: fixed[a.name].shape[a.axis] // a.block for a in axes}
     permutations = [torch.arange(sizes[group]) for group in range(len(sizes))]
@@ -88,7 +88,7 @@ def match(
 
 def permuted(layout: Layout, vector: Tensor, permutations: list[Tensor], axes: list[Axis] | None = None) -> Tensor:
     """`vector [P]` with its units reordered: the same function of its inputs."""
-    axes = chain(layout) if axes is None else axes
+    axes = layer_axes(layout) if axes is None else axes
     tensors = layout.split(vector)
     moved = [_reordered(t, [a for a in axes if a.name == name], permutations) for name, t in tensors.items()]
     return torch.cat([tensor.reshape(-1) for tensor in moved])

@@ -11,7 +11,7 @@ from corymb.strategies.core.cohort import Cohort
 from corymb.strategies.core.round_models import RoundModels
 from corymb.strategies.core.sighted import Mix, SightedRule
 from corymb.strategies.core.validation import one_of
-from corymb.strategies.merging.permutation import chain, match, permuted
+from corymb.strategies.merging.permutation import layer_axes, match, permuted
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class WeightMatching(SightedRule[None]):
         """Match every model to the reference and merge them."""
         if cohort.buffers.numel():
             _ = cohort.proxy  # without which the statistics would stay in the old order
-        axes = chain(cohort.layout)
+        axes = layer_axes(cohort.layout)
         reference = cohort.origin if self.reference == "origin" else cohort.models[0]
         ordered = [
             permuted(cohort.layout, model, match(cohort.layout, reference, model, axes, self.seed), axes)

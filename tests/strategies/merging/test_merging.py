@@ -25,7 +25,7 @@ from corymb.strategies import (
 from corymb.strategies.merging.fisher import diagonal_fisher, fisher_mean
 from corymb.strategies.merging.isotropic import ranks
 from corymb.strategies.merging.model_stock import stock_share
-from corymb.strategies.merging.permutation import chain, match, permuted
+from corymb.strategies.merging.permutation import layer_axes, match, permuted
 from corymb.tests.support import golden
 
 GOLDEN = golden("merging")
@@ -178,7 +178,7 @@ def test_a_permuted_network_computes_the_same_and_is_found_again(seed: int) -> N
     ).double()  # fmt: skip
     layout = Layout.of_module(module)
     vector = layout.flatten(module.state_dict()).parameters
-    axes = chain(layout)
+    axes = layer_axes(layout)
     orders = [torch.randperm(size) for size in (6, 5, 16)]
     shuffled = permuted(layout, vector, orders, axes)
     inputs = torch.randn(7, 1, 8, 8, dtype=torch.float64)
@@ -190,9 +190,9 @@ def test_a_permuted_network_computes_the_same_and_is_found_again(seed: int) -> N
 
 def test_what_is_no_chain_is_refused() -> None:
     with pytest.raises(ValueError, match="'c' has 5 inputs after a layer of 3 units; weight matching needs a plain"):
-        chain(Layout.of({"a": torch.zeros(3, 2), "c": torch.zeros(4, 5)}))
+        layer_axes(Layout.of({"a": torch.zeros(3, 2), "c": torch.zeros(4, 5)}))
     with pytest.raises(ValueError, match=r"'b' of shape \[4\] fits no layer of 3 units"):
-        chain(Layout.of({"a": torch.zeros(3, 2), "b": torch.zeros(4)}))
+        layer_axes(Layout.of({"a": torch.zeros(3, 2), "b": torch.zeros(4)}))
 
 
 @PRECISION
