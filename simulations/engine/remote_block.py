@@ -92,7 +92,7 @@ class RemoteBlock(ClientBlock):
 
     def _free_slot(self) -> int:
         while not self._worker.free:
-            hear(self._worker)
+            receive_answer(self._worker)
         return self._worker.free.pop()
 
     def _ask(self, take: Callable[[Any], Any], *details: Any) -> Callable[[], Any]:

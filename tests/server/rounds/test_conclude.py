@@ -65,7 +65,7 @@ def answered(message: Message, answer: Answer) -> Message:
         sent["0.bias"] = torch.full_like(sent["0.bias"], torch.nan)
     if wrong == "shape":
         sent["0.bias"] = torch.zeros(99)
-    metrics = {"num-examples": examples, "loss": 1.0 + seed, "accuracy": 0.5, "steps": 3}
+    metrics: dict[str, Any] = {"num-examples": examples, "loss": 1.0 + seed, "accuracy": 0.5, "steps": 3}
     return Message(RecordDict({"arrays": to_arrays(sent), "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
