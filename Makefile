@@ -1,33 +1,57 @@
-# `make` alone lists the targets. Every target first makes .venv when it is missing.
+# `make` alone lists the targets. Each target first makes the environment that it needs.
+# FLWR=1.41.0 or TORCH=2.6.0 runs any target with that version, in an environment of its own.
 PYTHON ?= python3
-BIN := .venv/bin
+FLWR ?=
+TORCH ?=
+VENV := .venv$(if $(FLWR),-flwr-$(FLWR))$(if $(TORCH),-torch-$(TORCH))
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
-.venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps byzfl
+# What the demo needs: Corymb with its own dependencies.
+$(VENV)/runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	sed $(if $(FLWR),-e 's/^flwr==.*/flwr==$(FLWR)/' -e '/^uv==/d' -e '/^certifi==/d') \
+		$(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^sympy==/d') -e '' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) torch
+	$(PIP) --editable .
 	@touch $@
 
-setup: .venv/installed  ## create .venv and install what constraints.txt pins
+# What developers need on top: tests, checks, documentation.
+$(VENV)/installed: $(VENV)/runtime
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps byzfl
+	@touch $@
 
-demo: .venv/installed  ## run the default experiment and write runs/demo/report.html
+setup: $(VENV)/installed  ## create the environment with the versions in constraints.txt
+
+demo: $(VENV)/runtime  ## run the default experiment and write runs/demo/report.html
 	$(BIN)/corymb simulate
 
-test: .venv/installed  ## run all tests
+test: $(VENV)/installed  ## run all tests
 	$(BIN)/python -m pytest
 
-check: .venv/installed  ## ruff, mypy --strict, import-linter
+check: $(VENV)/installed  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-nightly: .venv/installed  ## run the slow tests and the older benchmarks
+docs: $(VENV)/installed  ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+coverage: $(VENV)/installed  ## run all tests and report which lines ran
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+wheel: $(VENV)/installed  ## build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+nightly: $(VENV)/installed  ## run the slow tests, all tests with the oldest Flower, and two benchmarks
 	$(BIN)/python -m pytest -m nightly
+	$(MAKE) test FLWR=1.41.0
 	$(BIN)/python benchmarks/streaming_memory.py
 	$(BIN)/python benchmarks/grid_overhead.py
 
@@ -38,14 +62,12 @@ nightly: .venv/installed  ## run the slow tests and the older benchmarks
 	.peers/fedjax/bin/python -m pip install --quiet jax==0.10.2 jaxlib==0.10.2 fedjax==0.0.17
 	@touch $@
 
-bench: .venv/installed .peers/installed  ## race the peers, in environments of their own (.peers), and measure the rest
-	-$(BIN)/python benchmarks/simulators.py
-	-$(BIN)/python benchmarks/rules.py
-	-$(BIN)/python benchmarks/population.py
-	-$(BIN)/python benchmarks/aggregation.py
-	-$(BIN)/python benchmarks/codec.py
+BENCHMARKS := simulators rules population aggregation codec
+bench: $(VENV)/installed .peers/installed  ## race the peers, in environments of their own (.peers); fails where a bar is missed
+	@missed=; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
+	if [ -n "$$missed" ]; then echo "Missed bars in:$$missed" >&2; exit 1; fi
 
-clean:  ## remove .venv, caches and runs
-	rm -rf .venv .peers runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove environments, caches, runs and built files
+	rm -rf .venv .venv-* .peers runs site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 
-.PHONY: help setup demo test check nightly bench clean
+.PHONY: help setup demo test check docs coverage wheel nightly bench clean

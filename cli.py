@@ -1,4 +1,4 @@
-"""The `corymb` command: mounts what the rooms offer."""
+"""The command line `corymb`."""
 
 from __future__ import annotations
 
@@ -23,18 +23,29 @@ console = Console()
 
 Changes = Annotated[
     Optional[list[str]],  # noqa: UP045  # typer reads this form
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set partition.alpha=0.5; repeatable."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. --set train.steps=10. Can be repeated."),
 ]
 Out = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Folder for the results, or with several experiments for one folder each (default: runs/NAME)."),
+    typer.Option(help="Results folder; several experiments get subfolders OUT/NAME (default: runs/NAME)."),
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Number of runs in parallel, each in its own process.")]
 
 
 @app.command()
 def rules() -> None:
-    """List the aggregation rules: kind, parameters with defaults, paper; "masked" ones sum under masks."""
+    """List the aggregation rules with their parameters, papers and requirements.
+
+    blind: the rule sees no models and only weights replies.
+
+    sighted: the rule sees all models of a round.
+
+    voting: the rule keeps the clients' models, which vote on each input.
+
+    proxy data: the rule needs labelled examples at the server.
+
+    masked: the rule also works on sums of masked updates (secure aggregation).
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("rule", "kind", "parameters", "paper", "remarks"):
         table.add_column(column, overflow="fold")
@@ -44,7 +55,7 @@ def rules() -> None:
             for field in fields(rule)
         )
         paper = (rule.__doc__ or "").strip().partition(":")[0]  # "Author year, Algorithm: the idea"
-        remarks = ["needs proxy data"] * rule.needs_proxy + ["masked"] * ("masked" in rule.privacy_modes)
+        remarks = ["proxy data"] * rule.needs_proxy + ["masked"] * ("masked" in rule.privacy_modes)
         table.add_row(name, rule.kind, parameters or "-", paper, ", ".join(remarks))
     console.print(table)
 
@@ -53,23 +64,28 @@ def rules() -> None:
 def simulate(
     experiments: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="TOML files, or names of shipped experiments (default: demo)."),
+        typer.Argument(help="TOML files or names of shipped experiments (default: demo)."),
     ] = None,
     changes: Changes = None,
     out: Out = None,
     jobs: Jobs = 1,
     app_folder: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--app", help="Run the Flower app in this folder instead; --set changes its config."),
+        typer.Option(
+            "--app", help="Run the Flower app in this folder instead of an experiment; --set changes its run config."
+        ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Clients, with --app.")] = 10,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of clients, with --app.")] = 10,
 ) -> None:
-    """Run experiments, or any Flower app, on this machine."""
+    """Run experiments, or any Flower app, on this machine.
+
+    EXPERIMENTS are TOML files or names of shipped experiments (default: demo).
+    """
     from corymb.simulations.results.commands import simulate_app, simulate_experiments
 
     if app_folder is not None:
         if out is not None or jobs != 1:
-            raise ValueError("--out and --jobs belong to experiments; an app (--app) writes what it writes.")
+            raise ValueError("--out and --jobs apply to experiments only; leave them out with --app.")
         simulate_app(app_folder, nodes, changes or [], console)
     else:
         simulate_experiments(list(map(Path, experiments or ["demo"])), changes or [], out, jobs, console)
@@ -77,14 +93,19 @@ def simulate(
 
 @app.command()
 def compare(
-    experiment: Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped experiment.")] = "demo",
-    rules: Annotated[str, typer.Option(help="Rules to compare, e.g. fedavg,fedau,ida (default: the file's).")] = "",
-    seeds: Annotated[int, typer.Option(min=0, help="How many seeds (default: the file's).")] = 0,
+    experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped experiment.")] = "demo",
+    rules: Annotated[
+        str, typer.Option(help="Rules to compare, e.g. fedavg,fedau,ida (default: those of the experiment).")
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=0, help="Number of seeds; 0: those of the experiment.")] = 0,
     changes: Changes = None,
     out: Out = None,
     jobs: Jobs = 1,
 ) -> None:
-    """Run several rules on the same data, participation and seeds, and rank them."""
+    """Run several rules on the same data, participation and seeds, and rank them.
+
+    EXPERIMENT is a TOML file or the name of a shipped experiment.
+    """
     from corymb.simulations.results.commands import simulate_experiments
 
     extra = {"rules": [rule.strip() for rule in rules.split(",")]} if rules else {}
@@ -93,22 +114,28 @@ def compare(
     )
 
 
-new = typer.Typer(help="Begin something of your own.", no_args_is_help=True)
+new = typer.Typer(help="Create a new package from a template.", no_args_is_help=True)
 app.add_typer(new, name="new")
 
 
 @new.command("rule")
 def new_rule(
-    name: Annotated[str, typer.Argument(help="What experiments call it: small letters, digits, underscores.")],
-    kind: Annotated[str, typer.Option(help="sighted sees every model of a round, blind none.")] = "sighted",
-    out: Annotated[Path, typer.Option(help="Folder to make it in.")] = Path(),
+    name: Annotated[str, typer.Argument(help="Name of the rule: lower-case letters, digits and underscores.")],
+    kind: Annotated[
+        str, typer.Option(help="sighted: the rule sees all models of a round; blind: it sees none.")
+    ] = "sighted",
+    out: Annotated[Path, typer.Option(help="Parent folder of the new package.")] = Path(),
 ) -> None:
-    """Make a package folder with a rule, its entry point, its test and an experiment."""
-    from corymb.simulations.scaffold.new_rule import new_rule as make
+    """Create a package with a rule, its entry point, a test and an experiment.
 
-    folder = make(name, kind, out)
+    NAME is the name of the rule: lower-case letters, digits and underscores.
+    """
+    from corymb.simulations.scaffold.new_rule import new_rule as create
+
+    folder = create(name, kind, out)
     console.print(
-        f"Made {folder}/. Next:\n  pip install -e {folder}\n  pytest {folder}\n  corymb compare {folder}/{name}.toml",
+        f"Created {folder}/. Next steps:\n  pip install -e {folder}\n  pytest {folder}\n"
+        f"  corymb compare {folder}/{name}.toml",
         markup=False,
         soft_wrap=True,
     )
@@ -116,25 +143,34 @@ def new_rule(
 
 @app.command()
 def results(
-    experiments: Annotated[Optional[list[str]], typer.Argument(help="Shipped experiments (default: all).")] = None,  # noqa: UP045
-    data: Annotated[Optional[Path], typer.Option(help="Folder of the data sets, by name: fashion-mnist.")] = None,  # noqa: UP045
-    out: Annotated[Path, typer.Option(help="Folder for the runs; finished ones there are not run again.")] = Path(
-        "runs/results"
-    ),
+    experiments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Names of shipped experiments (default: all)."),
+    ] = None,
+    data: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder with one subfolder per data set, e.g. fashion-mnist."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the runs; experiments with results there are not run again.")
+    ] = Path("runs/results"),
     document: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Markdown file to put the table into, between its markers."),
+        typer.Option(help="Markdown file to write the table into, between its markers."),
     ] = None,
     jobs: Jobs = 1,
 ) -> None:
-    """Measure what the papers claim, and tell what held."""
+    """Measure the claims of the papers, and report which hold.
+
+    EXPERIMENTS are names of shipped experiments (default: all).
+    """
     from corymb.simulations.results.commands import measure_claims
 
     measure_claims(experiments or [], data, out, document, jobs, console)
 
 
 def main() -> None:
-    """Run the command; a user's mistake is one sentence and exit code 2."""
+    """Run the command line; a `ValueError` or `OSError` prints one line and exits with code 2."""
     try:
         app()
     except (ValueError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What every rule promises, as one call for any test suite: `corymb.testing.check_rule(MyRule())`."""
+"""Check a rule against the requirements on all rules, in any test suite: `corymb.testing.check_rule(MyRule())`."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.simulations.scaffold import promises
-from corymb.simulations.scaffold.fixtures import CLIENTS, alike, make_module, make_proxy
+from corymb.simulations.scaffold.fixtures import CLIENTS, equal_memories, make_module, make_proxy
 from corymb.strategies import Layout, Rule
 
 
 def check_rule(rule: Rule[Any]) -> None:
-    """Raise `AssertionError` for the first promise that `rule` breaks, in a sentence that says which.
+    """Raise `AssertionError` for the first requirement that `rule` violates; the message names it.
 
-    The promises are those of all rules (order of replies, empty rounds, memory at rest, dtypes, ...) and what the
-    rule declares: `unanimous`, `shift_equivariant`, `scale_equivariant`, `tolerates`. Sites are called "site-00"
-    to "site-10", report "accuracy" and "steps", and a proxy with a small classifier is at hand.
+    The requirements are those on all rules (order of replies, empty rounds, stored memory, dtypes, ...) and the
+    properties that the rule declares: `unanimous`, `shift_equivariant`, `scale_equivariant`, `tolerates`. The test
+    clients are "site-00" to "site-10" and report the metrics "accuracy" and "steps". The rule gets proxy data with a
+    small classifier.
     """
     for check in CHECKS:
         check(rule)
 
 
-def flowers_own_start_gives_the_same(rule: Rule[Any]) -> None:
+def check_flower_start(rule: Rule[Any]) -> None:
+    """Flower's own `Strategy.start` gives the same model and memory as `FlowerStrategy.start`."""
     results = []
     for start in (FlowerStrategy.start, Strategy.start):
-        grid = LocalGrid(_drifting_app(), [f"site-{i:02d}" for i in range(CLIENTS)])
+        grid = LocalGrid(_noisy_app(), [f"site-{i:02d}" for i in range(CLIENTS)])
         layout = Layout.of_module(make_module())
         strategy = FlowerStrategy(
             rule, fraction_evaluate=0, proxy=make_proxy(), buffers=[entry.name for entry in layout.buffers]
@@ -40,47 +42,47 @@ def flowers_own_start_gives_the_same(rule: Rule[Any]) -> None:
         results.append(
             (start(strategy, grid, to_arrays(make_module().state_dict()), num_rounds=2).arrays, strategy.state.memory)
         )
-    (one, memory), (two, other) = results
-    left, right = to_state(one), to_state(two)
-    same = all(torch.equal(left[name], right[name]) for name in left) and alike(memory, other)
-    assert same, f"{rule}: under Flower's own start() the result is another."
+    (arrays_one, memory_one), (arrays_two, memory_two) = results
+    one, two = to_state(arrays_one), to_state(arrays_two)
+    same = all(torch.equal(one[name], two[name]) for name in one) and equal_memories(memory_one, memory_two)
+    assert same, f"{rule}: Flower's own Strategy.start gives a different model or memory."
 
 
-def _drifting_app() -> ClientApp:
-    """Sites that add a little of their own to what they get."""
+def _noisy_app() -> ClientApp:
+    """Return an app whose clients add their own random numbers to the model that they receive."""
     app = ClientApp()
 
     @app.train()
     def _train(message: Message, context: Any) -> Message:
-        site = int(context.node_config["partition-id"])
-        generator = torch.Generator().manual_seed(site)
+        client = int(context.node_config["partition-id"])
+        generator = torch.Generator().manual_seed(client)
         arrays = next(record for record in message.content.values() if isinstance(record, ArrayRecord))
         rounds = next(record for record in message.content.values() if isinstance(record, ConfigRecord))
         state = {
             name: t + 0.1 * torch.rand(t.shape, generator=generator) if t.is_floating_point() else t
             for name, t in to_state(arrays).items()
         }
-        metrics = MetricRecord({"num-examples": 3 + site, "accuracy": 0.5, "loss": float(len(rounds))})
+        metrics = MetricRecord({"num-examples": 3 + client, "accuracy": 0.5, "loss": float(len(rounds))})
         return Message(RecordDict({"arrays": to_arrays(state), "metrics": metrics}), reply_to=message)
 
     return app
 
 
 CHECKS: tuple[Callable[[Rule[Any]], None], ...] = (
-    promises.it_is_a_frozen_record_of_its_settings,
-    promises.the_order_of_replies_does_not_matter,
-    promises.how_a_model_is_cut_does_not_matter,
-    promises.an_empty_round_keeps_the_model,
-    promises.a_single_site_gets_its_model,
-    promises.replies_that_agree_are_the_model,
-    promises.it_moves_and_scales_with_the_models,
-    promises.zero_and_huge_counts_of_examples_are_harmless,
-    promises.sites_that_stand_still_are_harmless,
-    promises.inputs_are_left_as_they_were,
-    promises.the_servers_data_are_left_as_they_were,
-    promises.a_resumed_run_is_the_same,
-    promises.half_precision_is_read_and_kept,
-    promises.hostile_replies_that_it_tolerates_do_not_carry_it_away,
-    promises.it_serves_the_privacy_that_its_kind_can,
-    flowers_own_start_gives_the_same,
+    promises.check_frozen_dataclass,
+    promises.check_reply_order,
+    promises.check_model_parts,
+    promises.check_empty_round,
+    promises.check_single_reply,
+    promises.check_unanimous,
+    promises.check_equivariance,
+    promises.check_example_counts,
+    promises.check_zero_updates,
+    promises.check_inputs_unchanged,
+    promises.check_proxy_unchanged,
+    promises.check_resumed_run,
+    promises.check_half_precision,
+    promises.check_tolerated_attacks,
+    promises.check_privacy_modes,
+    check_flower_start,
 )

@@ -1,4 +1,4 @@
-"""How fast are the sums, medians and distances of a round, beside Flower's and beside copying the same numbers?
+"""Measure the weighted mean, medians and distances of a round against Flower's functions and against memory copies.
 
 python benchmarks/aggregation.py [--clients 50] [--numbers 1000000]
 """
@@ -24,76 +24,80 @@ from corymb.strategies.core.geometry import squared_distances
 from corymb.strategies.core.order_statistics import median, middle
 
 
-def seconds(*works: Callable[[], Any], repeats: int = 5) -> list[float]:
-    """The median time of each of `works`, run in turn."""
-    times: list[list[float]] = [[] for _ in works]
+def seconds(*functions: Callable[[], Any], repeats: int = 5) -> list[float]:
+    """Return the median time of each of `functions`, run in turn."""
+    times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
-        for work, mine in zip(works, times, strict=True):
-            time.sleep(0.3)  # the threads of the library before spin for a while
+        for function, samples in zip(functions, times, strict=True):
+            time.sleep(0.3)  # the threads of the library that ran before spin for a while
             started = time.perf_counter()
-            work()
-            mine.append(time.perf_counter() - started)
-    return [statistics.median(mine) for mine in times]
+            function()
+            samples.append(time.perf_counter() - started)
+    return [statistics.median(samples) for samples in times]
 
 
-def told(what: str, ours: float, theirs: float, bar: float) -> bool:
-    """Print a ratio; whether it is short of its bar."""
-    print(f"{what:44} {1000 * ours:8.1f} ms, beside {1000 * theirs:8.1f} ms: {theirs / ours:5.2f}x (bar {bar:g}x)")
-    return theirs / ours < bar
+def misses_target(operation: str, corymb: float, flower: float, target: float) -> bool:
+    """Print the speedup over Flower; return whether it is below `target`."""
+    print(
+        f"{operation:44} {1000 * corymb:8.1f} ms, Flower {1000 * flower:8.1f} ms: "
+        f"{flower / corymb:5.2f}x (target {target:g}x)"
+    )
+    return flower / corymb < target
 
 
 def weighted_mean(numbers: int, clients: int) -> bool:
-    """Replies that come one by one: the bytes that go through memory in a second, beside those of copying each once.
+    """Measure the memory bandwidth of a weighted mean of replies that arrive one by one, and of copying each once.
 
-    Counted as STREAM does: a copy reads four bytes of a number and writes four. To add it to a sum, four of the reply
-    and four of the model are read, and the float64 sum is read and written.
+    Bytes are counted as in the STREAM benchmark. A copy reads four bytes per number and writes four. Adding a reply
+    to the sum reads four bytes of the reply and four of the model, and reads and writes eight of the float64 sum.
+    Prints the ratio and returns whether it is below the target.
     """
     origin = Model(torch.randn(numbers))
-    few = [Reply.of(f"site-{i}", torch.randn(numbers), i + 1) for i in range(4)]
-    place = torch.empty(numbers)
+    replies = [Reply.of(f"site-{i}", torch.randn(numbers), i + 1) for i in range(4)]
+    target = torch.empty(numbers)
 
     def stream() -> None:
         total = WeightedSum(origin)
         for i in range(clients):
-            total.add(few[i % 4], float(i + 1))
+            total.add(replies[i % 4], float(i + 1))
         total.model(1 / total.weight)
 
     def copy() -> None:
         for i in range(clients):
-            place.copy_(few[i % 4].parts[0])
+            target.copy_(replies[i % 4].parts[0])
 
-    ours, copies = (taken / clients for taken in seconds(stream, copy, repeats=3))
-    speed, most = 24 * numbers / ours / 1e9, 8 * numbers / copies / 1e9
-    what = f"weighted mean of {clients} x {numbers:,}"
-    print(f"{what:44} {speed:8.1f} GB/s, beside {most:6.1f} GB/s copying: {speed / most:5.2f}x (bar 0.5x)")
-    print(f"    {1000 * ours:.1f} ms for each reply, {1000 * copies:.1f} ms for copying it: {copies / ours:.2f}x")
-    return speed / most < 0.5
+    sum_time, copy_time = (total / clients for total in seconds(stream, copy, repeats=3))
+    bandwidth, copy_bandwidth = 24 * numbers / sum_time / 1e9, 8 * numbers / copy_time / 1e9
+    operation, ratio = f"weighted mean of {clients} x {numbers:,}", bandwidth / copy_bandwidth
+    print(f"{operation:44} {bandwidth:8.1f} GB/s, copy {copy_bandwidth:6.1f} GB/s: {ratio:5.2f}x (target 0.5x)")
+    print(f"    {1000 * sum_time:.1f} ms per reply, copy {1000 * copy_time:.1f} ms: {copy_time / sum_time:.2f}x")
+    return ratio < 0.5
 
 
 def robust(numbers: int, clients: int) -> int:
-    """Median, trimmed mean and distances, beside the functions of Flower's own strategies."""
+    """Measure median, trimmed mean and distances against Flower's functions; return how many miss their target."""
     models = torch.randn(clients, numbers)
     arrays = list(models.numpy())
     cut = clients // 5
-    ours, theirs = seconds(lambda: median(models), lambda: np.median(np.stack(arrays), axis=0), repeats=3)
+    corymb, flower = seconds(lambda: median(models), lambda: np.median(np.stack(arrays), axis=0), repeats=3)
     missed = 0
-    missed += told(f"median of {clients} x {numbers:,}", ours, theirs, 10)
-    ours, theirs = seconds(
+    missed += misses_target(f"median of {clients} x {numbers:,}", corymb, flower, 10)
+    corymb, flower = seconds(
         lambda: middle(models, cut, clients - cut - 1), lambda: trim_mean(np.stack(arrays), 0.2), repeats=3
     )
-    missed += told(f"trimmed mean of {clients} x {numbers:,}", ours, theirs, 10)
+    missed += misses_target(f"trimmed mean of {clients} x {numbers:,}", corymb, flower, 10)
     records = [ArrayRecord({"model": Array(array)}) for array in arrays]
-    ours, theirs = seconds(lambda: squared_distances(models), lambda: compute_distances(records), repeats=3)
-    missed += told(f"all distances of {clients} x {numbers:,}", ours, theirs, 4)
-    late = 1 + 1e-4 * models
-    exact = torch.stack([(late.double() - model.double()).square().sum(dim=1) for model in late[:5]])
-    records = [ArrayRecord({"model": Array(array)}) for array in late.numpy()]
-    for name, found in (
-        ("Corymb", squared_distances(late)[:5]),
+    corymb, flower = seconds(lambda: squared_distances(models), lambda: compute_distances(records), repeats=3)
+    missed += misses_target(f"all distances of {clients} x {numbers:,}", corymb, flower, 4)
+    late_models = 1 + 1e-4 * models
+    exact = torch.stack([(late_models.double() - model.double()).square().sum(dim=1) for model in late_models[:5]])
+    records = [ArrayRecord({"model": Array(array)}) for array in late_models.numpy()]
+    for name, distances in (
+        ("Corymb", squared_distances(late_models)[:5]),
         ("Flower", torch.from_numpy(np.asarray(compute_distances(records)))[:5].double()),
     ):
-        errors = ((found - exact).abs() / exact)[exact > 0]
-        print(f"    late in training {name} errs by {float(errors.median()):.0e} in the median")
+        errors = ((distances - exact).abs() / exact)[exact > 0]
+        print(f"    {name}: median relative error {float(errors.median()):.0e} for models late in training")
     return missed
 
 

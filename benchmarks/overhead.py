@@ -1,7 +1,7 @@
-"""Where a round's time goes in `corymb simulate`: a sample of the server's stack every millisecond, by part.
+"""Measure how `corymb simulate` spends a round's time, by sampling the server process's stack every millisecond.
 
-`engine` is training as the server sees it: its own work for it, and waiting for workers. The rest is what lies between
-a bare kernel and a federation with messages, rule, door, verdicts and journal.
+`engine` is the server process's share of training: its own work and the time it waits for workers. The other parts
+are the overhead of a federation with messages, rule, door, verdicts and journal.
 
     python benchmarks/overhead.py EXPERIMENT.toml
 """
@@ -23,7 +23,7 @@ from corymb.simulations.experiments.reader import read
 from corymb.simulations.experiments.resolved import resolve
 from corymb.simulations.results.runner import run_all
 
-SECONDS = 0.001
+SECONDS = 0.001  # between samples
 WARMUP = 2  # rounds
 PARTS = {
     "engine": ("simulations/engine/",),
@@ -45,23 +45,23 @@ PARTS = {
 
 
 def part_of(frame: FrameType | None) -> str:
-    """The part that the innermost frame of ours belongs to."""
+    """Return the part of the innermost frame that belongs to Corymb."""
     while frame is not None:
-        _, ours, place = frame.f_code.co_filename.rpartition("/corymb/")
-        if ours:
-            for part, places in PARTS.items():
-                if place.startswith(places):
+        _, is_corymb, path = frame.f_code.co_filename.rpartition("/corymb/")
+        if is_corymb:
+            for part, prefixes in PARTS.items():
+                if path.startswith(prefixes):
                     return part
         frame = frame.f_back
     return "other"
 
 
 def shares(file: Path) -> dict[str, float]:
-    """The share of each part in the rounds of an experiment, after the first few."""
+    """Return the share of each part in the time of an experiment's rounds, without the first few."""
     samples: Counter[str] = Counter()
     finish = RoundLoop._finish
 
-    def finished(strategy: RoundLoop, num_rounds: int) -> None:
+    def finish_and_sample(strategy: RoundLoop, num_rounds: int) -> None:
         finish(strategy, num_rounds)
         if strategy.record.round == WARMUP:
             signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)
@@ -72,7 +72,7 @@ def shares(file: Path) -> dict[str, float]:
         samples[part_of(frame)] += 1
 
     signal.signal(signal.SIGALRM, sample)
-    RoundLoop._finish = finished  # type: ignore[method-assign, assignment]
+    RoundLoop._finish = finish_and_sample  # type: ignore[method-assign, assignment]
     logging.getLogger("flwr").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         list(run_all([(resolve(read(file)), Path(folder))], Console(quiet=True)))
@@ -80,8 +80,8 @@ def shares(file: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    found = shares(Path(sys.argv[1]))
-    print(", ".join(f"{part} {100 * share:.0f} %" for part, share in found.items()))
+    part_shares = shares(Path(sys.argv[1]))
+    print(", ".join(f"{part} {100 * share:.0f} %" for part, share in part_shares.items()))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Do memory and time depend on how many clients there are, or only on how many take part?
+"""Measure how time and memory depend on the number of clients in the population and in a round.
 
-Softmax regression on 28x28 images, 1,000 clients a round out of 1,000 and out of 100,000; all 100,000 in one round; and
-clients of lognormal sizes beside clients of equal ones. Each client draws from a memory-mapped store of 60,000 images.
-Memory is what the process and its workers hold together, pages that they share counted once (PSS).
+The task is softmax regression on 28x28 images. Cohorts are 1,000 clients of 1,000, 1,000 of 100,000 (with equal and
+with lognormal sizes), and all of 100,000. Each client draws its examples from a memory-mapped store of 60,000 images.
+Memory is the sum of the proportional set sizes (PSS) of the process and its workers, which counts shared pages once.
 
     python benchmarks/population.py [--rounds 6]
 """
@@ -25,22 +25,22 @@ import numpy as np
 CORYMB = Path(sys.executable).with_name("corymb")
 
 
-class Measured(NamedTuple):
-    """Seconds of each round, the steps in it, and the largest memory in the first and in the second half, in GB."""
+class Measurement(NamedTuple):
+    """Seconds of each round, steps per round, and the peak memory in each half of the run, in GB."""
 
     seconds: list[float]
     steps: float
-    early: float
-    late: float
+    first_peak: float
+    second_peak: float
 
     @property
     def median(self) -> float:
-        """Of the rounds after the first."""
+        """The median seconds of the rounds after the first."""
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
 def store(folder: Path) -> None:
-    """Images of noise, as bytes."""
+    """Write images of noise, as bytes, to `folder`."""
     rng = np.random.default_rng(0)
     for name, count in (("train", 60_000), ("test", 1_000)):
         np.save(folder / f"x_{name}.npy", rng.integers(0, 256, (count, 1, 28, 28), dtype=np.uint8))
@@ -48,22 +48,22 @@ def store(folder: Path) -> None:
 
 
 def memory(process: int) -> float:
-    """PSS of a process and its children, in GB."""
+    """Return the PSS of a process and its children, in GB."""
     total = 0.0
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    for one in (process, *map(int, children)):
-        lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+    for member in (process, *map(int, children)):
+        lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
         total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e6
     return total
 
 
-def run(folder: Path, name: str, clients: int, asked: int, rounds: int, sigma: float = 0.0) -> Measured:
-    """Run an experiment and watch it."""
+def run(folder: Path, name: str, clients: int, cohort: int, rounds: int, sigma: float = 0.0) -> Measurement:
+    """Run an experiment and sample its memory."""
     experiment = folder / f"{name}.toml"
     experiment.write_text(f"""
 rounds = {rounds}
 rules = ["fedavg"]
-fraction = {asked / clients}
+fraction = {cohort / clients}
 data = {{ source = "{folder}", mean = 0.5, deviation = 0.3 }}
 partition = {{ kind = "drawn", clients = {clients}, examples = 100, sigma = {sigma}, alpha = 1.0 }}
 train = {{ learning_rate = 0.05, batch_size = 10, epochs = 1 }}
@@ -73,18 +73,18 @@ evaluate = {{ every = 1000 }}
     process = subprocess.Popen([CORYMB, "simulate", experiment, "--out", out], stdout=subprocess.DEVNULL)
     samples: list[float] = []
     while process.poll() is None:
-        with suppress(OSError, ValueError):  # it has just ended
+        with suppress(OSError, ValueError):  # the process has just ended
             samples.append(memory(process.pid))
         time.sleep(0.3)
     if process.returncode:
-        raise RuntimeError(f"{name} failed")
+        raise RuntimeError(f"The experiment {name!r} failed with exit code {process.returncode}.")
     (journal,) = (out / "journals").iterdir()
     with sqlite3.connect(journal / "journal.sqlite") as database:
         seconds = [line[0] for line in database.execute("SELECT seconds FROM rounds ORDER BY round")]
         query = "SELECT SUM(json_extract(metrics, '$.steps')) FROM verdicts GROUP BY round"
         steps = statistics.mean(line[0] for line in database.execute(query))
     half = len(samples) // 2
-    return Measured(seconds, steps, max(samples[:half]), max(samples[half:]))
+    return Measurement(seconds, steps, max(samples[:half]), max(samples[half:]))
 
 
 def main() -> None:
@@ -100,20 +100,22 @@ def main() -> None:
             "1,000 of 100,000, lognormal": (100_000, 1_000, options.rounds, 1.0),
             "100,000 of 100,000": (100_000, 100_000, 1, 0.0),
         }
-        found = {}
-        for what, (clients, asked, rounds, sigma) in settings.items():
-            result = found[what] = run(folder, what.replace(" ", "-").replace(",", ""), clients, asked, rounds, sigma)
+        results = {}
+        for title, (clients, cohort, rounds, sigma) in settings.items():
+            file_name = title.replace(" ", "-").replace(",", "")
+            result = results[title] = run(folder, file_name, clients, cohort, rounds, sigma)
             print(
-                f"{what:28} {result.median:7.2f} s a round, {1e6 * result.median / result.steps:6.1f} us a step, "
-                f"at most {max(result.early, result.late):.2f} GB (first half {result.early:.2f})",
+                f"{title:28} {result.median:7.2f} s a round, {1e6 * result.median / result.steps:6.1f} us a step, "
+                f"at most {max(result.first_peak, result.second_peak):.2f} GB (first half {result.first_peak:.2f})",
                 flush=True,
             )
-    few, many, uneven = (found[what] for what in list(settings)[:3])
-    slower = many.median / few.median
-    padding = (uneven.median / uneven.steps) / (many.median / many.steps)
-    print(f"100,000 beside 1,000: {slower:.2f}x the time (bar 1.2x); lognormal: {padding:.2f}x a step (bar 1.5x)")
-    most = max(max(result.early, result.late) for result in found.values())
-    sys.exit(slower > 1.2 or padding > 1.5 or most > 2)
+    small, large, lognormal = (results[title] for title in list(settings)[:3])
+    slowdown = large.median / small.median
+    padding = (lognormal.median / lognormal.steps) / (large.median / large.steps)
+    print(f"100,000 against 1,000 clients: {slowdown:.2f}x the time (target: at most 1.2x)")
+    print(f"lognormal against equal sizes: {padding:.2f}x the time per step (target: at most 1.5x)")
+    peak = max(max(result.first_peak, result.second_peak) for result in results.values())
+    sys.exit(slowdown > 1.2 or padding > 1.5 or peak > 2)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What does a rule that looks at models add to a round, beside FedAvg in the same run?
+"""Measure the time of a round under rules that read single models, relative to FedAvg in the same run.
 
-Blocks of clients answer sums and distances without writing anybody's model out, so it depends on what a rule asks.
-The works are those of `simulators.py`, the figures medians of rounds with door, verdicts and journal.
+Blocks of clients compute sums and distances without writing models out, so the cost depends on the rule. The
+workloads are those of `simulators.py`. The results are medians over rounds, with door, verdicts and journal. `make
+bench` runs this script.
 
-    python benchmarks/rules.py [--rows softmax mlp-5] [--rules krum ida]      part of `make bench`
+    python benchmarks/rules.py [--rows softmax mlp-5] [--rules krum ida]
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RULES = ["norm_clipping", "krum", "ida", "median", "trimmed_mean", "centred_clip
 
 
 def times(row: str, rules: list[str]) -> list[float]:
-    """The median milliseconds of a round under each of `rules`."""
+    """Return the median milliseconds of a round under each of `rules`."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = read(write_experiment(ROWS[row], Path(folder)), {"rules": rules})
         (runs,) = run_all([(resolve(experiment), Path(folder) / "out")], Console(quiet=True))

@@ -1,9 +1,10 @@
-"""How long does a round take in Corymb, and on the same work in Flower's simulation, pfl-research and FedJAX?
+"""Measure a round in Corymb and, on the same workload, in Flower's simulation, pfl-research and FedJAX.
 
-Corymb runs through `corymb simulate`, with rule, door, verdicts and journal. Runs alternate; the figure of each is the
-median of its rounds. Peers that draw the same clients in the same order (FedJAX) must end at the same checksum.
+Corymb runs through `corymb simulate`, with rule, door, verdicts and journal. The runs of Corymb and its peers
+alternate, and each result is the median over rounds. FedJAX draws the same clients in the same order, so it must end
+with the same checksum. `make bench` runs this script and creates the environments of the peers.
 
-    python benchmarks/simulators.py [--rows softmax mlp] [--peers fedjax] [--repeats 2]      all of it: `make bench`
+    python benchmarks/simulators.py [--rows softmax mlp] [--peers fedjax] [--repeats 2]
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ Result = dict[str, Any]
 
 
 class Row(NamedTuple):
-    """A workload, and how many times as fast as each peer Corymb has to be."""
+    """A workload; `targets` says how many times as fast as each peer Corymb has to be."""
 
     model: str
     clients: int
     epochs: int
     batch: int
     rounds: int
-    bars: dict[str, float]
+    targets: dict[str, float]
 
 
 ROWS = {
@@ -56,11 +57,11 @@ PYTHON = {
     "fedjax": ROOT / ".peers/fedjax/bin/python",
 }
 SCRIPTS = {"flower": "flower_simulation.py", "pfl": "pfl_research.py", "fedjax": "fedjax_simulator.py"}
-WARMUP = 2
+WARMUP = 2  # rounds
 
 
 def write_experiment(row: Row, folder: Path, device: str = "cpu") -> Path:
-    """The work as an experiment file, and its data beside it."""
+    """Write the workload's experiment and data files to `folder`; return the path of the experiment."""
     inputs, targets = (array.reshape(-1, *array.shape[2:]) for array in workload.data())
     offsets = np.arange(workload.CLIENTS + 1) * workload.EXAMPLES
     np.savez(
@@ -87,7 +88,7 @@ device = "{device}"
     return folder / "workload.toml"
 
 
-def by_corymb(row: Row, device: str = "cpu") -> Result:
+def run_corymb(row: Row, device: str = "cpu") -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         experiment = write_experiment(row, folder, device)
@@ -100,32 +101,35 @@ def by_corymb(row: Row, device: str = "cpu") -> Result:
         return {"seconds": seconds[WARMUP:], "checksum": workload.checksum(model.values())}
 
 
-def by_peer(peer: str, row: Row) -> Result:
-    """The faster of one process and two where a peer offers both."""
+def run_peer(peer: str, row: Row) -> Result:
+    """Return the result of a peer; for pfl-research, the faster one of a single process and of two processes."""
     if peer != "pfl":
-        return told_by(peer, row, [], "2")
-    both = [told_by(peer, row, how, "1") for how in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])]
-    return min(both, key=lambda result: workload.median(result["seconds"]))
+        return run_script(peer, row, [], "2")
+    results = [
+        run_script(peer, row, launcher, "1")
+        for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])
+    ]
+    return min(results, key=lambda result: workload.median(result["seconds"]))
 
 
-def told_by(peer: str, row: Row, how: list[str], threads: str | None, device: str = "cpu") -> Result:
-    """What the script of a peer tells, started in its own environment `how` Python is told to."""
+def run_script(peer: str, row: Row, launcher: list[str], threads: str | None, device: str = "cpu") -> Result:
+    """Run a peer's script in its own environment, with `launcher` as arguments of Python; return its result."""
     command = [
-        str(PYTHON[peer]), *how, str(HERE / "peers" / SCRIPTS[peer]), f"--model={row.model}",
+        str(PYTHON[peer]), *launcher, str(HERE / "peers" / SCRIPTS[peer]), f"--model={row.model}",
         f"--clients={row.clients}", f"--epochs={row.epochs}", f"--batch={row.batch}", f"--rounds={row.rounds}",
         f"--warmup={WARMUP}", f"--device={device}",
     ]  # fmt: skip
     environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"seconds"')]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in completed.stdout.splitlines() if line.startswith('{"seconds"')]
     if not lines:
-        raise RuntimeError(f"{peer} failed: {done.stderr[-2000:]}")
-    found: Result = json.loads(lines[-1])
-    return found
+        raise RuntimeError(f"The script of {peer} failed: {completed.stderr[-2000:]}")
+    result: Result = json.loads(lines[-1])
+    return result
 
 
 def overhead(row: Row) -> str:
-    """Where a round of ours goes, in a run of its own."""
+    """Return how Corymb spends the time of a round, from a separate run of `overhead.py`."""
     with tempfile.TemporaryDirectory() as name:
         command = [sys.executable, str(HERE / "overhead.py"), str(write_experiment(row, Path(name)))]
         return subprocess.run(command, check=True, capture_output=True, text=True, cwd=HERE).stdout.strip()
@@ -138,24 +142,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     missed = 0
-    print(f"{'work':10}{'Corymb':>10}" + "".join(f"{peer:>34}" for peer in options.peers))
+    print(f"{'workload':10}{'Corymb':>10}" + "".join(f"{peer:>34}" for peer in options.peers))
     for name in options.rows:
         row = ROWS[name]
         results: dict[str, list[Result]] = {peer: [] for peer in ("corymb", *options.peers)}
         for _ in range(options.repeats):
             for peer in results:
-                results[peer].append(by_corymb(row) if peer == "corymb" else by_peer(peer, row))
-        times = {peer: workload.median([s for r in found for s in r["seconds"]]) for peer, found in results.items()}
-        ours = results["corymb"][0]["checksum"]
+                results[peer].append(run_corymb(row) if peer == "corymb" else run_peer(peer, row))
+        times = {
+            peer: workload.median([second for run in runs for second in run["seconds"]])
+            for peer, runs in results.items()
+        }
+        checksum = results["corymb"][0]["checksum"]
         line = f"{name:10}{times['corymb']:7.1f} ms"
         for peer in options.peers:
             ratio = times[peer] / times["corymb"]
-            missed += ratio < row.bars[peer]
-            theirs = results[peer][0]["checksum"]
-            same = f", sum {theirs / ours - 1:+.0e}" if peer == "fedjax" else ""
-            line += f"{f'{times[peer]:.0f} ms = {ratio:.1f}x ({row.bars[peer]:g}x{same})':>34}"
+            missed += ratio < row.targets[peer]
+            peer_checksum = results[peer][0]["checksum"]
+            difference = f", checksum {peer_checksum / checksum - 1:+.0e}" if peer == "fedjax" else ""
+            line += f"{f'{times[peer]:.0f} ms = {ratio:.1f}x ({row.targets[peer]:g}x{difference})':>34}"
         print(line, flush=True)
-        print(f"{'':10}of a round: {overhead(row)}", flush=True)
+        print(f"{'':10}time of a round: {overhead(row)}", flush=True)
     sys.exit(missed > 0)
 
 

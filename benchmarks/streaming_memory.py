@@ -1,15 +1,15 @@
-"""How much memory does aggregating 50 replies of a 10M-parameter model take, here and in Flower's FedAvg?
+"""Measure the memory for aggregating 50 replies of a model of 10M parameters, in Corymb and in Flower's FedAvg.
 
-Each strategy runs in a process of its own, two rounds on a LocalGrid whose clients read their replies,
-ready-made .npy bytes, from files: what the process grows by is the server's. Figures are the highest resident
-memory while the federation runs, in models (40 MB of float32), over two bases:
+Each strategy runs two rounds in a process of its own, on a LocalGrid whose clients read their replies from files as
+.npy bytes, so that all growth of the process is the server's. The results are the peak resident memory during the
+federation, in models (40 MB of float32), relative to two baselines:
 
 - "idle": the process before the first round, with the initial model in it;
-- "receiving": the same process doing all the same (it holds the model, sends it, takes each reply through the
-  door) but dropping each reply instead of aggregating it. The bar of 3 is over this one.
+- "receiving": a process that holds and sends the model and checks each reply at the door, but drops the reply instead
+  of aggregating it. The target of 3 is relative to this baseline.
 
-One reply is a model and the sum, in float64, is two: 3.0 over idle is the least that this sum allows, and allocators
-add a tenth or two. See docs/design.md for why it is float64.
+One reply is one model, and the sum in float64 is two. So 3.0 over "idle" is the minimum for this sum, and the memory
+allocator adds 0.1 to 0.2. docs/design.md explains why the sum is float64.
 
     python benchmarks/streaming_memory.py [--replies 50] [--parameters 10000000]
 """
@@ -34,21 +34,21 @@ from corymb.server.rounds.door import Door
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAU, FedAvg
 
-BAR = 3.0
+TARGET = 3.0
 LAYERS = 5
-FILES = 4  # replies differ, but need not all do so
+FILES = 4  # different replies; the clients share them
 ROUNDS = 2
 
 
 class Receiving(FlowerStrategy):
-    """Takes every reply through the door, and drops it."""
+    """Checks every reply at the door, and drops it."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, None]:
         """See `FlowerStrategy`."""
         door = Door(self.state.model.layers)
         for reply in replies:
             door.admit("site", reply)
-            del reply  # before the next one comes
+            del reply  # before the next one arrives
         return None, None
 
 
@@ -61,13 +61,13 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 
 
 def status(field: str) -> int:
-    """A line of this process's memory, in bytes."""
+    """Return a `field` of this process's memory status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def serve(name: str, folder: Path, replies: int, parameters: int) -> None:
-    """Run one strategy and print by how many bytes the process grew."""
+    """Run one strategy and print how many bytes the process grew by."""
     shape = (parameters // LAYERS,)
 
     def client(message: Message, context: Context) -> Message:
@@ -81,20 +81,20 @@ def serve(name: str, folder: Path, replies: int, parameters: int) -> None:
 
     grid = LocalGrid(client, replies)
     strategy = STRATEGIES[name]()
-    # One small round first, of the same kind: what torch and Flower load at their first use is no model's.
-    wire = ArrayRecord({"w": Array(np.zeros(100_000, dtype=np.float32))})
-    sent = RecordDict({"arrays": wire, "metrics": MetricRecord({"num-examples": 1})})
-    small = LocalGrid(lambda message, context: Message(sent, reply_to=message), 2)
-    STRATEGIES[name]().start(small, wire, num_rounds=2)
+    # Run a small federation first, so that modules that torch and Flower load on first use do not count.
+    small_model = ArrayRecord({"w": Array(np.zeros(100_000, dtype=np.float32))})
+    small_reply = RecordDict({"arrays": small_model, "metrics": MetricRecord({"num-examples": 1})})
+    small_grid = LocalGrid(lambda message, context: Message(small_reply, reply_to=message), 2)
+    STRATEGIES[name]().start(small_grid, small_model, num_rounds=2)
 
     def initial() -> ArrayRecord:
         zeros = np.zeros(shape, dtype=np.float32)
         return ArrayRecord({f"layer{layer}": Array(zeros) for layer in range(LAYERS)})
 
-    handed_over = [initial()]
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    models = [initial()]  # popped at the call, so that this function holds no reference
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
     base = status("VmRSS")
-    strategy.start(grid, handed_over.pop(), num_rounds=ROUNDS)
+    strategy.start(grid, models.pop(), num_rounds=ROUNDS)
     print(json.dumps(status("VmHWM") - base))
 
 
@@ -124,8 +124,8 @@ def main() -> None:
             idle[name] = json.loads(output.stdout.splitlines()[-1]) / size
             print(f"{name:15} {idle[name]:6.2f} {idle[name] - idle['receiving']:10.2f}")
     worst = max(idle["Corymb FedAvg"], idle["Corymb FedAU"]) - idle["receiving"]
-    print(f"Corymb's worst over receiving: {worst:.2f} models (bar: under {BAR})")
-    sys.exit(worst >= BAR)
+    print(f"Corymb's maximum over receiving: {worst:.2f} models (target: below {TARGET})")
+    sys.exit(worst >= TARGET)
 
 
 if __name__ == "__main__":

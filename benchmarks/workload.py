@@ -1,7 +1,8 @@
-"""One workload for every simulator: the same data, first model, cohorts and steps, and a checksum.
+"""The workload of all simulators: the same data, initial model, cohorts and steps, and a checksum of the result.
 
-28x28 images of noise in 10 classes, 100 clients with 100 examples each, plain SGD at 0.05 on cross-entropy, each
-client's examples in their own order. Needs numpy only, so that each peer can read it in an environment of its own.
+The data are 28x28 images of noise in 10 classes, with 100 examples at each of 100 clients. Clients train with plain
+SGD on cross-entropy, at a learning rate of 0.05, on their examples in the stored order. The module needs numpy only,
+so that each peer can import it in its own environment.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ from numpy.typing import NDArray
 
 CLIENTS, EXAMPLES, RATE = 100, 100, 0.05
 Arrays = list[NDArray[np.float32]]
-SHAPES: dict[
-    str, list[tuple[tuple[int, ...], int]]
-] = {  # weights as torch has them, and how many inputs each sums over
+# For each layer: the shape of the weight, as in torch, and the number of inputs of an output.
+SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "softmax": [((10, 784), 784)],
     "mlp": [((200, 784), 784), ((10, 200), 200)],
     "cnn": [((32, 1, 5, 5), 25), ((64, 32, 5, 5), 800), ((512, 3136), 3136), ((10, 512), 512)],
@@ -28,19 +28,19 @@ SHAPES: dict[
 
 
 def data() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Inputs `[100, 100, 1, 28, 28]` and targets `[100, 100]`."""
+    """Return inputs `[100, 100, 1, 28, 28]` and targets `[100, 100]`, by client and example."""
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((CLIENTS, EXAMPLES, 1, 28, 28), dtype=np.float32)
     return inputs, rng.integers(0, 10, (CLIENTS, EXAMPLES))
 
 
 def cohort(number: int, clients: int) -> NDArray[np.int64]:
-    """Who takes part in a round, from 0: whom Corymb draws with seed 0."""
+    """Return the clients of round `number`, counted from 0; Corymb draws the same ones with seed 0."""
     return np.array(sorted(random.Random(f"0/{number + 1}/train").sample(range(CLIENTS), clients)))
 
 
 def first_model(model: str) -> Arrays:
-    """Weights and biases in turn, uniform within one over the root of the inputs."""
+    """Return weights and biases in turn, drawn uniformly within 1 / sqrt(number of inputs)."""
     rng = np.random.default_rng(1)
     arrays = []
     for shape, inputs in SHAPES[model]:
@@ -50,12 +50,12 @@ def first_model(model: str) -> Arrays:
 
 
 def checksum(arrays: Iterable[NDArray[np.float32]]) -> float:
-    """The sum of absolute numbers."""
+    """Return the sum of the absolute values, rounded to four decimals."""
     return round(float(sum(np.abs(array).sum(dtype=np.float64) for array in arrays)), 4)
 
 
 def torch_model(model: str) -> Any:
-    """The model as a sequence of torch's layers, filled with the first model."""
+    """Return the model as a torch module with the parameters of `first_model`."""
     import torch
     from torch import nn
 
@@ -76,22 +76,22 @@ def torch_model(model: str) -> Any:
 
 
 def softmax(shape: tuple[int, ...], classes: int) -> Any:
-    """For an experiment's `model.kind`."""
+    """Return the model; an experiment names this function in `model.kind`."""
     return torch_model("softmax")
 
 
 def mlp(shape: tuple[int, ...], classes: int) -> Any:
-    """For an experiment's `model.kind`."""
+    """Return the model; an experiment names this function in `model.kind`."""
     return torch_model("mlp")
 
 
 def cnn(shape: tuple[int, ...], classes: int) -> Any:
-    """For an experiment's `model.kind`."""
+    """Return the model; an experiment names this function in `model.kind`."""
     return torch_model("cnn")
 
 
 def options() -> argparse.ArgumentParser:
-    """What every peer's script is told."""
+    """Return the command line parser of the peers' scripts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=list(SHAPES), default="mlp")
     parser.add_argument("--clients", type=int, default=50)
@@ -104,12 +104,12 @@ def options() -> argparse.ArgumentParser:
 
 
 def report(seconds: list[float], warmup: int, arrays: Iterable[NDArray[np.float32]]) -> None:
-    """Print the rounds' seconds and the checksum as the last line."""
+    """Print the seconds of the rounds after `warmup`, and the checksum, as one line of JSON."""
     print(json.dumps({"seconds": seconds[warmup:], "checksum": checksum(arrays)}), flush=True)
 
 
 def timed(step: Callable[[int], None], rounds: int, clock: Callable[[], float]) -> list[float]:
-    """Seconds of each round."""
+    """Run `step` for each round and return its seconds."""
     seconds = []
     for number in range(rounds):
         started = clock()
@@ -119,5 +119,5 @@ def timed(step: Callable[[int], None], rounds: int, clock: Callable[[], float]) 
 
 
 def median(seconds: list[float]) -> float:
-    """In milliseconds."""
+    """Return the median of `seconds`, in milliseconds."""
     return 1000 * statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""What runs at a site: training and evaluation as a Flower ClientApp."""
+"""The client: local training and evaluation as a Flower ClientApp."""
 
 from corymb.client.app import make_client_app
 from corymb.client.trainer import evaluate, train

@@ -1,4 +1,4 @@
-"""A ClientApp from a module, a data function and a loss."""
+"""A Flower ClientApp made from a model function, a data function and a loss."""
 
 from __future__ import annotations
 
@@ -25,32 +25,34 @@ Data = Callable[[Context], tuple[Examples, Examples | None]]
 
 
 def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.functional.cross_entropy) -> ClientApp:
-    """A ClientApp that trains and evaluates `model()` on what `data(context)` returns.
+    """Return a ClientApp that trains and evaluates `model()` on the examples that `data(context)` returns.
 
-    `data` gives the site's training and evaluation examples (the latter may be None): datasets of
-    (input, target), or DataLoaders; it is called for each message, so it should cache what is slow.
-    `loss(outputs, targets)` returns a scalar. Settings are read from the keys `train.*` of the run
-    config, of the site's own node config, which goes before, and of the message's, which goes before both (see
-    `TrainSettings`). The batches and torch's random
-    numbers follow from the seed, the site and the round: a site's name or partition-id in its node
-    config, else Flower's id.
+    `data` returns the client's training and evaluation examples; the latter may be None. Both are datasets of
+    (input, target), or DataLoaders. The app calls `data` for each message, so `data` should cache slow work.
+    `loss(outputs, targets)` returns a scalar.
 
-    Replies report `num-examples`, `loss`, `accuracy` (for class scores), `steps` and `seconds`; and
-    `participation`, the probability that the site takes part, if its node config says so.
+    The app reads its settings from the keys `train.*` of the run config, the client's node config and the message's
+    config; a later one overrides an earlier one (see `TrainSettings`). The order of the batches and torch's random
+    numbers depend on the seed, the client and the round only. The client is identified by `name` or `partition-id` in
+    its node config, else by Flower's node id.
+
+    Replies to training messages report the metrics `num-examples`, `loss`, `accuracy` (for class scores), `steps` and
+    `seconds`. They also report `participation`, the probability that the client takes part in a round, if its node
+    config has that key. Replies to evaluation messages report the same, without `steps` and `participation`.
     """
     app = ClientApp()
-    made: list[nn.Module] = []  # once in a process; Ray pickles it, so no `cache`
+    initial: list[nn.Module] = []  # at most one, made once per process; Ray cannot pickle `functools.cache`
 
     def fresh_module(seed: int) -> nn.Module:
-        """As `model()` made it: what a state dict does not hold goes from no client to the next."""
-        if not made:
-            made.append(_seeded(model, seed))
+        """Return a module in its initial state, so that clients share no state outside of the state dict."""
+        if not initial:
+            initial.append(_make_seeded(model, seed))
         try:
-            return deepcopy(made[0])
-        except Exception:  # not every module can be copied
-            return _seeded(model, seed)
+            return deepcopy(initial[0])
+        except Exception:  # some modules cannot be copied
+            return _make_seeded(model, seed)
 
-    def prepared(message: Message, context: Context) -> tuple[nn.Module, TrainSettings, int]:
+    def prepare(message: Message, context: Context) -> tuple[nn.Module, TrainSettings, int]:
         configs = of_kind(message.content, ConfigRecord)
         settings = TrainSettings.read(context.run_config, context.node_config, *configs)
         server_round = round_of(configs)
@@ -62,31 +64,31 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
-        module, settings, server_round = prepared(message, context)
+        module, settings, server_round = prepare(message, context)
         examples, _ = data(context)
         generator = batch_generator(settings.seed, site_of(context), server_round)
         batches = training_batches(examples, settings, generator)
         parameters = dict(module.named_parameters())
-        path: list[dict[str, Tensor]] = []  # the model after each batch, if the updates of batches are wanted
+        states: list[dict[str, Tensor]] = []  # with batch_updates: the parameters at the start and after each batch
 
-        def keep() -> None:
+        def record_state() -> None:
             if settings.batch_updates:
-                path.append(_on_cpu(parameters, copy=True))
+                states.append(_on_cpu(parameters, copy=True))
 
-        keep()
-        metrics = train(module, batches, settings, loss, server_round, keep)
-        metrics |= _classes(examples) if settings.report_classes else {}
+        record_state()
+        metrics = train(module, batches, settings, loss, server_round, record_state)
+        metrics |= _class_counts(examples) if settings.report_classes else {}
         metrics |= own_metrics(context)
         content = RecordDict(
             {ARRAYS: to_arrays(_on_cpu(module.state_dict())), METRICS: _metrics(count(examples), metrics)}
         )
         if settings.batch_updates:
-            content[STEPS] = to_arrays({name: _differences([state[name] for state in path]) for name in parameters})
+            content[STEPS] = to_arrays({name: _differences([state[name] for state in states]) for name in parameters})
         return Message(content, reply_to=message)
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
-        module, settings, _ = prepared(message, context)
+        module, settings, _ = prepare(message, context)
         _, examples = data(context)
         if examples is None:
             return Message(RecordDict({METRICS: _metrics(0, {})}), reply_to=message)
@@ -96,7 +98,7 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
     return app
 
 
-def _seeded(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _make_seeded(model: Callable[[], nn.Module], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return model()
@@ -110,8 +112,8 @@ def _differences(states: list[Tensor]) -> Tensor:
     return torch.stack(states).diff(dim=0)
 
 
-def _classes(examples: Examples) -> dict[str, float]:
-    """How many examples of each class there are."""
+def _class_counts(examples: Examples) -> dict[str, float]:
+    """Return the number of examples of each class, as metrics."""
     data = examples.dataset if isinstance(examples, DataLoader) else examples
     targets = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor([int(t) for _, t in data])  # type: ignore[attr-defined]
     return {f"{CLASS}{c}": float(n) for c, n in enumerate(targets.bincount().tolist()) if n}
@@ -122,42 +124,45 @@ def _metrics(examples: int, metrics: Mapping[str, float]) -> MetricRecord:
 
 
 def own_metrics(context: Context) -> dict[str, float]:
-    """What a site tells of itself: the probability that it takes part, where its node config says so."""
+    """Return `participation` from the client's node config as a metric; nothing if the key is missing."""
     node = context.node_config
     return {"participation": float(node["participation"])} if "participation" in node else {}
 
 
 def only_arrays(content: RecordDict) -> ArrayRecord:
-    """The model in a message. Raises `ValueError` unless there is one."""
+    """Return the model in a message. Raises `ValueError` unless the message has exactly one ArrayRecord."""
     records = of_kind(content, ArrayRecord)
     if len(records) != 1:
-        raise ValueError(f"The message carries {len(records)} ArrayRecords; send the model in one.")
+        raise ValueError(f"The message has {len(records)} ArrayRecords; send exactly one, with the model.")
     return records[0]
 
 
 def round_of(configs: list[ConfigRecord]) -> int:
-    """The round that the server says it is; 1 where it does not."""
+    """Return the round number in the message's configs; 1 if they have none."""
     return next((int(cast(int, config[ROUND])) for config in configs if ROUND in config), 1)
 
 
 def batch_generator(seed: int, site: object, server_round: int) -> torch.Generator:
-    """What shuffles a site's examples in a round."""
+    """Return the generator that shuffles a client's examples in a round."""
     return torch.Generator().manual_seed(seed_of(seed, site, server_round, "batches"))
 
 
 def site_of(context: Context) -> object:
-    """What a site's random numbers follow from: its name or partition in its node config, else Flower's id."""
+    """Return the client's identity in seeds: `name` or `partition-id` in its node config, else Flower's node id."""
     node = context.node_config
     return node.get("name", node.get("partition-id", context.node_id))
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that follows from `parts`; the run's seed, a site and a round seed torch's own numbers there."""
+    """Return a seed that depends on `parts` only, such as the run's seed, a client and a round."""
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
 def _seed_torch(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, which takes 0.7 ms because it keeps a stack trace for every device there is not."""
+    """Seed torch's generators of the CPU and of `device`.
+
+    `torch.manual_seed` takes 0.7 ms, because it stores a stack trace for every kind of device that is absent.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

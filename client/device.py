@@ -1,4 +1,4 @@
-"""Where a site trains: the best device there is, or the one it is told to use."""
+"""Selection of the device for training and evaluation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU.
+    """Return the device called `name`. "auto" selects CUDA if it is available, else MPS, else the CPU.
 
-    Raises `ValueError` when the device is not there.
+    Raises `ValueError` if the device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -18,5 +18,5 @@ def choose_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"Device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"Device {name!r} is not available: {str(error).splitlines()[0]}") from None
     return device

@@ -1,4 +1,4 @@
-"""Local training and evaluation of one model on one site's examples."""
+"""Local training and evaluation of one model on one client's examples."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Tally:
-    """Sums over batches, kept on the device so that no batch waits for them."""
+    """Sums of losses and correct predictions over batches.
+
+    The sums stay on the device, so that no batch waits for a copy to the CPU.
+    """
 
     def __init__(self) -> None:
         self.examples = 0
         self._loss: Tensor | float = 0.0
-        self._correct: Tensor | float | None = 0.0  # None: the outputs are no scores of classes
+        self._correct: Tensor | float | None = 0.0  # None if the outputs are not class scores
 
     def add(self, outputs: Tensor, targets: Tensor, loss: Tensor) -> None:
-        """Count one batch; `loss` is its mean."""
+        """Add one batch, whose mean loss is `loss`."""
         self.examples += len(targets)
         self._loss = self._loss + loss.detach() * len(targets)
         if self._correct is None or outputs.dim() != targets.dim() + 1 or targets.is_floating_point():
             self._correct = None
             return
-        positions = targets.numel() // max(1, len(targets))  # several per example in segmentation
+        positions = targets.numel() // max(1, len(targets))  # predictions per example: more than one in segmentation
         self._correct = self._correct + (outputs.detach().argmax(dim=1) == targets).sum() / positions
 
     def metrics(self) -> dict[str, float]:
-        """Loss, and accuracy where there is one, per example."""
+        """Return the mean loss per example and, for class scores, the accuracy; an empty dict without examples."""
         if not self.examples:
             return {}
         means = {"loss": float(self._loss) / self.examples}
@@ -50,9 +53,10 @@ def train(
     server_round: int = 1,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Train `module`, where it is, on `batches`; `after_step` is called after each.
+    """Train `module` in place, on its own device, on `batches`; call `after_step` after each batch.
 
-    Returns the mean loss and accuracy over all batches, each taken before its step, their number and seconds.
+    Returns `loss` and, for class scores, `accuracy`, both as means over the examples of all batches and measured
+    before the step of each batch; `steps`, the number of batches; and `seconds`, the duration.
     """
     started = time.perf_counter()
     device = next(module.parameters()).device
@@ -70,11 +74,11 @@ def train(
             outputs = module(inputs)
             value = loss(outputs, targets)
         optimizer.zero_grad()
-        scaler.scale(value).backward()  # without float16 the scaler does nothing
+        scaler.scale(value).backward()  # the scaler changes nothing unless the precision is float16
         scaler.unscale_(optimizer)
-        for parameter, first in zip(module.parameters(), start):  # noqa: B905  # none without the proximal term
+        for parameter, initial in zip(module.parameters(), start):  # noqa: B905  # no pairs without the proximal term
             if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - first, alpha=settings.proximal)
+                parameter.grad.add_(parameter.detach() - initial, alpha=settings.proximal)
         scaler.step(optimizer)
         scaler.update()
         tally.add(outputs, targets, value)
@@ -90,7 +94,7 @@ def evaluate(
     settings: TrainSettings | None = None,
     loss: Loss = nn.functional.cross_entropy,
 ) -> dict[str, float]:
-    """The mean loss and accuracy of `module` over `batches`, and seconds."""
+    """Return the mean `loss` per example of `module` over `batches`, `accuracy` for class scores, and `seconds`."""
     started = time.perf_counter()
     device = next(module.parameters()).device
     tally = Tally()

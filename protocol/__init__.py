@@ -1,1 +1,1 @@
-"""What server and sites say to each other: record names, the codec, and the shim to what Flower keeps private."""
+"""Code that server and clients share: record names, array codec, settings, and access to Flower's private API."""

@@ -1,4 +1,7 @@
-"""ArrayRecord <-> state dict, copying nothing where the memory allows, believing nothing that a header says."""
+"""Conversion between Flower's ArrayRecord and a PyTorch state dict.
+
+Arrays and tensors share memory where possible. The header of a received array is checked before it is used.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
-NPY = "numpy.ndarray"  # Flower's name for "the bytes are an .npy file"
-LONGEST_HEADER = 1024  # bytes; numpy's own are 128
+NPY = "numpy.ndarray"  # Flower's name for the .npy format
+LONGEST_HEADER = 1024  # bytes; the headers that numpy writes have 128
 
-# What may cross the wire. numpy has no bfloat16: it travels as its bits in uint16, and only Array.dtype says so.
+# The dtypes that a message may carry. numpy has no bfloat16, so its bits are sent as uint16, and only Array.dtype
+# names bfloat16.
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -30,14 +34,14 @@ DTYPES = {
 
 
 class CodecError(ValueError):
-    """An array whose bytes are not what they should be."""
+    """An array in a message has a wrong format, dtype, header or number of bytes."""
 
 
 class Array(flwr.app.Array):
-    """A Flower Array that stays a tensor until somebody asks for its bytes.
+    """A Flower Array that holds a tensor and encodes it only when its bytes are read.
 
-    It has its parent's name because Flower writes the class's name on the wire. The tensor is shared,
-    not copied: whoever changes it in place afterwards changes the message.
+    The class has the same name as its parent because Flower writes the class name into the encoded record. The tensor
+    is shared, not copied: a later in-place change of the tensor changes the message.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -51,35 +55,35 @@ class Array(flwr.app.Array):
 
     @property
     def tensor(self) -> Tensor:
-        """The numbers, shared."""
+        """The tensor itself, not a copy."""
         return self._tensor
 
     @property
     def data(self) -> bytes:
-        """The .npy bytes, made anew at each call so that no second copy of the model stays in memory."""
-        numbers = np.asarray(self.numpy(copy=False), order="C")
+        """The bytes of an .npy file, encoded at each access, so that no second copy of the model stays in memory."""
+        values = np.asarray(self.numpy(copy=False), order="C")
         header = BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(numbers))
-        return b"".join((header.getvalue(), numbers.data))  # one copy, where np.save makes several
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+        return b"".join((header.getvalue(), values.data))  # one copy; np.save makes several
 
     @data.setter
     def data(self, value: bytes) -> None:
-        raise AttributeError("This Array holds a tensor; make a flwr.app.Array to set its bytes.")
+        raise AttributeError("The bytes of this Array come from a tensor; to set bytes, create a flwr.app.Array.")
 
     def numpy(self, copy: bool = True) -> np.ndarray[Any, Any]:
-        """The numbers; a copy, as with Flower's own, so that an app may change what it gets."""
+        """The values as an ndarray. By default a copy, as in Flower's own Array, so that an app may modify it."""
         tensor = self.tensor.cpu()
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.contiguous().view(torch.uint16)
-        numbers: np.ndarray[Any, Any] = tensor.numpy()
-        return numbers.copy() if copy else numbers
+        values: np.ndarray[Any, Any] = tensor.numpy()
+        return values.copy() if copy else values
 
     def __reduce__(self) -> tuple[Any, ...]:
         return flwr.app.Array, (self.dtype, self.shape, self.stype, self.data)
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """`state` as a record that shares its memory."""
+    """Return `state` as an ArrayRecord that shares its memory."""
     record = ArrayRecord()
     for name, tensor in state.items():
         record[name] = Array(tensor)
@@ -87,40 +91,44 @@ def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
 
 
 def to_state(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """The state dict in `arrays`; tensors share the record's memory, so treat them as read-only.
+    """Return the state dict in `arrays`. Its tensors share the record's memory, so treat them as read-only.
 
-    Raises `CodecError` naming the array that is broken.
+    Raises `CodecError`, which names the invalid array.
     """
     return {name: to_tensor(name, array) for name, array in arrays.items()}
 
 
 def to_tensor(name: str, array: flwr.app.Array) -> Tensor:
-    """One array's tensor, without a copy. Nothing is allocated before its header has been checked."""
+    """Return the tensor of `array` without a copy; `name` appears in errors.
+
+    Nothing is allocated before the header has been checked. Raises `CodecError` if the array is invalid.
+    """
     if isinstance(array, Array):
         return array.tensor
     if array.stype != NPY:
-        raise CodecError(f"Array {name!r} has the format {array.stype!r}; only {NPY!r} is read.")
+        raise CodecError(f"Array {name!r} has the format {array.stype!r}; send {NPY!r}.")
     if array.dtype not in DTYPES:
         raise CodecError(f"Array {name!r} has the dtype {array.dtype!r}; send one of {', '.join(DTYPES)}.")
-    header = _header(name, array.data)
+    header = _read_header(name, array.data)
     wire = "uint16" if array.dtype == "bfloat16" else array.dtype
     if header.dtype != wire or header.shape != tuple(array.shape):
         raise CodecError(
-            f"Array {name!r} says {array.dtype}{list(array.shape)} but its bytes are "
+            f"Array {name!r} declares {array.dtype}{list(array.shape)}, but its bytes are "
             f"{header.dtype}{list(header.shape)}."
         )
     count, present = prod(header.shape), len(array.data) - header.size
     if min(header.shape, default=0) < 0 or count * np.dtype(wire).itemsize != present:
         raise CodecError(
-            f"Array {name!r} claims {list(header.shape)} numbers of {wire} but carries {present} bytes of them."
+            f"Array {name!r} declares the shape {list(header.shape)} of {wire}, but carries {present} bytes of data."
         )
-    numbers = np.frombuffer(array.data, dtype=wire, offset=header.size)
-    numbers = numbers.reshape(header.shape, order="F" if header.fortran else "C")
-    return torch.from_numpy(numbers).view(DTYPES[array.dtype])
+    values = np.frombuffer(array.data, dtype=wire, offset=header.size)
+    values = values.reshape(header.shape, order="F" if header.fortran else "C")
+    return torch.from_numpy(values).view(DTYPES[array.dtype])
 
 
 with warnings.catch_warnings():
-    # torch says once in a process that memory from bytes is read-only. We know, and only read.
+    # torch warns once per process that a tensor made from bytes is read-only. This statement provokes
+    # the warning while it is suppressed. This module never writes to such a tensor.
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"\0", dtype=np.uint8))
 
@@ -129,28 +137,34 @@ class _Header(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     fortran: bool
-    size: int
+    size: int  # of the header, in bytes
 
 
-def _header(name: str, data: bytes) -> _Header:
-    """The header of .npy bytes. Parsed by hand: numpy's reader allocates what the header claims."""
+def _read_header(name: str, data: bytes) -> _Header:
+    """Parse the header of .npy bytes.
+
+    numpy's own reader is not used, because it allocates as much memory as the header declares.
+    """
     magic, version = data[:6], data[6:8]
     if magic != b"\x93NUMPY" or version not in (b"\x01\x00", b"\x02\x00"):
-        raise CodecError(f"Array {name!r} carries {len(data)} bytes that are no .npy file of version 1 or 2.")
+        raise CodecError(f"Array {name!r} carries {len(data)} bytes that are not an .npy file of version 1 or 2.")
     width = 2 if version == b"\x01\x00" else 4
     start = 8 + width
     length = int.from_bytes(data[8:start], "little")
     if length > LONGEST_HEADER or start + length > len(data):
-        raise CodecError(f"Array {name!r} has a header of {length} bytes in {len(data)}; it is cut off or wrong.")
+        raise CodecError(
+            f"Array {name!r} declares a header of {length} bytes in {len(data)} bytes of data; "
+            f"the header is cut off or longer than {LONGEST_HEADER} bytes."
+        )
     try:
-        dtype, shape, fortran = _parsed(data[start : start + length])
+        dtype, shape, fortran = _parse_header(data[start : start + length])
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         raise CodecError(f"Array {name!r} has a header that cannot be read.") from None
     return _Header(dtype, shape, fortran, start + length)
 
 
 @lru_cache(maxsize=1024)
-def _parsed(header: bytes) -> tuple[str, tuple[int, ...], bool]:
+def _parse_header(header: bytes) -> tuple[str, tuple[int, ...], bool]:
     fields = ast.literal_eval(header.decode("latin1").strip())
     shape, fortran, descr = fields["shape"], fields["fortran_order"], fields["descr"]
     if not (isinstance(shape, tuple) and all(type(n) is int for n in shape) and isinstance(descr, str)):

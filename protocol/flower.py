@@ -1,4 +1,4 @@
-"""The one place that touches what Flower keeps private. Tested against each flwr version that we support."""
+"""The only module that uses Flower's private API. Its test runs against each supported version of flwr."""
 
 from __future__ import annotations
 
@@ -16,50 +16,59 @@ CLIENT_APP_RAISED = int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 
 
 class Node(Protocol):
-    """What we read of Flower's NodeInfo: an id that changes with every run, and the operator's name ("" for none)."""
+    """The fields of Flower's NodeInfo that Corymb reads.
+
+    `node_id` changes with every run. `name` is the name that the operator gave to the node, "" if there is none.
+    """
 
     node_id: int
     name: str
 
 
 def node_info(node_id: int, name: str) -> Node:
-    """A node as `Grid.get_nodes` returns it."""
+    """Return a node in the form that `Grid.get_nodes` returns."""
     return cast(Node, NodeInfo(node_id=node_id, name=name, status="online"))
 
 
 def empty_run(run_id: int) -> Run:
-    """A run with nothing filled in but its id, as `Grid.run` returns it."""
+    """Return a run, in the form that `Grid.run` returns, with only its id set."""
     return Run.create_empty(run_id)
 
 
 def inside_task(run_id: int, node_id: int) -> None:
-    """Let this process construct messages, which Flower allows only inside a running task."""
+    """Set the task of this process, because Flower allows the creation of messages only inside a running task."""
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
 
 
 def stamp(message: Message, message_id: str) -> None:
-    """Give `message` its id, as a grid does when it is pushed."""
+    """Set the id of `message`, as a grid does when the message is pushed."""
     message.metadata.__dict__["_message_id"] = message_id
 
 
 def quick_metrics(numbers: dict[str, int | float]) -> MetricRecord:
-    """A MetricRecord of numbers that are known to be numbers: checking each costs more than a small model's step."""
+    """Return `MetricRecord(numbers)` without Flower's type check of each value.
+
+    The check takes longer than a training step of a small model.
+    """
     record = MetricRecord()
     record.__dict__["_data"] = numbers
     return record
 
 
 def quick_record(records: Mapping[str, ArrayRecord | MetricRecord]) -> RecordDict:
-    """A RecordDict of records that are known to be records."""
+    """Return `RecordDict(records)` without Flower's type check of each record."""
     content = RecordDict()
     content.__dict__["_data"] = dict(records)
     return content
 
 
 def quick_messages(content: RecordDict, node_ids: list[int], kind: str, group_id: str) -> list[Message]:
-    """`Message(content, node_id, kind, group_id=group_id)` for each of `node_ids`, checked once."""
+    """Return `Message(content, node_id, kind, group_id=group_id)` for each of `node_ids`.
+
+    Flower checks the arguments for the first message only.
+    """
     if not node_ids:
         return []
     first = Message(content, node_ids[0], kind, group_id=group_id)
@@ -74,17 +83,20 @@ def quick_messages(content: RecordDict, node_ids: list[int], kind: str, group_id
 
 
 def quick_reply(message: Message, content: RecordDict | None = None, error: Error | None = None) -> Message:
-    """`Message(content or error, reply_to=message)` for a reply within this process: as fresh as its message."""
-    asked = message.metadata.__dict__
+    """Return `Message(content or error, reply_to=message)` for a reply within this process.
+
+    Unlike Flower's constructor, it copies the creation time and the TTL from `message`.
+    """
+    request = message.metadata.__dict__
     metadata = Metadata.__new__(Metadata)
     metadata.__dict__.update(
-        asked,
-        _message_id=f"reply-{asked['_message_id']}",
-        _src_node_id=asked["_dst_node_id"],
-        _dst_node_id=asked["_src_node_id"],
-        _src_task_id=asked["_dst_task_id"],
-        _dst_task_id=asked["_src_task_id"],
-        _reply_to_message_id=asked["_message_id"],
+        request,
+        _message_id=f"reply-{request['_message_id']}",
+        _src_node_id=request["_dst_node_id"],
+        _dst_node_id=request["_src_node_id"],
+        _src_task_id=request["_dst_task_id"],
+        _dst_task_id=request["_src_task_id"],
+        _reply_to_message_id=request["_message_id"],
     )
     reply = Message.__new__(Message)
     reply.__dict__.update(_metadata=metadata, _content=content, _error=error)

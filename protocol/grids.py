@@ -1,4 +1,4 @@
-"""What a grid may offer beyond Flower's `Grid`."""
+"""Optional features of a grid, beyond Flower's `Grid`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from flwr.app import Message
 
 @runtime_checkable
 class StreamingGrid(Protocol):
-    """A grid that knows whose reply comes next, so that nobody has to poll it."""
+    """A grid that yields replies as they become available, so that the caller need not poll."""
 
     def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
-        """Replies to `message_ids` with the id that each answers, as they can be had soonest.
+        """Yield `(message id, reply)` for each of `message_ids`, in the order in which the replies become available.
 
-        Who is not waited for any more, when the iterator is closed, is not answered.
+        Closing the iterator discards the messages that have no reply yet.
         """
 
 
 @runtime_checkable
 class CompleteGrid(Protocol):
-    """A grid that no further node will join, so that nobody has to wait for one."""
+    """A grid that reports whether more nodes can join. If `is_complete`, callers do not wait for more nodes."""
 
     is_complete: bool

@@ -1,4 +1,7 @@
-"""One model among the rows of a block, as the record of a message: written out when somebody reads it."""
+"""One model from a block of client models, as the ArrayRecord of a message.
+
+The tensors are read from the block only when the record is read.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from corymb.strategies.core.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class ModelRow:
-    """Row number `row` of `rows`, a model of this `layout`, which has no buffers.
+    """One model: row `row` of `rows`, with the given `layout`, which has no buffers.
 
-    `bound` is what no number of it exceeds in size, NaN where one may be none.
+    `bound` is an upper bound on the absolute values of the model's numbers; NaN if some may be NaN.
     """
 
     rows: Rows
@@ -26,32 +29,32 @@ class ModelRow:
     bound: float
 
     def to_record(self) -> ArrayRecord:
-        """The model as a record like any other, to put into a message."""
+        """Return the model as an ArrayRecord for a message."""
         record = ArrayRecord()
-        for place, entry in enumerate(self.layout.parameters):
-            record[entry.name] = RowArray(self, place, entry)
+        for index, entry in enumerate(self.layout.parameters):
+            record[entry.name] = RowArray(self, index, entry)
         return record
 
 
 class RowArray(Array):
-    """One tensor of a `ModelRow`, which is read out of its rows each time that somebody asks for it."""
+    """One tensor of a `ModelRow`. Each access reads it from the rows again."""
 
-    def __init__(self, row: ModelRow, place: int, entry: Entry) -> None:
-        self.row, self._place, self._entry = row, place, entry
+    def __init__(self, row: ModelRow, index: int, entry: Entry) -> None:
+        self.row, self._index, self._entry = row, index, entry
         self._describe(entry.dtype, entry.shape)
 
     @property
     def tensor(self) -> Tensor:
         """See `Array`."""
-        piece: Tensor = self.row.rows.pieces(self.row.row)[self._place]
+        piece: Tensor = self.row.rows.pieces(self.row.row)[self._index]
         return piece.reshape(self._entry.shape).to(self._entry.dtype)
 
 
-RowArray.__qualname__ = Array.__qualname__  # what Flower writes on the wire
+RowArray.__qualname__ = Array.__qualname__  # Flower writes this name into the encoded record
 
 
 def row_in(arrays: ArrayRecord, layout: Layout) -> ModelRow | None:
-    """The row that `arrays` are the whole of, unchanged, if it is a model of this `layout`."""
+    """Return the `ModelRow` that `arrays` was made from, or None if the record was changed or has another layout."""
     first = next(iter(arrays.values()), None)
     if not isinstance(first, RowArray) or first.row.layout != layout or len(arrays) != len(layout.parameters):
         return None

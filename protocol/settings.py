@@ -1,4 +1,4 @@
-"""Tables of settings that know all of their keys, and one sentence for everything that is wrong in them."""
+"""Base class of all settings, which rejects unknown keys, and the formatting of its validation errors."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Settings(BaseModel):
-    """A table of settings: a key that it does not know is an error."""
+    """A table of settings. An unknown key is an error. The docstring under a key is its entry in the reference."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def problems(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> str:
-    """Everything that is wrong with a table of this `kind`, with its place, as part of one sentence."""
+    """Return all errors in a table of the type `kind`, joined by semicolons. `prefix` is put before each key."""
     return "; ".join(_problem(each, kind, prefix) for each in error.errors())
 
 
 def keys_of(kind: type[BaseModel], *place: str) -> set[str]:
-    """The keys of the table at `place` in one of this type; where tables differ by kind, the place ends with a kind."""
+    """Return the keys of the table at `place` within a table of the type `kind`.
+
+    If that table is a union of types, `place` ends with the `kind` that selects one of them.
+    """
     return _fields(kind, list(place))
 
 
 def _problem(error: Any, kind: type[BaseModel], prefix: str) -> str:
-    place = [part for part, is_key in _keys(error["loc"], kind) if is_key]
-    where = prefix + ".".join(map(str, place)) or "the table"
+    path = [part for part, is_key in _keys(error["loc"], kind) if is_key]
+    where = prefix + ".".join(map(str, path)) or "the table"
     if error["type"] == "extra_forbidden":
         *outer, last = error["loc"]
         known = sorted(_fields(kind, outer))
         near = get_close_matches(str(last), known, 1)
-        return f"{where} is no known key" + (
-            f" (did you mean {near[0]!r}?)" if near else f" (known here: {', '.join(known)})" if known else ""
+        return f"{where} is not a known key" + (
+            f" (did you mean {near[0]!r}?)" if near else f" (known keys: {', '.join(known)})" if known else ""
         )
     message = error["msg"].removeprefix("Value error, ").removesuffix(".")
     if error["type"] == "value_error":
         return f"{where}: {message}"
     if error["type"] == "missing":
-        return f"{where}: field required"
+        return f"{where} is required"
     return f"{where} = {error['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _keys(location: tuple[str | int, ...], kind: Any) -> Iterator[tuple[str | int, bool]]:
-    """Each part of pydantic's location, and whether it is a key: the tags of unions are not."""
+    """Yield each part of pydantic's error location, and whether it is a key. The tag of a union is not a key."""
     for part in location:
         members = _members(kind)
         tagged = [member for member in members if len(members) > 1 and part in _tags(member)]
@@ -58,7 +61,7 @@ def _keys(location: tuple[str | int, ...], kind: Any) -> Iterator[tuple[str | in
 
 
 def _fields(kind: Any, location: list[str | int]) -> set[str]:
-    """The keys of the table at `location`."""
+    """Return the keys of the table at `location`."""
     for part in location:
         members = _members(kind)
         tagged = [member for member in members if len(members) > 1 and part in _tags(member)]
@@ -72,7 +75,7 @@ def _fields(kind: Any, location: list[str | int]) -> set[str]:
 
 
 def _members(kind: Any) -> list[Any]:
-    """The types that a value may have, without annotations."""
+    """Return the types that a value may have: the members of a union, or the one type; without annotations."""
     origin = get_origin(kind)
     if origin is Annotated:
         return _members(get_args(kind)[0])
@@ -82,7 +85,7 @@ def _members(kind: Any) -> list[Any]:
 
 
 def _tags(kind: Any) -> set[Any]:
-    """The values of `kind` by which a table is told to be of this type."""
+    """Return the values of the key `kind` that select this type in a union."""
     if isinstance(kind, type) and issubclass(kind, BaseModel) and "kind" in kind.model_fields:
         annotation = kind.model_fields["kind"].annotation
         if get_origin(annotation) is Literal:
@@ -92,7 +95,7 @@ def _tags(kind: Any) -> set[Any]:
 
 
 def _inside(members: list[Any], part: str | int) -> Any:
-    """The type of what a table of one of these types has at `part`, or a list at any place."""
+    """Return the type of the value at `part`, a key or an index, of a table or list of one of the types `members`."""
     for member in members:
         if isinstance(member, type) and issubclass(member, BaseModel) and part in member.model_fields:
             return member.model_fields[str(part)].annotation

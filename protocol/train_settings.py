@@ -1,4 +1,4 @@
-"""How a site trains: the table `[train]`, which server and sites read from the same run config."""
+"""The table `[train]`: the settings of local training, which server and clients read from the same run config."""
 
 from __future__ import annotations
 
@@ -13,41 +13,52 @@ from pydantic import Field, ValidationError, model_validator
 from corymb.protocol.run_config import Scalar, flatten, nest
 from corymb.protocol.settings import Settings, problems
 
-PREFIX = "train."  # of these keys in a run config
+PREFIX = "train."  # of all keys of these settings in a run config
 
 
 class TrainSettings(Settings):
-    """Local training. Either `steps` or `epochs`; options of the optimiser and schedule go to torch by name.
+    """The settings of local training.
 
-    `schedule` is a class of `torch.optim.lr_scheduler`, stepped once per round of the federation.
-    `drop_last` skips a short last batch, unless a site has fewer examples than one batch; without `shuffle` every
-    pass takes the examples in their own order. `proximal` is FedProx's mu (Li et al. 2020, eq. 2): each step is also
-    drawn back to the model that the round began with.
-    `batch_updates` sends the update of each batch along with the model, for FedDA and FedGP at their target
-    site; `report_classes` sends how many examples of each class there are.
+    Set either `steps` or `epochs`. `flat` and `read` convert to and from the keys `train.*` of a run config.
     """
 
     learning_rate: float = Field(0.1, gt=0)
+    """The optimiser's learning rate."""
     batch_size: int = Field(32, ge=1)
+    """Examples in a batch."""
     epochs: int | None = Field(None, ge=1)
+    """Passes over the data in a round. Without `epochs` and `steps`: one."""
     steps: int | None = Field(None, ge=1)
+    """Batches in a round, in place of `epochs`."""
     drop_last: bool = False
+    """Skip a short last batch, unless the client has fewer examples than one batch."""
     shuffle: bool = True
+    """Draw a new order of the examples for every epoch; false keeps the given order."""
     proximal: float = Field(0.0, ge=0)
+    """mu of FedProx (Li et al. 2020, eq. 2): each step also moves the model towards the one that the client received."""
     optimizer: str = "SGD"
+    """A class of `torch.optim`."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimiser, such as `momentum`."""
     schedule: str | None = None
+    """A class of `torch.optim.lr_scheduler`, which makes one step per round."""
     schedule_options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the schedule, such as `step_size`."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The precision of activations and gradients."""
     device: str = "auto"
+    """"auto" takes the best device of the machine; otherwise "cpu", "cuda", "cuda:0", "mps"."""
     seed: int = 0
+    """Seeds the training of a deployment. An experiment uses `seeds` instead."""
     batch_updates: bool = False
+    """Also send the update of each batch, which FedDA and FedGP need from their target client."""
     report_classes: bool = False
+    """Also report the number of examples of each class."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSettings:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"epochs = {self.epochs} and steps = {self.steps} exclude each other; give one")
+            raise ValueError(f"epochs is {self.epochs} and steps is {self.steps}; set only one of them")
         parameter = torch.nn.Parameter(torch.zeros(1, 1))
         parameter.grad = torch.zeros(1, 1)
         try:
@@ -60,47 +71,50 @@ class TrainSettings(Settings):
             optimizer.step()
             if scheduler:
                 scheduler.step()
-        except Exception as error:  # torch raises whatever it likes
-            raise ValueError(f"torch.optim cannot use this optimiser or schedule: {error}") from None
+        except Exception as error:  # torch raises exceptions of many types
+            raise ValueError(f"torch rejects the optimiser, the schedule or their options: {error}") from None
         return self
 
     @classmethod
     def read(cls, *configs: Mapping[str, Any]) -> TrainSettings:
-        """From the keys `train.*` of flat `configs`, later ones first. Raises `ValueError` naming every wrong key."""
+        """Read the keys `train.*` of flat `configs`; a later config overrides an earlier one.
+
+        Raises `ValueError`, which names every wrong key.
+        """
         merged = {key: value for config in configs for key, value in config.items() if key.startswith(PREFIX)}
-        return _parsed(json.dumps(merged, sort_keys=True))
+        return _parse(json.dumps(merged, sort_keys=True))
 
     def flat(self) -> dict[str, Scalar]:
-        """The inverse of `read`: what to put into a run config."""
+        """Return the settings that differ from their defaults, as keys of a run config; the inverse of `read`."""
         return flatten({"train": self.model_dump(exclude_none=True, exclude_defaults=True)})
 
     def rate(self, server_round: int) -> float:
-        """The learning rate in a round, from 1."""
+        """Return the learning rate of a round, counted from 1."""
         if self.schedule is None:
             return self.learning_rate
         return _schedule(self.schedule, self.learning_rate, json.dumps(self.schedule_options)).of(server_round)
 
 
 @lru_cache(maxsize=256)
-def _parsed(settings: str) -> TrainSettings:
+def _parse(settings: str) -> TrainSettings:
     try:
         return TrainSettings(**nest(json.loads(settings)).get("train", {}))
     except ValidationError as error:
         wrong = problems(error, TrainSettings, PREFIX)
-        raise ValueError(f"The training settings are wrong: {wrong}.") from None
+        raise ValueError(f"The training settings are invalid: {wrong}.") from None
 
 
 class _Rates:
-    """The rates of a schedule, round after round, worked out as far as they were asked for."""
+    """The learning rate of each round under a schedule, computed up to the latest round requested."""
 
     def __init__(self, schedule: str, initial: float, options: dict[str, Any]) -> None:
         self._optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=initial)
         self._scheduler = getattr(torch.optim.lr_scheduler, schedule)(self._optimizer, **options)
-        self._rates = [float(self._optimizer.param_groups[0]["lr"])]  # a schedule may begin elsewhere
+        self._rates = [float(self._optimizer.param_groups[0]["lr"])]  # some schedules change the initial rate
 
     def of(self, server_round: int) -> float:
         while len(self._rates) < server_round:
-            self._optimizer.step()  # torch warns of a schedule that runs ahead of its optimiser
+            self._optimizer.step()  # torch warns if the schedule makes a step before the optimiser
             self._scheduler.step()
             self._rates.append(float(self._optimizer.param_groups[0]["lr"]))
         return self._rates[server_round - 1]

@@ -1,4 +1,4 @@
-"""What runs a federation: a rule as a Flower strategy, one round as a value, the journal, a ready ServerApp."""
+"""The server: aggregation rules as Flower strategies, the decision of a round, the journal, and a ready ServerApp."""
 
 from corymb.server.journal import Journal
 from corymb.server.rounds.backup_workers import DynamicBackupWorkers

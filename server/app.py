@@ -1,6 +1,6 @@
-"""A ready ServerApp that reads rule, model and rounds from the run config: the tables of an experiment.
+"""A ready ServerApp that reads the rule, the model and the number of rounds from the run config.
 
-In an app's pyproject.toml:
+The keys are those of an experiment's tables. In the pyproject.toml of a Flower app:
 
     [tool.flwr.app.components]
     serverapp = "corymb.server.app:app"
@@ -10,10 +10,10 @@ In an app's pyproject.toml:
     rules = "fedau"                      # or a table: rules.name, rules.parameters.*, rules.server_optimizer.*, ...
     rounds = 10
     min_available_nodes = 3
-    journal = "journal"                  # folder; "" keeps no journal
-    train.epochs = 1                     # and all other keys of [train]
+    journal = "journal"                  # folder; "" for no journal
+    train.epochs = 1                     # and any other key of [train]
 
-`ServerSettings` has every key. Lists are JSON strings, such as rules.candidate_election = '["median"]'.
+`ServerSettings` lists all keys. Lists are written as JSON strings, such as rules.candidate_election = '["median"]'.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that the run config describes."""
+    """Run the federated training that the run config describes."""
     settings = ServerSettings.read(context.run_config)
     (rule,) = settings.rules
     torch.manual_seed(settings.seed)
@@ -59,7 +59,7 @@ def main(grid: Grid, context: Context) -> None:
         buffers=[entry.name for entry in Layout.of_module(module).buffers],
         journal=journal,
     )
-    train = ConfigRecord({**flatten({"train": rule.train})})  # what a message says goes before the run config
+    train = ConfigRecord({**flatten({"train": rule.train})})  # settings in a message override the run config
     try:
         arrays = to_arrays(module.state_dict())
         strategy.start(grid, arrays, settings.rounds, settings.timeout, train_config=train)

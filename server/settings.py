@@ -1,4 +1,4 @@
-"""The tables that an experiment and a deployment share, and those of the ready ServerApp."""
+"""The tables of settings that experiments and deployments share, and the run config of the ready ServerApp."""
 
 from __future__ import annotations
 
@@ -22,30 +22,36 @@ log = logging.getLogger("flwr.corymb")
 
 
 class ServerOptimizerSettings(Settings):
-    """A server optimiser; see `strategies.ServerOptimizer`."""
+    """The settings of a server optimiser; see `strategies.ServerOptimizer`."""
 
     optimizer: str = "SGD"
+    """A class of `torch.optim`, or "Yogi"."""
     learning_rate: float = 1.0
+    """The server's learning rate."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimiser, such as `momentum`."""
 
     def make(self) -> ServerOptimizer:
-        """The server optimiser."""
+        """Return the server optimiser."""
         return ServerOptimizer(self.optimizer, self.learning_rate, self.options)
 
 
 class RuleSettings(Settings):
-    """A rule with its `parameters`, or its name alone; `label` is what tables call it.
-
-    `train` overrides local training under it. `server_optimizer` acts after the rule. `candidate_election` lists rules
-    whose models are candidates beside its own and the model before the round, elected by the sites on data of theirs.
-    """
+    """A rule, and the components that act after it. In place of the table, a name alone selects a rule."""
 
     name: str
+    """A rule that `corymb rules` lists, or "module:name"."""
     label: str = ""
+    """Replaces the name in tables and plots."""
     parameters: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of the rule. A parameter that is itself a rule is a name, or a table with a name."""
     train: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `[train]` that differ under this rule."""
     server_optimizer: ServerOptimizerSettings | None = None
+    """Applied to the rule's model."""
     candidate_election: list[str | dict[str, Any]] | None = None
+    """Further rules, by name or as tables. In each round, the clients elect a model on their own data: the model of
+    this rule, that of a listed rule, or the model before the round."""
 
     @model_validator(mode="after")
     def _check(self) -> RuleSettings:
@@ -55,15 +61,15 @@ class RuleSettings(Settings):
         return self
 
     def make(self) -> Rule[Any]:
-        """The rule."""
+        """Return the rule."""
         return make_rule(self.name, **self.parameters)
 
     def make_server_optimizer(self) -> ServerOptimizer | None:
-        """The server optimiser, if there is one."""
+        """Return the server optimiser, or None."""
         return self.server_optimizer.make() if self.server_optimizer else None
 
     def make_election(self) -> CandidateElection | None:
-        """The election, if there is one."""
+        """Return the candidate election, or None."""
         if self.candidate_election is None:
             return None
         tables = [{"name": rule} if isinstance(rule, str) else dict(rule) for rule in self.candidate_election]
@@ -71,55 +77,61 @@ class RuleSettings(Settings):
 
     @property
     def slug(self) -> str:
-        """What its folder is called."""
+        """The title in a form that is safe for a folder's name."""
         return re.sub(r"[^A-Za-z0-9.=]+", "-", self.title)
 
     @property
     def title(self) -> str:
-        """What tables and plots call it."""
+        """The name of the rule in tables and plots."""
         return self.label or self.name
 
 
 def rule_tables(rules: Any) -> Any:
-    """Rules as a list of tables, from names, tables, or a list of either."""
+    """Convert a rule or a list of rules, each given by name or as a table, to a list of tables."""
     listed = rules if isinstance(rules, (list, tuple)) else [rules]
     return [{"name": rule} if isinstance(rule, str) else rule for rule in listed]
 
 
 class ShareSettings(Settings):
-    """A round waits for a fixed share of the sites that were asked."""
+    """A round waits for replies from a fixed share of the sampled clients; see `WaitForShare`."""
 
     kind: Literal["share"]
     share: float = Field(0.9, gt=0, le=1)
+    """The share of the sampled clients."""
 
     def make(self) -> RoundSize[Any]:
-        """The policy."""
+        """Return the policy."""
         return WaitForShare(self.share)
 
 
 class BackupWorkersSettings(Settings):
-    """A round waits for as many replies as lower the loss most per second; see `DynamicBackupWorkers`."""
+    """A round waits for a number of replies that it adapts to the observed times; see `DynamicBackupWorkers`."""
 
     kind: Literal["backup_workers"]
     rate: float = Field(gt=0)
+    """The clients' learning rate times their number of steps in a round."""
     window: int = Field(5, ge=1)
+    """The number of rounds over which estimates are averaged."""
 
     def make(self) -> RoundSize[Any]:
-        """The policy."""
+        """Return the policy."""
         return DynamicBackupWorkers(self.rate, self.window)
 
 
 class ModelSettings(Settings):
-    """`kind` is "module:function", which is called with `options` and returns a `torch.nn.Module`."""
+    """The model. In place of the table, the text "module:function" is its `kind`."""
 
     kind: str
+    """A function "module:function" that returns a `torch.nn.Module`."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the function."""
 
 
 class ProxySettings(Settings):
-    """`data` is "module:function", which returns the server's own inputs and targets."""
+    """The server's own data, for rules that need proxy data."""
 
     data: str
+    """A function "module:function" that returns inputs and targets."""
 
 
 def _kind(value: Any) -> Any:
@@ -127,40 +139,50 @@ def _kind(value: Any) -> Any:
 
 
 class ServerSettings(Settings):
-    """The run config of `corymb.server.app:app`, as the tables that it describes. Times are in seconds.
-
-    `timeout` bounds the wait for replies in each phase of a round; `wait_seconds` the wait for nodes before it.
-    """
+    """The settings that `corymb.server.app:app` reads from the run config."""
 
     model: Annotated[ModelSettings, BeforeValidator(_kind)]
+    """The model that the federation trains."""
     rules: Annotated[tuple[RuleSettings], BeforeValidator(rule_tables)] = (RuleSettings(name="fedavg"),)
+    """The rule: a name, or a table as in an experiment."""
     train: TrainSettings = TrainSettings()
+    """Local training, as in an experiment."""
     rounds: int = Field(3, ge=1)
+    """The number of rounds."""
     fraction: float = Field(1.0, gt=0, le=1)
+    """The fraction of the connected nodes that train in a round."""
     fraction_evaluate: float = Field(1.0, ge=0, le=1)
+    """The fraction of the connected nodes that evaluate each round's model."""
     min_available_nodes: int = Field(2, ge=1)
+    """A round starts when this many nodes are connected."""
     wait_seconds: float = Field(3600.0, gt=0)
+    """How many seconds a round waits for these nodes before the run fails."""
     timeout: float = Field(3600.0, gt=0)
+    """How many seconds each phase of a round waits for replies."""
     round_size: Annotated[ShareSettings | BackupWorkersSettings, Field(discriminator="kind")] | None = None
+    """The number of replies that a round waits for; without it, all of them."""
     proxy: ProxySettings | None = None
+    """The server's own data."""
     seed: int = 0
+    """Seeds the first model and the sampling of nodes."""
     journal: str = ""
+    """A folder that records the run; without it, nothing is recorded."""
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ServerSettings:
-        """From a run config. Raises `ValueError` naming everything that is wrong.
+        """Read the settings from a run config. Raises `ValueError`, which names every wrong key.
 
-        A key at the top that is none of these is the app's own, unless it is nearly one of these.
+        Unknown top-level keys belong to the app and are ignored, unless one resembles a known key: that is an error.
         """
         tables = nest(config)
         known = list(cls.model_fields)
-        others = sorted(tables.keys() - set(known))
-        for key in others:
+        unknown = sorted(tables.keys() - set(known))
+        for key in unknown:
             if near := get_close_matches(key, known, 1, cutoff=0.75):
-                raise ValueError(f"The run config has a key {key!r}, which is unknown; did you mean {near[0]!r}?")
-        if others:
-            log.info("The run config has keys that the server does not read: %s", ", ".join(others))
+                raise ValueError(f"Unknown key {key!r} in the run config. Did you mean {near[0]!r}?")
+        if unknown:
+            log.info("The server ignores these keys of the run config: %s", ", ".join(unknown))
         try:
             return cls(**{key: value for key, value in tables.items() if key in known})
         except ValidationError as error:
-            raise ValueError(f"The run config is wrong: {problems(error, cls)}.") from None
+            raise ValueError(f"The run config is invalid: {problems(error, cls)}.") from None

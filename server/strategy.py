@@ -1,4 +1,7 @@
-"""A rule as a Flower strategy: right under Flower's own `start()`, streaming under its own."""
+"""The Flower strategy that aggregates with one of Corymb's rules.
+
+It works with Flower's `Strategy.start()`. Its own `start()` also processes each reply as soon as it arrives.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +30,26 @@ from corymb.server.rounds.sent_model import SentModel, model_in
 from corymb.server.rounds.state import Method, RunState
 from corymb.strategies import Model, Proxy, Report, Rule, ServerOptimizer
 
-log = logging.getLogger("flwr.corymb")  # under Flower's logger, so that its handlers show it
+log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
 
 
 class FlowerStrategy(RoundLoop):
-    """Aggregates with `rule`; give it wherever Flower takes a strategy.
+    """A Flower strategy that aggregates replies with `rule`.
 
-    `fraction_train` and `fraction_evaluate` of the connected nodes are asked in a round, drawn from `seed` by node
-    name, once `min_available_nodes` have connected (`TimeoutError` after `wait_seconds`). Errors, silence and replies
-    that the door turns away cost a round nothing but that reply. `server_optimizer` acts after the rule; `proxy` is the
-    server's own data, for rules that need them. With a `candidate_election` the sites elect each round's model;
-    `round_size` says how many replies a round waits for under this `start()`. `buffers` names the float buffers in the
-    state dict (default: BatchNorm's statistics). With a `journal`, each round is committed there under this `start()`.
-    `on_round` is called with every finished round's record.
+    A round waits until `min_available_nodes` nodes are connected and raises `TimeoutError` after `wait_seconds`. It
+    then samples the fraction `fraction_train` of the connected nodes for training, and later `fraction_evaluate` for
+    evaluation. The samples depend on `seed`, the round and the names of the nodes. If a reply is an error, is missing
+    or is rejected by the door, the round continues without it.
 
-    What changes over rounds is the value `state`: use a new strategy for a new run.
+    `server_optimizer` is applied to the rule's model. `proxy` is the server's proxy data, for rules that need it.
+    With a `candidate_election`, the clients elect each round's model. `buffers` names the float buffers in the state
+    dict (default: BatchNorm's statistics).
+
+    Three arguments have an effect only under this class's own `start()`: `round_size` decides how many replies a
+    round waits for, `journal` stores each finished round, and `on_round` is called with the record of each finished
+    round.
+
+    The attribute `state` holds everything that changes from round to round. Use a new strategy for each run.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class FlowerStrategy(RoundLoop):
         self.buffers = buffers
         self.journal = journal
         self.on_round = on_round
-        self.record = RoundRecord(0)  # of the round that is under way
+        self.record = RoundRecord(0)  # of the current round
         self._state: RunState | None = None
         self._sent: SentModel | None = None  # the state's model as a record
         self._phase = Phase(Keys(arrayrecord_key, configrecord_key))
@@ -78,14 +86,14 @@ class FlowerStrategy(RoundLoop):
 
     @property
     def rule(self) -> Rule[Any]:
-        """The rule."""
+        """The aggregation rule."""
         return self.method.rule
 
     @property
     def state(self) -> RunState:
-        """All that the run has reached. Raises `RuntimeError` before `configure_train` brings the first model."""
+        """The current state of the run. Raises `RuntimeError` if `configure_train` has not yet received a model."""
         if self._state is None:
-            raise RuntimeError("There is no model yet: call configure_train before it.")
+            raise RuntimeError("The strategy has no model yet; call configure_train first.")
         return self._state
 
     @state.setter
@@ -93,15 +101,15 @@ class FlowerStrategy(RoundLoop):
         self._state = state
 
     def summary(self) -> None:
-        """Log the rule and how nodes are chosen."""
+        """Log the rule and the sampling of nodes."""
         log.info("\t├── Rule: %s", self.rule)
-        log.info("\t├── Ask: train %g | evaluate %g", self.sampling.train, self.sampling.evaluate)
-        log.info("\t└── Wait for: %d nodes | seed %d", self.sampling.available, self.sampling.seed)
+        log.info("\t├── Sampled fractions: train %g | evaluate %g", self.sampling.train, self.sampling.evaluate)
+        log.info("\t└── Required nodes: %d | seed %d", self.sampling.available, self.sampling.seed)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """A training message for each sampled node. Neither `arrays` nor `config` is changed."""
+        """Return a training message for each sampled node. Neither `arrays` nor `config` is changed."""
         self.take(arrays)
         self._grid = grid
         connected, chosen = self.sampling.for_training(grid, server_round)
@@ -112,24 +120,28 @@ class FlowerStrategy(RoundLoop):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The model and mean metrics after `replies` to `configure_train`; None where nobody counted."""
+        """Aggregate the `replies` to the messages of `configure_train`.
+
+        Returns the next model and the mean training metrics. The model is None if it has not changed and no reply was
+        admitted; the metrics are None if there are none.
+        """
         before = self.state.model
-        asked = Round(server_round, self.method, self._phase.requests)
-        self.state, self.record = conclude(self.state, asked, replies, self._evaluated)
+        current = Round(server_round, self.method, self._phase.requests)
+        self.state, self.record = conclude(self.state, current, replies, self._evaluations)
         for verdict in self.record.verdicts:
             if verdict.reason and verdict.code != Code.OFFLINE:
                 log.info("\t│ %s (%s)", verdict.reason, verdict.code)
         if "not-finite" in self.record.notes:
-            log.warning("\t│ The rule's model is not finite; the round keeps the model before it.")
+            log.warning("\t│ The new model is not finite; the round keeps the previous model.")
         if self.state.model is not before:
             self._sent = SentModel.of(self.state.model)
-        moved = self.state.model is not before or self.record.admitted
-        return self._sent.arrays if moved and self._sent else None, as_metrics(self.record.train)
+        has_result = self.state.model is not before or self.record.admitted
+        return self._sent.arrays if has_result and self._sent else None, as_metrics(self.record.train)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """An evaluation message for each sampled node."""
+        """Return an evaluation message for each sampled node."""
         self.take(arrays)
         connected, chosen = self.sampling.for_evaluation(grid, server_round)
         return self._phase.ask(
@@ -137,7 +149,7 @@ class FlowerStrategy(RoundLoop):
         )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The mean metrics of `replies`, weighed by examples."""
+        """Return the mean metrics of `replies`, weighted by examples; None if there are none."""
         door = Door(self.state.model.layers, self.method.examples_key)
         reports = [door.admit_metrics(node, reply) for node, reply in self._phase.requests.named(replies)]
         for verdict in reports:
@@ -148,9 +160,9 @@ class FlowerStrategy(RoundLoop):
     def take(self, arrays: ArrayRecord) -> ArrayRecord:
         """See `RoundLoop.take`.
 
-        Raises `CodecError` for arrays that are no model, `ValueError` if the proxy's differs.
+        Raises `CodecError` if an array is invalid, and `ValueError` if the proxy's module does not match the model.
         """
-        if self._sent is None or not self._sent.is_still(arrays):
+        if self._sent is None or not self._sent.is_unchanged(arrays):
             model = model_in(arrays, self.buffers)
             self.method.check(model)
             self._state = replace(self._state, model=model) if self._state else self.method.initial(model)
@@ -158,7 +170,7 @@ class FlowerStrategy(RoundLoop):
         return self._sent.arrays
 
     def sent(self, messages: Iterable[Message]) -> None:
-        """Take note that the `messages` of a phase have been pushed; replies are told by their ids."""
+        """See `RoundLoop.sent`."""
         self._phase.sent(messages)
 
     def _model_for(self, name: str) -> Model:
@@ -169,8 +181,8 @@ class FlowerStrategy(RoundLoop):
             return self._sent.arrays
         return to_arrays(model.layers.restore(model))
 
-    def _evaluated(self, model: Model) -> Iterator[tuple[str, Message]]:
-        """Have the nodes that were asked to train evaluate `model`: their names and replies."""
+    def _evaluations(self, model: Model) -> Iterator[tuple[str, Message]]:
+        """Ask the nodes that were sampled for training to evaluate `model`; yield their names and replies."""
         if self._grid is None:
-            raise RuntimeError("The sites cannot be asked without their grid: call configure_train before it.")
+            raise RuntimeError("The strategy has no grid for the candidate election; call configure_train first.")
         return self._phase.evaluations(model, self._arrays, self._grid, self.timeout)

@@ -1,4 +1,4 @@
-"""A federation on one machine: a grid in process, participation, data, experiments and their results."""
+"""Simulate a federation on one machine: in-process grids, participation processes, data and experiments."""
 
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.participation import Always, Bernoulli, Cyclic, Markov, Participation, Trace

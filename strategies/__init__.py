@@ -1,8 +1,8 @@
-"""Rules: what one round's replies become. Pure mathematics on torch; no Flower, no I/O.
+"""Aggregation rules: each turns the replies of one round into the next model. Pure torch: no Flower, no I/O.
 
-`core/` has what all rules share: the kinds of rule, models as vectors, the sums. Each other folder holds the rules for
-one kind of trouble, one file for each, and `rules.py` the table of their names. Other packages add theirs in the
-entry-point group `corymb.rules`.
+`core/` holds the code that all rules share: base classes, models as flat vectors, weighted sums. Each other folder
+holds the rules for one problem, one file per rule. `rules.py` maps names to rules. Other packages can add rules
+through the entry-point group `corymb.rules`.
 """
 
 from corymb.strategies.core.blind import BlindRule

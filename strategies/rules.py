@@ -1,4 +1,4 @@
-"""The table of all rules, and rules by name with their parameters checked."""
+"""The table of all aggregation rules, and `make_rule`, which builds a rule from its name and parameters."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from corymb.strategies.weighting.fedgp import FedGP
 from corymb.strategies.weighting.fedlaw import FedLAW
 from corymb.strategies.weighting.ida import IDA
 
-# By the trouble of who uses them; each group is a folder.
+# Grouped by the problem that the rules solve; each group is a folder.
 RULES: dict[str, type[Rule[Any]]] = {
-    # participation/: sites take part unevenly
+    # participation/: clients take part unevenly
     "fedavg": FedAvg,
     "fedau": FedAU,
     "known_participation": KnownParticipation,
     "mifa": MIFA,
     "fedvarp": FedVARP,
-    # weighting/: sites are of unequal worth
+    # weighting/: clients' data differ in quality or relevance
     "ida": IDA,
     "fedlaw": FedLAW,
     "fedda": FedDA,
     "fedgp": FedGP,
-    # robust/: sites may be hostile
+    # robust/: clients may be hostile
     "trimmed_mean": TrimmedMean,
     "median": Median,
     "geometric_median": GeometricMedian,
@@ -62,11 +62,11 @@ RULES: dict[str, type[Rule[Any]]] = {
     "centred_clipping": CentredClipping,
     "fltrust": FLTrust,
     "foolsgold": FoolsGold,
-    # voting/: answers must be certified
+    # voting/: predictions need a certificate
     "plurality": Plurality,
     "run_off": RunOff,
     "run_off_distillation": RunOffDistillation,
-    # merging/: models are to be merged
+    # merging/: models are merged, as in model soups
     "greedy_soup": GreedySoup,
     "learned_soup": LearnedSoup,
     "model_stock": ModelStock,
@@ -80,53 +80,54 @@ _registry = Registry("rule", RULES, "corymb.rules")
 
 
 def known_rules() -> dict[str, type[Rule[Any]]]:
-    """Every rule by name: our own table, then what installed packages add."""
+    """Return every rule class by name: the built-in ones, then those of installed packages."""
     return {name: _registry.find(name) for name in _registry.names()}
 
 
 def make_rule(name: str, **parameters: Any) -> Rule[Any]:
-    """The rule called `name`, or at the reference "module:name", with `parameters`.
+    """Return the rule called `name`, or the one at the reference "module:name", built with `parameters`.
 
-    A parameter that is a rule itself may be given as a name, or as a table with "name" and its parameters. Raises
-    `ValueError` for an unknown name or parameter, listing the known ones, and for a value out of range.
+    A parameter whose type is a rule may be given as the name of a rule, or as a table with the key "name" and the
+    parameters of that rule. Raises `ValueError` for an unknown name or parameter (the message lists the known ones)
+    and for an invalid value.
     """
-    kind = _registry.find(name)
-    if not (isinstance(kind, type) and issubclass(kind, Rule)):
-        raise ValueError(f"The rule {name!r} is a {type(kind).__name__}; refer to a class of rules.")
-    known = [field.name for field in fields(kind)]
+    rule_class = _registry.find(name)
+    if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
+        raise ValueError(f"Rule {name!r} refers to a {type(rule_class).__name__}; refer to a subclass of Rule.")
+    known = [field.name for field in fields(rule_class)]
     for parameter in parameters:
         if parameter not in known:
             if not known:
-                raise ValueError(f"Rule {name!r} has no parameter {parameter!r}; it has none.")
-            raise ValueError(unknown(f"parameter of rule {name!r}", parameter, known))
-    types = get_type_hints(kind)
-    made, wrong = {}, []
+                raise ValueError(f"Rule {name!r} has no parameter {parameter!r}; it takes no parameters.")
+            raise ValueError(unknown(f"Rule {name!r} has no parameter", parameter, known))
+    types = get_type_hints(rule_class)
+    values, problems = {}, []
     for parameter, value in parameters.items():
-        kinds = _rules_in(types[parameter])
-        made[parameter] = value = _rule(value) if kinds else value
-        if kinds and not isinstance(value, kinds):
-            wrong.append(f"{parameter}: {value!r} is no {' or '.join(kind.__name__ for kind in kinds)}")
-        elif not kinds:
+        accepted = _accepted_rule_classes(types[parameter])
+        values[parameter] = value = _rule_from_setting(value) if accepted else value
+        if accepted and not isinstance(value, accepted):
+            problems.append(f"{parameter}: {value!r} is not a {' or '.join(option.__name__ for option in accepted)}")
+        elif not accepted:
             try:
                 TypeAdapter(types[parameter]).validate_python(value, strict=True)
             except ValidationError as error:
-                wrong.append(f"{parameter}: {error.errors()[0]['msg']}")
+                problems.append(f"{parameter}: {error.errors()[0]['msg']}")
     try:
-        if not wrong:
-            return kind(**made)
+        if not problems:
+            return rule_class(**values)
     except (TypeError, ValueError) as error:
-        wrong.append(str(error).removesuffix("."))
-    raise ValueError(f"Rule {name!r} cannot be made with {parameters}: {'; '.join(wrong)}.")
+        problems.append(str(error).removesuffix("."))
+    raise ValueError(f"Rule {name!r} cannot be built with {parameters}: {'; '.join(problems)}.")
 
 
-def _rules_in(kind: Any) -> tuple[type, ...]:
-    """The classes of rules that a parameter of the type `kind` may be, and None's where it may; none for others."""
-    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+def _accepted_rule_classes(annotation: Any) -> tuple[type, ...]:
+    """Return the classes (NoneType included) in `annotation` if one of them is a rule; otherwise an empty tuple."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     classes = tuple(get_origin(part) or part for part in parts)
     return classes if any(isinstance(part, type) and issubclass(part, Rule) for part in classes) else ()
 
 
-def _rule(value: Any) -> Any:
+def _rule_from_setting(value: Any) -> Any:
     if isinstance(value, str):
         return make_rule(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Shared by all tests: skips fail in CI, Flower phones nobody."""
+"""Settings of all tests: skipped tests fail in CI, and Flower's telemetry and update check are off."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared; time is no test
+hypothesis.settings.register_profile("untimed", deadline=None)  # machines are shared, so durations vary
 hypothesis.settings.load_profile("untimed")
 
 
@@ -21,7 +21,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} was skipped, and in CI nothing may be: {report.longrepr}"
+        report.longrepr = f"{item.nodeid} was skipped, but CI allows no skipped tests: {report.longrepr}"
     return report
 
 

@@ -1,4 +1,4 @@
-"""Small real things that tests are built from."""
+"""Helpers that several tests share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # parameters without defaults
     "fedgp": {"target": "site-00"},
     "layerwise": {"rule": "median"},
 }
-# Every rule that asks for nothing of the model or the server.
+# The rules that need neither proxy data nor a certain kind of model.
 PLAIN = {
     name: make_rule(name, **NEEDED.get(name, {}))
     for name, kind in RULES.items()
@@ -37,50 +37,50 @@ PLAIN = {
 
 
 def golden(name: str) -> Any:
-    """A file of worked values."""
+    """Load a file of reference values."""
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
 def vector(*numbers: float) -> Tensor:
-    """A float64 vector."""
+    """Return a float64 vector."""
     return torch.tensor(numbers, dtype=torch.float64)
 
 
 def after(rule: Rule[Any], origin: Tensor, replies: list[Reply], memory: Any = None, known: Any = ()) -> Tensor:
-    """The parameters after one round."""
+    """Return the parameters after one round of `rule`."""
     outcome = rule.aggregate(Model(origin), replies, rule.initial() if memory is None else memory, known)
     return outcome.model.parameters
 
 
 def content(state: State, examples: Any = 1, **metrics: float) -> RecordDict:
-    """What a site sends back after training."""
+    """Return the content of a client's reply to a training message."""
     record = MetricRecord({"num-examples": examples, **metrics})
     return RecordDict({"arrays": to_arrays(state), "metrics": record})
 
 
-def reply(node_id: int, what: RecordDict) -> Message:
-    """A reply from `node_id` to a message that was really made."""
+def reply(node_id: int, records: RecordDict) -> Message:
+    """Return a reply from `node_id`, with the content `records`, to a real message."""
     inside_task(run_id=1, node_id=1)
-    asked = Message(RecordDict(), node_id, "train")
-    stamp(asked, f"asked-{node_id}")
-    return Message(what, reply_to=asked)
+    request = Message(RecordDict(), node_id, "train")
+    stamp(request, f"request-{node_id}")
+    return Message(records, reply_to=request)
 
 
 def run_rule(
     experiment: Experiment, rule: int, seed: int, folder: Path, on_round: OnRound | None = None, workers: int = 1
 ) -> None:
-    """One run of an experiment on this machine; the journal in `folder` is its record."""
+    """Run rule number `rule` of an experiment on this machine, with the journal in `folder`."""
     resolved = resolve(experiment)
-    mine = experiment.rules[rule]
-    with clients_of(resolved, resolved.key(mine, seed), workers) as clients:
-        Run(resolved, mine, seed).on_this_machine(clients, folder, on_round)
+    settings = experiment.rules[rule]
+    with clients_of(resolved, resolved.key(settings, seed), workers) as clients:
+        Run(resolved, settings, seed).on_this_machine(clients, folder, on_round)
 
 
 def scenario_of_seed(experiment: Experiment, seed: int = 0) -> Scenario:
-    """The clients of a seed."""
+    """Return the scenario of `experiment` for `seed`."""
     return scenario_of(experiment, experiment.data.load(), seed)
 
 
 def with_parts(reply: Reply, *parts: Tensor) -> Reply:
-    """`reply` with another model, in flat `parts`."""
+    """Return `reply` with another model, given as flat `parts`."""
     return replace(reply, rows=SingleRow(parts), row=0)

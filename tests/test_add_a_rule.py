@@ -1,4 +1,4 @@
-"""docs/add-a-rule.md, done as it says, in an environment of its own."""
+"""Execute the steps of docs/add-a-rule.md in a separate virtual environment."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PAGE = (Path(__file__).parent.parent / "docs" / "add-a-rule.md").read_text()
 
 @pytest.fixture
 def shell(tmp_path: Path) -> dict[str, str]:
-    """An environment that has what this one has, and takes what is installed; what commands need to find it."""
+    """Make a virtual environment with the packages of this one; return the environment variables that select it."""
     venv.create(tmp_path / "venv", with_pip=False)
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    ours = Path(pytest.__file__).parent.parent
-    (site / "ours.pth").write_text(f"import site; site.addsitedir({str(ours)!r})\n")
+    packages = Path(pytest.__file__).parent.parent
+    (site / "packages.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
     tools = tmp_path / "tools"
     tools.mkdir()
     python = tmp_path / "venv" / "bin" / "python"
-    # An editable install without the network: the backend is there already.
+    # An editable install works without a network, because the build backend is installed already.
     pip = f'exec "{sys.executable}" -m pip --python "{python}" "$@" --no-build-isolation --no-deps --quiet'
     for name, command in (
         ("pip", pip),
@@ -42,30 +42,30 @@ def run(command: str, folder: Path, shell: dict[str, str]) -> str:
     return result.stdout
 
 
-def test_the_page_works_as_it_stands(tmp_path: Path, shell: dict[str, str]) -> None:
+def test_every_step_of_the_page_works(tmp_path: Path, shell: dict[str, str]) -> None:
     blocks = re.findall(r"```(bash|python)\n(.*?)```", PAGE, re.DOTALL)
     assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash"]
-    said = []
+    outputs = []
     for language, text in blocks:
         if language == "python":
             (tmp_path / "median_of_means" / "median_of_means.py").write_text(text)
         else:
-            said.append(run(text, tmp_path, shell))
-    assert "median_of_means" in said[1]
-    assert "2 passed" in said[2]
-    assert "median_of_means" in said[3]
+            outputs.append(run(text, tmp_path, shell))
+    assert "median_of_means" in outputs[1]
+    assert "2 passed" in outputs[2]
+    assert "median_of_means" in outputs[3]
     source = tmp_path / "median_of_means" / "median_of_means.py"
     source.write_text(source.read_text().replace("clients) - 1) // 2", "clients) - 1) // 2 + 1"))
-    with pytest.raises(AssertionError, match=r"3 of 11 replies, .* move the model by"):
+    with pytest.raises(AssertionError, match=r"3 hostile replies of 11 .* move the model by"):
         run("pytest median_of_means", tmp_path, shell)
 
 
-def test_a_blind_rule_begins_as_well(tmp_path: Path, shell: dict[str, str]) -> None:
+def test_new_blind_rules_work_and_bad_names_are_rejected(tmp_path: Path, shell: dict[str, str]) -> None:
     run("corymb new rule by_loss --kind blind && pip install -e by_loss && pytest by_loss", tmp_path, shell)
     for wrong, message in (
-        ("By-Loss", "cannot be a module's"),
-        ("fedavg", "There is a rule 'fedavg' already"),
-        ("by_loss", "There is a rule 'by_loss' already"),
+        ("By-Loss", "is not a module name"),
+        ("fedavg", "A rule 'fedavg' exists already"),
+        ("by_loss", "A rule 'by_loss' exists already"),
         ("other --kind voting", "The kind 'voting' is unknown; choose one of sighted, blind"),
     ):
         with pytest.raises(AssertionError, match=message):

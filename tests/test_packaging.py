@@ -1,4 +1,4 @@
-"""The repository's root is the package; nothing called `server` or `client` may reach site-packages."""
+"""The repository root is the package `corymb`; its folders must not be installed as top-level packages."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_no_top_level_package_is_ours() -> None:
+def test_no_folder_is_a_top_level_package() -> None:
     for name in ("server", "client", "strategies", "protocol", "simulations"):
         assert "corymb" not in packages_distributions().get(name, [])
 
 
-def test_the_link_points_home() -> None:
+def test_the_link_points_to_the_root() -> None:
     assert (ROOT / ".links" / "corymb").resolve() == ROOT
 
 
-def test_the_wheel_holds_corymb_only_with_its_experiments(tmp_path: Path) -> None:
+def test_the_wheel_holds_only_corymb_and_its_experiments(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -33,7 +33,7 @@ def test_the_wheel_holds_corymb_only_with_its_experiments(tmp_path: Path) -> Non
         assert f"corymb/{name}" in names
 
 
-def test_every_folder_that_is_named_exists() -> None:
+def test_every_folder_named_in_pyproject_exists() -> None:
     tool = PROJECT["tool"]
     for folder in (
         tool["pytest"]["ini_options"]["testpaths"] + tool["hatch"]["build"]["targets"]["wheel"]["only-include"]

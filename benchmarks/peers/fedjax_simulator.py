@@ -1,4 +1,4 @@
-"""The workload in FedJAX 0.0.17 (Google): its federated averaging, one compiled step at a time."""
+"""The workload in FedJAX 0.0.17 (Google), with its federated averaging."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import workload
 
-if not hasattr(jax, "tree_map"):  # which fedjax asks for, and today's jax has no more
+if not hasattr(jax, "tree_map"):  # fedjax uses it, and current jax has removed it
     jax.tree_map = jax.tree_util.tree_map
 if not hasattr(jax, "device_put_sharded"):
     jax.device_put_sharded = jax.device_put_replicated = None

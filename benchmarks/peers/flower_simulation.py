@@ -1,4 +1,4 @@
-"""The workload in Flower's own simulation (Ray), as a careful user would write it: model and data once per actor."""
+"""The workload in Flower's own simulation (Ray); each actor creates the model and the data once."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def client_app(model: str, epochs: int, batch: int) -> ClientApp:
         import torch
         import workload
 
-        kept: dict[str, Any] = workload.__dict__.setdefault("kept", {})
-        if not kept:
+        cache: dict[str, Any] = workload.__dict__.setdefault("cache", {})
+        if not cache:
             torch.set_num_threads(1)
-            kept["data"] = [torch.from_numpy(array) for array in workload.data()]
-            kept["module"] = workload.torch_model(model)
+            cache["data"] = [torch.from_numpy(array) for array in workload.data()]
+            cache["module"] = workload.torch_model(model)
         client = int(context.node_config["partition-id"])
-        inputs, targets = (array[client] for array in kept["data"])
-        module = kept["module"]
+        inputs, targets = (array[client] for array in cache["data"])
+        module = cache["module"]
         module.load_state_dict(message.content["arrays"].to_torch_state_dict())
         optimizer = torch.optim.SGD(module.parameters(), lr=workload.RATE)
         for _ in range(epochs):

@@ -1,4 +1,4 @@
-"""The workload in pfl-research 0.6 (Apple): its simulated backend with federated averaging; alone or under torchrun."""
+"""The workload in pfl-research 0.6 (Apple), with its simulated backend; in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import workload
 from torch import nn
 
-if not hasattr(torch.distributed, "reduce_op"):  # which pfl asks for, and torch 2.13 has no more
+if not hasattr(torch.distributed, "reduce_op"):  # pfl uses it, and torch 2.13 has removed it
     torch.distributed.reduce_op = torch.distributed.ReduceOp
 
 from pfl.aggregate.simulate import SimulatedBackend
@@ -31,7 +31,7 @@ from pfl.model.pytorch import PyTorchModel
 
 
 class Module(nn.Module):
-    """What pfl wants of a model."""
+    """The interface of a model in pfl."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Module(nn.Module):
 
 
 class Clock(TrainingProcessCallback):
-    """Notes when each round ends."""
+    """Records when each round ends."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,4 +1,4 @@
-"""The one record of a run: rounds, verdicts and models. Going on, tables and pictures read it."""
+"""The journal: the on-disk record of a run, with its rounds, verdicts and models. Tables and plots read it."""
 
 from corymb.server.journal.journal import Journal
 from corymb.server.journal.rows import committed

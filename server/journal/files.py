@@ -1,4 +1,4 @@
-"""Tensors in files that are there whole or not at all."""
+"""Files of tensors that are written atomically."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def save(tensors: Mapping[str, Tensor], path: Path, durable: bool) -> None:
-    """Write `path` whole or not at all; `durable` waits until it is on the disk."""
+    """Write `tensors` to `path` atomically. With `durable`, return only once the file is on the disk."""
     draft = path.with_name(f"{path.name}.draft")
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
+    storages: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():  # safetensors does not accept tensors that share memory
         storage = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if storage in seen else tensor.contiguous()
-        seen.add(storage)
-    save_file(apart, draft)
+        separate[name] = tensor.clone() if storage in storages else tensor.contiguous()
+        storages.add(storage)
+    save_file(separate, draft)
     if durable:
         _sync(draft)
     draft.replace(path)
@@ -29,7 +29,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, durable: bool) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,4 +1,7 @@
-"""The journal: SQLite for what a round tells, safetensors for what it ends with. A round exists once it is there."""
+"""The journal: an SQLite database of rounds, and safetensors files of the newest models and states.
+
+A round counts as finished once it is committed.
+"""
 
 from __future__ import annotations
 
@@ -19,46 +22,46 @@ from corymb.server.rounds.record import RoundRecord
 from corymb.server.rounds.state import RunState
 from corymb.strategies.core.serialization import packed, unpacked
 
-KEPT = 2  # models of the newest rounds
-TOGETHER = 1.0  # seconds whose rounds a journal that is not durable commits at once
+KEPT_MODELS = 2  # files of the newest models
+COMMIT_SECONDS = 1.0  # between two commits of a journal that is not durable
 
 
 class Journal:
-    """The journal in `folder`, made when missing.
+    """The journal in `folder`, which is created if it is missing.
 
-    `durable=False` is for simulations, which are repeated rather than resumed: the rounds of a second are committed
-    together, with the state after the last of them, and the operating system decides when they reach the disk.
+    Use `durable=False` for simulations, which are repeated rather than resumed. The journal then commits the rounds
+    of about one second together, with the state after the last of them, and does not wait until they are on the disk.
     """
 
     def __init__(self, folder: Path, durable: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._durable = durable
-        self._waiting: list[RoundRecord] = []  # rounds that are not committed yet, and what the last one ended with
-        self._state: RunState | None = None
-        self._committed = time.monotonic()
-        # A ServerApp may open it in one thread and run its rounds in another; never two at a time.
+        self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
+        self._state: RunState | None = None  # after the last of these rounds
+        self._last_commit = time.monotonic()
+        # A ServerApp may create the journal in one thread and use it in another, but never in two at a time.
         self._database = sqlite3.connect(folder / DATABASE, check_same_thread=False)
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
         self._database.executescript(SCHEMA)
         newest = "SELECT model FROM rounds WHERE model IS NOT NULL ORDER BY round DESC LIMIT ?"
-        self._models = [name for (name,) in self._database.execute(newest, (KEPT,))][::-1]
+        self._models = [name for (name,) in self._database.execute(newest, (KEPT_MODELS,))][::-1]
 
     def write(self, record: RoundRecord, state: RunState) -> None:
-        """Write a finished round with the state after it, whose tensors nobody may change."""
-        self._waiting.append(record)
+        """Write a finished round and the state after it. The tensors of `state` must not be changed afterwards."""
+        self._uncommitted.append(record)
         self._state = state
-        if self._durable or time.monotonic() - self._committed > TOGETHER:
+        if self._durable or time.monotonic() - self._last_commit > COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Commit the rounds that were written since the last time.
+        """Commit the rounds that were written since the last commit.
 
-        The files are in place before the row that names them is committed, so a crash leaves the
-        journal at the rounds before. Models older than the last two are removed.
+        The files are complete before the row that names them is committed. So after a crash, the journal ends with
+        the last committed round. All model and state files but the newest two of each are deleted.
         """
-        records, self._waiting = self._waiting, []
+        records, self._uncommitted = self._uncommitted, []
         if not records or self._state is None:
             return
         newest = f"model-{records[-1].round:06d}.safetensors"
@@ -69,51 +72,51 @@ class Journal:
             save(tensors, self.folder / _state_of(newest), self._durable)
         insert(self._database, records, (newest, sha256(self.folder / newest), json.dumps(plain)))
         self._models.append(newest)
-        while len(self._models) > KEPT:
+        while len(self._models) > KEPT_MODELS:
             old = self._models.pop(0)
             for name in (old, _state_of(old)):
                 (self.folder / name).unlink(missing_ok=True)
-        self._committed = time.monotonic()
+        self._last_commit = time.monotonic()
 
     def require_empty(self) -> None:
-        """Raise `ValueError` if a run has been written here: two runs in one journal would be neither."""
+        """Raise `ValueError` if the journal already holds a run; a journal holds one run only."""
         self.commit()
         (rounds,) = self._database.execute("SELECT COUNT(*) FROM rounds").fetchone()
         if rounds:
-            raise ValueError(f"The journal in {self.folder} already holds {rounds} rounds; give a folder of its own.")
+            raise ValueError(f"The journal in {self.folder} already holds {rounds} rounds; use a new folder.")
 
     def rounds(self) -> Iterator[RoundRecord]:
-        """Every round, in order."""
+        """Return the records of all rounds, in order."""
         self.commit()
         return iter(read_rounds(self._database))
 
     def model(self) -> dict[str, Tensor]:
-        """The newest committed model. Raises `LookupError` before the first round."""
+        """Return the newest committed model. Raises `LookupError` before the first round."""
         return load_file(self.folder / self._newest("model"))
 
     def model_sha256(self) -> str:
-        """The SHA-256 of the newest committed model's file."""
+        """Return the SHA-256 of the newest committed model's file. Raises `LookupError` before the first round."""
         return self._newest("model_sha256")
 
     def state(self, initial: RunState) -> RunState:
-        """The newest committed state. `initial` is that before the first round: it has the types and the layout.
+        """Return the newest committed state. Raises `LookupError` before the first round.
 
-        Raises `LookupError` before the first round.
+        `initial` is the state before the first round; it gives the types of the fields and the layout of the model.
         """
         plain, tensors = json.loads(self._newest("state")), self.folder / _state_of(self._newest("model"))
-        kept = unpacked(_without_model(initial), plain, load_file(tensors) if tensors.exists() else {})
-        return replace(initial, model=initial.model.layers.flatten(self.model()), **kept)
+        restored = unpacked(_without_model(initial), plain, load_file(tensors) if tensors.exists() else {})
+        return replace(initial, model=initial.model.layers.flatten(self.model()), **restored)
 
     def _newest(self, column: str) -> str:
         self.commit()
         query = f"SELECT {column} FROM rounds ORDER BY round DESC LIMIT 1"
         row = self._database.execute(query).fetchone()
         if row is None:
-            raise LookupError(f"The journal in {self.folder} has no round yet; run one first.")
+            raise LookupError(f"The journal in {self.folder} has no rounds yet; run at least one round first.")
         return str(row[0])
 
     def close(self) -> None:
-        """Close the database; what was written stays."""
+        """Commit the written rounds and close the database."""
         try:
             self.commit()
         finally:

@@ -1,4 +1,4 @@
-"""The journal's tables, and rounds as their rows."""
+"""The tables of the journal's database, and the conversion between round records and rows."""
 
 from __future__ import annotations
 
@@ -36,22 +36,25 @@ CREATE TABLE IF NOT EXISTS verdicts (
     metrics TEXT NOT NULL,
     PRIMARY KEY (round, node)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS offline (  -- instead of verdicts: there may be many, and they say nothing else
+CREATE TABLE IF NOT EXISTS offline (  -- not in verdicts: there may be many, and each has a reason only
     round INTEGER PRIMARY KEY REFERENCES rounds,
     reasons TEXT NOT NULL
 ) STRICT;
 """
-MEASURED = ("train", "evaluate", "server", "notes")
+JSON_COLUMNS = ("train", "evaluate", "server", "notes")
 
 
 def insert(database: sqlite3.Connection, records: Sequence[RoundRecord], newest: tuple[str, str, str]) -> None:
-    """Put `records` into the tables in one transaction; `newest` is model, hash and state after the last of them."""
+    """Insert `records` in one transaction.
+
+    `newest` is the name of the model file, its SHA-256 and the state as JSON, all after the last of `records`.
+    """
     with database:
         database.executemany(
             "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
-                    r.round, r.seconds, *(json.dumps(dict(getattr(r, name))) for name in MEASURED),
+                    r.round, r.seconds, *(json.dumps(dict(getattr(r, name))) for name in JSON_COLUMNS),
                     *(newest if r is records[-1] else (None, None, None)),
                 )
                 for r in records
@@ -65,7 +68,10 @@ def insert(database: sqlite3.Connection, records: Sequence[RoundRecord], newest:
 
 
 def committed(folder: Path, after: int) -> list[RoundRecord]:
-    """The rounds after that number which another process has committed in `folder` by now; none while it is busy."""
+    """Return the rounds with numbers above `after` that another process has committed to the journal in `folder`.
+
+    Returns an empty list if the database does not exist yet or is locked.
+    """
     address = f"{(folder / DATABASE).resolve().as_uri()}?mode=ro"
     try:
         with closing(sqlite3.connect(address, uri=True)) as database:
@@ -75,26 +81,29 @@ def committed(folder: Path, after: int) -> list[RoundRecord]:
 
 
 def read_rounds(database: sqlite3.Connection, after: int = 0) -> list[RoundRecord]:
-    """The rounds after that number, in order, read in one transaction so that none comes without its verdicts."""
+    """Return the rounds with numbers above `after`, in order.
+
+    All tables are read in one transaction, so that every round has its verdicts.
+    """
     database.execute("BEGIN")
     try:
         verdicts: dict[int, list[Verdict]] = defaultdict(list)
         for number, *row in database.execute("SELECT * FROM verdicts WHERE round > ?", (after,)):
             verdicts[number].append(_verdict(*row))
-        seen: dict[tuple[str, str], Verdict] = {}  # the same nodes are offline again and again
+        offline: dict[tuple[str, str], Verdict] = {}  # shared, because the same nodes are offline in many rounds
         for number, reasons in database.execute("SELECT * FROM offline WHERE round > ?", (after,)):
             for pair in json.loads(reasons).items():
-                if pair not in seen:
-                    seen[pair] = Verdict(pair[0], Code.OFFLINE, pair[1])
-                verdicts[number].append(seen[pair])
+                if pair not in offline:
+                    offline[pair] = Verdict(pair[0], Code.OFFLINE, pair[1])
+                verdicts[number].append(offline[pair])
         rounds = database.execute(
-            f"SELECT round, seconds, {', '.join(MEASURED)} FROM rounds WHERE round > ? ORDER BY round", (after,)
+            f"SELECT round, seconds, {', '.join(JSON_COLUMNS)} FROM rounds WHERE round > ? ORDER BY round", (after,)
         )
         return [
             RoundRecord(
                 number,
                 tuple(sorted(verdicts[number], key=attrgetter("node"))),
-                **dict(zip(MEASURED, map(json.loads, metrics), strict=True)),
+                **dict(zip(JSON_COLUMNS, map(json.loads, metrics), strict=True)),
                 seconds=seconds,
             )
             for number, seconds, *metrics in rounds

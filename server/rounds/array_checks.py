@@ -1,4 +1,4 @@
-"""What the door checks of the arrays in a reply, cheapest first, before anything large is allocated."""
+"""The door's checks of the arrays in a reply. Cheap checks come first, before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from corymb.server.rounds.rejections import Code, Refused, short
 from corymb.strategies import Layout
 from corymb.strategies.core.rows import CHUNK
 
-MOST_STEPS = 256  # batches whose updates a site may send
-LARGEST_NUMBER = 1e20  # of a model: times MOST_EXAMPLES it is finite in float32, and nothing trained comes near
+MOST_STEPS = 256  # a client may send the updates of at most this many batches
+# The largest absolute value that a model may have. Trained models stay far below it, and its product with MOST_EXAMPLES
+# is finite in float32.
+LARGEST_NUMBER = 1e20
 
 
 def decoded_model(arrays: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
-    """The parameters and float buffers in `arrays`; integer buffers are the server's, so they are not decoded.
+    """Return the parameters and float buffers in `arrays`. Integer buffers are not decoded: the server keeps its own.
 
-    Raises `Refused` unless they are of this `layout`, and every number is finite and of a trained number's size.
+    Raises `Refused` unless all arrays match `layout` and every decoded number is at most `LARGEST_NUMBER` in size.
     """
-    _check_claims(arrays, layout)
+    _check_headers(arrays, layout)
     state = {entry.name: _decoded(entry.name, arrays) for entry in (*layout.parameters, *layout.buffers)}
     for name, tensor in state.items():
         _require_bounded(tensor, f"tensor {name!r}")
@@ -29,10 +31,10 @@ def decoded_model(arrays: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
 
 
 def decoded_steps(arrays: ArrayRecord, layout: Layout) -> Tensor:
-    """The updates of single batches in `arrays`, `[S, P]`. Raises `Refused` for what is none."""
+    """Return the updates of S batches in `arrays`, `[S, P]`. Raises `Refused` if they are invalid."""
     names = [entry.name for entry in layout.parameters]
     if list(arrays) != names:
-        raise Refused(Code.NAMES, f"its record {STEPS!r} does not have the model's parameters in their order")
+        raise Refused(Code.NAMES, f"its record {STEPS!r} does not have the model's parameters in the same order")
     count = arrays[names[0]].shape[0] if names and arrays[names[0]].shape else 0
     if not 0 < count <= MOST_STEPS:
         raise Refused(Code.SHAPE, f"its record {STEPS!r} has {short(count)} batches, not 1 to {MOST_STEPS}")
@@ -40,7 +42,7 @@ def decoded_steps(arrays: ArrayRecord, layout: Layout) -> Tensor:
     for entry in layout.parameters:
         array, shape = arrays[entry.name], (count, *entry.shape)
         if tuple(array.shape) != shape or DTYPES.get(array.dtype) != entry.dtype:
-            raise Refused(Code.SHAPE, f"tensor {entry.name!r} in {STEPS!r} is no {entry.dtype} {list(shape)}")
+            raise Refused(Code.SHAPE, f"tensor {entry.name!r} in {STEPS!r} is not {entry.dtype} {list(shape)}")
         piece = _decoded(entry.name, arrays)
         _require_bounded(piece, f"tensor {entry.name!r} in {STEPS!r}")
         pieces.append(piece.reshape(count, -1).to(layout.dtype))
@@ -48,17 +50,17 @@ def decoded_steps(arrays: ArrayRecord, layout: Layout) -> Tensor:
 
 
 def is_bounded(tensor: Tensor, bound: float) -> bool:
-    """Whether every number is at most `bound` in size, which NaN is not; read in chunks, without further memory."""
+    """Return whether the absolute value of every number is at most `bound`; False if one is NaN."""
     for piece in tensor.reshape(-1).split(CHUNK):
         if piece.numel():
-            least, most = piece.aminmax()  # both are NaN where one number is
+            least, most = piece.aminmax()  # both are NaN if any number is
             if not (least >= -bound and most <= bound):
                 return False
     return True
 
 
-def _check_claims(arrays: ArrayRecord, layout: Layout) -> None:
-    """Names, shapes and dtypes, as the arrays' headers claim them."""
+def _check_headers(arrays: ArrayRecord, layout: Layout) -> None:
+    """Compare the declared names, shapes and dtypes of `arrays` with `layout`. Raises `Refused` if they differ."""
     expected = {entry.name: entry for entry in layout.entries}
     if missing := expected.keys() - arrays.keys():
         raise Refused(Code.NAMES, f"tensor {min(missing)!r} is missing")
@@ -67,8 +69,8 @@ def _check_claims(arrays: ArrayRecord, layout: Layout) -> None:
     for name, entry in expected.items():
         array = arrays[name]
         if tuple(array.shape) != entry.shape:
-            found = short(list(array.shape))
-            raise Refused(Code.SHAPE, f"tensor {name!r} has the shape {found}, not {list(entry.shape)}")
+            declared = short(list(array.shape))
+            raise Refused(Code.SHAPE, f"tensor {name!r} has the shape {declared}, not {list(entry.shape)}")
         if DTYPES.get(array.dtype) != entry.dtype:
             raise Refused(Code.DTYPE, f"tensor {name!r} has the dtype {short(array.dtype)}, not {entry.dtype}")
 
@@ -80,6 +82,6 @@ def _decoded(name: str, arrays: ArrayRecord) -> Tensor:
         raise Refused(Code.BYTES, short(error)) from None
 
 
-def _require_bounded(tensor: Tensor, what: str) -> None:
+def _require_bounded(tensor: Tensor, description: str) -> None:
     if not is_bounded(tensor, LARGEST_NUMBER):
-        raise Refused(Code.NOT_FINITE, f"{what} holds NaN, infinity or numbers beyond {LARGEST_NUMBER:g}")
+        raise Refused(Code.NOT_FINITE, f"{description} has NaN, infinity or numbers beyond {LARGEST_NUMBER:g}")

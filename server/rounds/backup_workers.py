@@ -1,6 +1,6 @@
-"""Dynamic backup workers: a round waits for as many replies as lower the loss most per second.
+"""Dynamic backup workers: a round waits for the number of replies with the largest loss decrease per second.
 
-Xu, Neglia & Sebastianelli 2020.
+Source: Xu, Neglia & Sebastianelli 2020.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from corymb.strategies.core.validation import at_least, positive
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the round's gradients: the `variance` of one and the squared `length` of the expected one, both >= 0."""
+    """Statistics of a round's gradients, both >= 0.
+
+    `variance` is the variance of a single gradient, `length` the squared norm of the expected gradient.
+    """
 
     variance: float
     length: float
 
     @classmethod
     def of(cls, squares: float, mean_square: float, count: int, variance: float | None = None) -> Gradients | None:
-        """From `squares`, the sum of the squared lengths of `count` gradients, and that of their mean.
+        """Estimate the statistics of `count` gradients.
 
-        A single one says nothing about variance: that of before is taken, and None is returned without.
+        `squares` is the sum of their squared norms, `mean_square` the squared norm of their mean. The variance cannot
+        be estimated from a single gradient, so `variance`, an earlier estimate, is used for it. Returns None if the
+        variance is unknown or `count` is 0.
         """
         if count > 1:
             variance = max(0.0, (squares - count * mean_square) / (count - 1))
@@ -39,65 +44,77 @@ class Gradients:
 
     @classmethod
     def of_rows(cls, gradients: Tensor) -> Gradients | None:
-        """From the gradients `[K, P]`."""
+        """Estimate the statistics of `gradients [K, P]`."""
         rows = gradients.double()
         return cls.of(float(rows.square().sum()), float(rows.mean(dim=0).square().sum()), len(rows))
 
 
 def smoothness(gradients: Gradients, count: int, rate: float, decrease: float) -> float:
-    """L, such that a step of `rate` along `count` gradients' mean lowered the loss by `decrease`; 0 or more."""
+    """Return the smoothness L >= 0 of the loss.
+
+    L is such that a step of size `rate` along the mean of `count` gradients lowers the loss by `decrease`.
+    """
     expected = gradients.length + gradients.variance / count
     return max(0.0, 2 * (rate * gradients.length - decrease) / (rate**2 * expected)) if expected else 0.0
 
 
 def gains(gradients: Gradients, smooth: float, rate: float, clients: int) -> list[float]:
-    """By how much the loss is expected to fall with the first 1, 2, ..., `clients` gradients."""
-    flat = (rate - smooth * rate**2 / 2) * gradients.length
-    return [flat - smooth * rate**2 * gradients.variance / (2 * count) for count in range(1, clients + 1)]
+    """Return the expected decrease of the loss after a step along the mean of 1, 2, ..., `clients` gradients.
+
+    `smooth` is the smoothness L of the loss, `rate` the size of the step.
+    """
+    noiseless = (rate - smooth * rate**2 / 2) * gradients.length
+    return [noiseless - smooth * rate**2 * gradients.variance / (2 * count) for count in range(1, clients + 1)]
 
 
 def replies_to_wait_for(expected: Sequence[float], times: Sequence[float]) -> int:
-    """How many replies gain most per second; all of them when none gains anything, or when all come together.
+    """Return the number of replies with the largest expected gain per second.
 
-    `times[k - 1]` is when the k-th reply is expected, in seconds.
+    `expected[k - 1]` is the gain of k replies, `times[k - 1]` the expected time of the k-th reply in seconds. Returns
+    the number of all replies if no gain is positive, or if all replies are expected at the same time.
     """
     if max(expected) <= 0:
         return len(expected)
-    steady = [max(times[: k + 1]) for k in range(len(times))]
-    rates = [gain / max(time, 1e-12) for gain, time in zip(expected, steady, strict=True)]
-    best = max(rates)
-    return max(k for k, rate in enumerate(rates, 1) if rate >= best)
+    latest = [max(times[: k + 1]) for k in range(len(times))]
+    gain_rates = [gain / max(time, 1e-12) for gain, time in zip(expected, latest, strict=True)]
+    best = max(gain_rates)
+    return max(k for k, rate in enumerate(gain_rates, 1) if rate >= best)
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """What `DynamicBackupWorkers` knows.
+    """The estimates that `DynamicBackupWorkers` carries from round to round.
 
-    The k-th reply of a round came `times[k - 1]` in the mean of `rounds[k - 1]`.
+    `times[k - 1]` is the mean time of the k-th reply in seconds, over the `rounds[k - 1]` rounds that had a k-th
+    reply. `smooth` holds the latest estimates of the smoothness L, and `loss` is the training loss of the last round.
     """
 
     gradients: Gradients | None = None
-    count: int = 0  # replies in the last step
+    count: int = 0  # replies in the last aggregation
     smooth: tuple[float, ...] = ()
     times: tuple[float, ...] = ()
     rounds: tuple[int, ...] = ()
-    waited: int = 0  # replies waited for in the last round
+    waited: int = 0  # number of replies that the last round waited for
     loss: float | None = None
-    rose: bool = False  # the loss, in the last round
+    rose: bool = False  # whether the loss rose in the last round
 
     def time(self, place: int) -> float:
-        """When the reply of this place is expected; a place never seen is as late as the latest that was."""
+        """Return the expected time in seconds of the reply at `place`, counted from 1; 0.0 before the first round.
+
+        A place beyond all measured ones has the time of the last measured one.
+        """
         return self.times[min(place, len(self.times)) - 1] if self.times else 0.0
 
 
 @dataclass(frozen=True)
 class DynamicBackupWorkers(RoundSize[Learnt]):
-    """Xu, Neglia & Sebastianelli 2020: as many replies as lower the loss most per second.
+    """Wait for the number of replies with the largest loss decrease per second (Xu, Neglia & Sebastianelli 2020).
 
-    Updates over `rate` (the local learning rate times the steps) are taken for gradients; their variance, the
-    smoothness that the falling loss shows over `window` rounds, and the mean time at which the k-th reply came,
-    tell what k replies gain. Waits for all at first, when nothing can be gained, and for one more than before when
-    the loss rose. Keeps a sum of updates of its own while a round lasts: two models of memory.
+    An update divided by `rate` (the local learning rate times the number of steps) counts as a gradient. The policy
+    estimates the gain of k replies from the variance of the gradients, from the mean time of the k-th reply, and from
+    the smoothness of the loss, which it averages over the last `window` rounds. It waits for all replies at first and
+    if no gain is positive. If the loss rose, it waits for at least one reply more than in the last round. During a
+    round, it keeps its own sum of updates, which takes the memory of two models.
     """
 
     rate: float = 1.0
@@ -108,7 +125,7 @@ class DynamicBackupWorkers(RoundSize[Learnt]):
         at_least(1, window=self.window)
 
     def initial(self) -> Learnt:
-        """Nothing yet."""
+        """Return empty estimates."""
         return Learnt()
 
     def choose(self, requested: int, learnt: Learnt) -> tuple[int, Learnt]:
@@ -140,7 +157,10 @@ class DynamicBackupWorkers(RoundSize[Learnt]):
 
 @dataclass
 class GradientSums:
-    """The sums of one round's gradients, and of their squares."""
+    """Observer of one round: the sum of its gradients (`total [P]`) and the sum of their squared norms (`squares`).
+
+    `before` holds the estimates before the round, `origin` the model that the clients received.
+    """
 
     policy: DynamicBackupWorkers
     before: Learnt
@@ -168,9 +188,9 @@ class GradientSums:
     def learnt(self, loss: float | None) -> Learnt:
         """See `Observer.learnt`."""
         before, smooth = self.before, self.before.smooth
-        known = loss is not None and before.loss is not None
+        has_both = loss is not None and before.loss is not None
         decrease = (before.loss or 0.0) - (loss or 0.0)
-        if known and before.gradients is not None and before.count:
+        if has_both and before.gradients is not None and before.count:
             newest = smoothness(before.gradients, before.count, self.policy.rate, decrease)
             smooth = (*smooth, newest)[-self.policy.window :]
         gradients, count = before.gradients, before.count
@@ -179,4 +199,6 @@ class GradientSums:
             variance = gradients.variance if gradients else None
             gradients = Gradients.of(self.squares, mean_square, self.count, variance) or gradients
             count = self.count
-        return replace(before, gradients=gradients, count=count, smooth=smooth, loss=loss, rose=known and decrease < 0)
+        return replace(
+            before, gradients=gradients, count=count, smooth=smooth, loss=loss, rose=has_both and decrease < 0
+        )

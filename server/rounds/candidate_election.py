@@ -1,4 +1,4 @@
-"""An election around any rule: the sites choose the round's model among candidates, the one before it included."""
+"""An election that works with any rule: the clients choose the round's model among several candidates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from corymb.strategies.voting.election import count, run_off
 
 
 class Choice(NamedTuple):
-    """The number of the elected candidate, and how many sites could have lied about their losses in vain."""
+    """The result of an election.
+
+    `candidate` is the index of the elected candidate. The result would be the same if up to `certificate` clients had
+    reported any other losses.
+    """
 
     candidate: int
     certificate: int
@@ -24,17 +28,17 @@ class Choice(NamedTuple):
 class CandidateElection:
     """Run-off election over candidate models, after Rezaei et al. 2023.
 
-    The candidates are the model of the strategy's own rule, that of each of `rules`, and the model before the
-    round, which is a rollback. Each site that was asked to train evaluates all of them on data of its own and
-    prefers those with the least `metric`; a site that does not report it is no voter. Costs one evaluation for
-    each candidate and site in a round, sent one candidate after the other.
+    The candidates are the model of the strategy's rule, the model of each of `rules`, and the model before the round;
+    electing the last is a rollback. Each client that was sampled for training evaluates all candidates on its own
+    data and prefers lower values of `metric`. A client that does not report `metric` has no vote. Each round costs
+    one evaluation per candidate and client; the candidates are sent one after the other.
     """
 
     rules: tuple[Rule[Any], ...] = ()
     metric: str = "loss"
 
     def initial(self) -> tuple[Any, ...]:
-        """What the rules remember before the first round."""
+        """Return the memory of each of `rules` before the first round."""
         return tuple(rule.initial() for rule in self.rules)
 
     def candidates(
@@ -45,7 +49,7 @@ class CandidateElection:
         known: Collection[str],
         proxy: Proxy | None,
     ) -> tuple[list[Model], tuple[Any, ...]]:
-        """The model of each rule after `replies` to `origin`, and what it remembers from then on."""
+        """Return the model of each of `rules` after `replies` to `origin`, and the new memory of each rule."""
         outcomes = [
             rule.aggregate(origin, list(replies), memory, known, proxy)
             for rule, memory in zip(self.rules, memories, strict=True)
@@ -53,10 +57,10 @@ class CandidateElection:
         return [outcome.model for outcome in outcomes], tuple(outcome.memory for outcome in outcomes)
 
     def choose(self, reports: Sequence[Iterable[Report | Rejection]]) -> Choice | None:
-        """The election, from the `reports` on each candidate; None when no site reported anything."""
+        """Hold the election. `reports[c]` are the reports on candidate c. Returns None if none has the metric."""
         losses: dict[str, dict[int, float]] = {}
-        for candidate, theirs in enumerate(reports):
-            for report in theirs:
+        for candidate, candidate_reports in enumerate(reports):
+            for report in candidate_reports:
                 if isinstance(report, Report) and self.metric in report.metrics:
                     losses.setdefault(report.node, {})[candidate] = report.metrics[self.metric]
         if not losses:
@@ -65,10 +69,13 @@ class CandidateElection:
 
 
 def elected(losses: Sequence[Mapping[int, float]], candidates: int) -> Choice:
-    """The election among `candidates`, from the loss that each voter has of each; one it has none of comes last."""
+    """Elect one of `candidates` models.
+
+    `losses[v][c]` is the loss that voter v reports for candidate c. A candidate without a loss is ranked last.
+    """
     scores = torch.full((len(losses), 1, candidates), -torch.inf, dtype=torch.float64)
-    for voter, mine in enumerate(losses):
-        for candidate, loss in mine.items():
+    for voter, voter_losses in enumerate(losses):
+        for candidate, loss in voter_losses.items():
             scores[voter, 0, candidate] = -loss
     election = run_off(count(scores))
     return Choice(int(election.classes), int(election.certificates))

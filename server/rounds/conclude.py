@@ -1,4 +1,7 @@
-"""The whole decision of a round: from its replies to the next state and the record. It knows no grid and no clock."""
+"""The decision of a round: the function that computes the next state and the record from the replies.
+
+It uses neither a grid nor a clock.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.state import Method, RunState, Spent
 from corymb.strategies import Model, Reply, Report
 
-Named = Iterable[tuple[str, Message]]  # replies with the names of their nodes
-Evaluate = Callable[[Model], Named]
+NamedReplies = Iterable[tuple[str, Message]]  # replies with the names of their nodes
+Evaluate = Callable[[Model], NamedReplies]
 
 
 @dataclass
@@ -31,12 +34,14 @@ class _Checked:
 def conclude(
     state: RunState, round: Round, replies: Iterable[Message], evaluate: Evaluate | None = None
 ) -> tuple[RunState, RoundRecord]:
-    """The state after `round`, and its record.
+    """Return the state after `round`, and the record of the round.
 
-    Each of `replies` passes the door alone and is read once; then follow the rule, the server optimiser, the
-    candidate election and the bounds on what may become the model. Where nothing counts, or the result is not finite,
-    the model stays. `evaluate(model)` has the asked nodes evaluate a candidate, and gives their replies; only a
-    candidate election calls it, and where there is one it must be given.
+    The door checks each of `replies` separately; `replies` is read once. The rule aggregates the admitted replies.
+    The server optimiser, the candidate election and a check for finite numbers then process the rule's model. The
+    round keeps the previous model if no reply is admitted or if the new model is not finite.
+
+    `evaluate(model)` asks the nodes of the round to evaluate a candidate and returns their replies. Only a candidate
+    election calls it. Raises `ValueError` if there is an election and `evaluate` is missing.
     """
     method, requests = round.method, round.requests
     state = state.knowing(requests.nodes).knowing(requests.connected.values())
@@ -46,9 +51,9 @@ def conclude(
     observer = method.round_size.observer(state.round_size, state.model) if method.round_size else None
     if observer is not None:
         admitted = observer.watch(admitted)
-    kept: list[Reply] = []
-    if method.candidate_election is not None and method.candidate_election.rules:  # every rule reads them
-        admitted = iter(kept := list(admitted))
+    stored: list[Reply] = []
+    if method.candidate_election is not None and method.candidate_election.rules:  # its rules read them again
+        admitted = iter(stored := list(admitted))
     outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known, method.proxy)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})
@@ -64,10 +69,10 @@ def conclude(
     )
     if outcome.model is state.model:
         return concluded, record
-    return _moved(method, concluded, record, outcome.model, kept, door, evaluate)
+    return _after_rule(method, concluded, record, outcome.model, stored, door, evaluate)
 
 
-def _moved(
+def _after_rule(
     method: Method,
     state: RunState,
     record: RoundRecord,
@@ -76,19 +81,22 @@ def _moved(
     door: Door,
     evaluate: Evaluate | None,
 ) -> tuple[RunState, RoundRecord]:
-    """From the rule's `model`, another than the state's, to the one that the next round begins with."""
+    """Apply the server optimiser, the candidate election and the check that the model is finite.
+
+    `model` is the rule's, which differs from the state's. Returns the state and the record at the end of the round.
+    """
     moments, memories = state.moments, state.candidate_memories
     if method.server_optimizer is not None and moments is not None:
         model, moments = method.server_optimizer.step(state.model, model, moments)
     chosen = model
     if method.candidate_election is not None:
         if evaluate is None:
-            raise ValueError("A candidate election asks the sites; give conclude a function that has them evaluate.")
+            raise ValueError("A candidate election needs evaluations by the clients; pass `evaluate` to `conclude`.")
         others, memories = method.candidate_election.candidates(
             state.model, replies, memories, state.known, method.proxy
         )
         candidates = [model, *others, state.model]
-        reports = [[door.admit_metrics(*named) for named in evaluate(candidate)] for candidate in candidates]
+        reports = [[door.admit_metrics(*reply) for reply in evaluate(candidate)] for candidate in candidates]
         choice = method.candidate_election.choose(reports)
         if choice is not None:
             chosen = candidates[choice.candidate]
@@ -98,13 +106,13 @@ def _moved(
     largest = min((torch.finfo(entry.dtype).max for entry in state.model.layers.parameters), default=1.0)
     if not is_bounded(chosen.parameters, largest):
         return state, replace(record, notes={**record.notes, "not-finite": 1.0})
-    if chosen is not model:  # what is not taken leaves no momentum behind
+    if chosen is not model:  # the optimiser's model was not elected, so its new momentum does not count
         moments = state.moments
     return replace(state, model=chosen, moments=moments), record
 
 
 def _admitted(door: Door, requests: Requests, replies: Iterable[Message], checked: _Checked) -> Iterator[Reply]:
-    """Yield each reply that the door admits, and note its result for every node in `checked`."""
+    """Yield each reply that the door admits, and put the door's result for each node into `checked`."""
     for node, message in requests.named(replies):
         if node in checked.by_node:
             checked.second_replies += 1
@@ -116,4 +124,4 @@ def _admitted(door: Door, requests: Requests, replies: Iterable[Message], checke
             continue
         checked.by_node[node] = verdict.report
         yield verdict
-        del verdict  # its memory goes to the next reply
+        del verdict  # frees its memory before the next reply

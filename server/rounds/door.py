@@ -1,4 +1,4 @@
-"""The door: one message in, one verdict out. Nothing that a site sends can raise past it."""
+"""The door: the check that each reply must pass. No reply, whatever its content, can raise an exception here."""
 
 from __future__ import annotations
 
@@ -13,53 +13,56 @@ from torch import Tensor
 from corymb.protocol.records import EXAMPLES, STEPS
 from corymb.protocol.row_arrays import row_in
 from corymb.server.rounds.array_checks import LARGEST_NUMBER, decoded_model, decoded_steps
-from corymb.server.rounds.rejections import Code, Refused, Rejection, of_error, of_exception, short
+from corymb.server.rounds.rejections import Code, Refused, Rejection, rejection_of_error, rejection_of_exception, short
 from corymb.strategies import Layout, Reply, Report
 from corymb.strategies.core.reply import CLASS
 from corymb.strategies.core.rows import SingleRow
 
-Records = list[tuple[str, Any]]  # of a message, by name
+Records = list[tuple[str, Any]]  # the records of a message with their names
 
-MOST_EXAMPLES = 2**53  # beyond it a float cannot count
+MOST_EXAMPLES = 2**53  # floats represent all whole numbers up to this one
 MOST_METRICS = 100
-MOST_CLASSES = 1000  # whose numbers of examples a site may tell, besides
+MOST_CLASSES = 1000  # most metrics of examples per class; allowed in addition to MOST_METRICS
 LARGEST_METRIC = 1e100
 
 
 @dataclass(frozen=True)
 class Door:
-    """Admits replies of one layout. `examples_key` is the metric that counts a site's examples;
-    `wants_steps(node)` says whose updates of single batches are read."""
+    """The check of replies that hold a model of the given `layout`.
+
+    `examples_key` is the metric with a client's number of examples. `wants_steps(node)` decides whether the door
+    reads the updates of single batches in this node's reply.
+    """
 
     layout: Layout
     examples_key: str = EXAMPLES
     wants_steps: Callable[[str], bool] = lambda node: False
 
     def admit(self, node: str, message: Message) -> Reply | Rejection:
-        """The reply to a training message, checked cheapest first."""
+        """Return the admitted reply to a training message, or its rejection. Cheap checks come first."""
         try:
             if message.has_error():
-                return of_error(node, message)
+                return rejection_of_error(node, message)
             records = list(message.content.items())
             report = self._report(node, records)
-            arrays = _only(records, ArrayRecord, besides=STEPS)
+            arrays = _only(records, ArrayRecord, ignored=STEPS)
             row = row_in(arrays, self.layout)
-            if row is not None and row.bound <= LARGEST_NUMBER:  # its block has looked at every number
+            if row is not None and row.bound <= LARGEST_NUMBER:  # the block of the row has computed this bound
                 return Reply(report, row.rows, row.row, steps=self._steps(node, message))
             state = decoded_model(arrays, self.layout)
             rows = SingleRow(self.layout.parts(state))
             return Reply(report, rows, 0, self.layout.buffers_of(state), self._steps(node, message))
         except Exception as error:
-            return of_exception(node, error)
+            return rejection_of_exception(node, error)
 
     def admit_metrics(self, node: str, message: Message) -> Report | Rejection:
-        """The reply to an evaluation message, which carries metrics only."""
+        """Return the report in a reply to an evaluation message, or its rejection. The reply has metrics only."""
         try:
             if message.has_error():
-                return of_error(node, message)
+                return rejection_of_error(node, message)
             return self._report(node, list(message.content.items()))
         except Exception as error:
-            return of_exception(node, error)
+            return rejection_of_exception(node, error)
 
     def _report(self, node: str, records: Records) -> Report:
         metrics: Mapping[str, Any] = _only(records, MetricRecord)
@@ -69,7 +72,7 @@ class Door:
                 Code.EXAMPLES,
                 f"the metric {self.examples_key!r} is {short(examples)}, not a whole number from 0 to 2^53",
             )
-        # A metric that is no finite number is dropped, the update is not.
+        # A metric that is not a finite number is dropped; the update is kept.
         numbers = {
             name: float(value)
             for name, value in metrics.items()
@@ -83,14 +86,15 @@ class Door:
         return Report(node, int(examples), numbers)
 
     def _steps(self, node: str, message: Message) -> Tensor | None:
-        """The updates of single batches `[S, P]` that a site sent along, if the rule wants them of it."""
+        """Return the updates of single batches `[S, P]` in a reply, if it has them and the rule uses them."""
         if not self.wants_steps(node) or not isinstance(record := message.content.get(STEPS), ArrayRecord):
             return None
         return decoded_steps(record, self.layout)
 
 
-def _only(records: Records, kind: type[Any], besides: str = "") -> Any:
-    found = [record for name, record in records if isinstance(record, kind) and name != besides]
-    if len(found) != 1:
-        raise Refused(Code.RECORDS, f"it carries {len(found)} records of the type {kind.__name__}, not one")
-    return found[0]
+def _only(records: Records, kind: type[Any], ignored: str = "") -> Any:
+    """Return the only record of the type `kind`, apart from the one called `ignored`. Raises `Refused` otherwise."""
+    matching = [record for name, record in records if isinstance(record, kind) and name != ignored]
+    if len(matching) != 1:
+        raise Refused(Code.RECORDS, f"it has {len(matching)} records of the type {kind.__name__}, not one")
+    return matching[0]

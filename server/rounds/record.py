@@ -1,4 +1,4 @@
-"""The record of a round: a verdict for each node, and the metrics."""
+"""The record of a round: a verdict on each node's reply, and the metrics."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ SILENT = "silent"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one node's reply. `code` is "admitted", "silent" or a `door.Code`.
+    """The server's verdict on one node's reply.
 
-    `weight` is the reply's factor in the next model (see `strategies.Outcome`), None where the rule has none.
+    `code` is "admitted", "silent" if there was no reply, or a `rejections.Code`. `reason` is empty for admitted
+    replies. `weight` is the reply's factor in the next model (see `strategies.Outcome`); None if the rule has no
+    weights.
     """
 
     node: str
@@ -33,7 +35,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round. Metrics are means weighed by examples; `notes` are numbers that the rule and the round tell of it."""
+    """The record of one round.
+
+    `train` and `evaluate` are means of the clients' metrics, weighted by examples. `server` holds the metrics of the
+    server's own evaluation. `notes` are named numbers from the rule and from the round itself.
+    """
 
     round: int
     verdicts: tuple[Verdict, ...] = ()
@@ -45,41 +51,44 @@ class RoundRecord:
 
     @property
     def admitted(self) -> list[Verdict]:
-        """The verdicts of the replies that counted."""
+        """The verdicts on the admitted replies."""
         return [verdict for verdict in self.verdicts if verdict.code == ADMITTED]
 
 
 def verdicts(
     nodes: Iterable[str], replies: Mapping[str, Report | Rejection], weights: Mapping[str, float]
 ) -> list[Verdict]:
-    """One verdict per node, ordered by name: for each of `replies`, and for each of `nodes` that sent none."""
+    """Return a verdict for each of `replies` and for each of `nodes` without a reply, ordered by name."""
     return [_verdict(node, replies.get(node), weights) for node in sorted({*nodes, *replies})]
 
 
 def _verdict(node: str, reply: Report | Rejection | None, weights: Mapping[str, float]) -> Verdict:
     if reply is None:
-        return Verdict(node, SILENT, f"{node}: no reply before the timeout, or the message could not be sent.")
+        return Verdict(node, SILENT, f"{node}: no reply before the round ended, or the message could not be sent.")
     if isinstance(reply, Rejection):
         return _rejected(reply)
     return Verdict(node, ADMITTED, "", reply.examples, weights.get(node), reply.metrics)
 
 
-@lru_cache(maxsize=1 << 14)  # the same nodes are offline round after round
+@lru_cache(maxsize=1 << 14)  # the same nodes are offline in many rounds
 def _rejected(rejection: Rejection) -> Verdict:
     return Verdict(rejection.node, rejection.code, rejection.reason)
 
 
 def mean_metrics(reports: Iterable[Report]) -> dict[str, float]:
-    """Each metric's mean over the reports that have it, weighed by examples, whatever their order."""
+    """Return the mean of each metric over the reports that have it, weighted by examples.
+
+    The order of the reports does not change the result.
+    """
     reports = [report for report in reports if report.examples > 0]
     means = {}
     for name in sorted({name for report in reports for name in report.metrics}):
-        having = [report for report in reports if name in report.metrics]
-        total = sum(report.examples for report in having)
-        means[name] = fsum(report.metrics[name] * (report.examples / total) for report in having)
+        reporting = [report for report in reports if name in report.metrics]
+        total = sum(report.examples for report in reporting)
+        means[name] = fsum(report.metrics[name] * (report.examples / total) for report in reporting)
     return means
 
 
 def as_metrics(means: Mapping[str, float]) -> MetricRecord | None:
-    """As Flower wants them; None for none."""
+    """Return `means` as a Flower MetricRecord; None if there are none."""
     return MetricRecord(dict(means)) if means else None

@@ -1,4 +1,4 @@
-"""Why a reply does not count, in a code for machines and a sentence for people."""
+"""Rejections of replies: each has a code for programs and a sentence for operators."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from flwr.app import Message
 
 from corymb.protocol.flower import NODE_UNAVAILABLE
 
-UNREADABLE = 1000  # the error code of a reply that this server could not receive; Flower's own codes are small
+UNREADABLE = 1000  # error code of a reply that the server could not receive; Flower's own codes are small numbers
 
 
 class Code(StrEnum):
-    """Why a reply was turned away."""
+    """The codes of the reasons for a rejection."""
 
-    OFFLINE = "offline"  # the network answered: the node cannot be reached
-    ERROR = "error"  # the site answered with an error
-    RECORDS = "records"  # not one record of arrays and one of metrics
-    EXAMPLES = "examples"  # the number of examples is no number of examples
-    NAMES = "names"  # a tensor is missing or too many
+    OFFLINE = "offline"  # the SuperLink reports that the node is unavailable
+    ERROR = "error"  # the client replied with an error
+    RECORDS = "records"  # not exactly one ArrayRecord and one MetricRecord, or the content is unreadable
+    EXAMPLES = "examples"  # the metric with the number of examples is not a whole number in its range
+    NAMES = "names"  # a tensor is missing, or is not in the model
     SHAPE = "shape"
     DTYPE = "dtype"
-    BYTES = "bytes"  # the bytes are not what the header says
-    NOT_FINITE = "not finite"  # or too large to be a trained number
+    BYTES = "bytes"  # the bytes do not match the header, or the reply could not be received
+    NOT_FINITE = "not finite"  # a number is NaN, infinite or too large
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """A reply that does not count, and why, in one sentence that names the node."""
+    """A rejected reply. `reason` is one sentence, which begins with the name of the node."""
 
     node: str
     code: Code
@@ -37,38 +37,38 @@ class Rejection:
 
 
 class Refused(Exception):
-    """Raised inside the door; the reason begins with a small letter and lacks the node."""
+    """Raised inside the door to reject a reply. The reason begins in lower case and does not name the node."""
 
     def __init__(self, code: Code, reason: str) -> None:
         super().__init__(reason)
         self.code = code
 
 
-def of_error(node: str, message: Message) -> Rejection:
-    """The rejection of a reply that is an error."""
+def rejection_of_error(node: str, message: Message) -> Rejection:
+    """Return the rejection of an error reply."""
     code, reason = message.error.code, str(message.error.reason)
     if code == NODE_UNAVAILABLE:
         return _offline(node, reason[:1000])
     if code == UNREADABLE:
-        return Rejection(node, Code.BYTES, f"{node}: its reply cannot be received: {short(reason)}.")
+        return Rejection(node, Code.BYTES, f"{node}: its reply is unreadable: {short(reason)}.")
     return Rejection(node, Code.ERROR, f"{node}: error {code}: {short(reason)}.")
 
 
-@lru_cache(maxsize=1 << 14)  # the same nodes are offline round after round
+@lru_cache(maxsize=1 << 14)  # the same nodes are offline in many rounds
 def _offline(node: str, reason: str) -> Rejection:
     return Rejection(node, Code.OFFLINE, f"{node}: error {NODE_UNAVAILABLE}: {short(reason)}.")
 
 
-def of_exception(node: str, error: Exception) -> Rejection:
-    """The rejection of a reply that the door could not read to its end."""
+def rejection_of_exception(node: str, error: Exception) -> Rejection:
+    """Return the rejection of a reply whose check raised `error`."""
     if isinstance(error, Refused):
         return Rejection(node, error.code, f"{node}: {error}.")
-    # Whatever else its content makes us stumble over is the sender's fault, and costs its reply only.
+    # Any other exception comes from the content of the reply, so only this reply is rejected.
     problem = f"{type(error).__name__}: {short(error)}"
     return Rejection(node, Code.RECORDS, f"{node}: its content cannot be read: {problem}.")
 
 
 def short(value: object) -> str:
-    """What a site sent, fit for a log: printable, one line, bounded."""
+    """Return text from a client in a form that is safe for a log: printable, on one line, and of bounded length."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 and text.isprintable() else ascii(text[:200])

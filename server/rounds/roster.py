@@ -1,4 +1,4 @@
-"""Who takes part: sites by name, waiting for them, and drawing a sample from a seed."""
+"""The nodes that take part in a round: waiting for connections, and sampling by name from a seed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from corymb.protocol.grids import CompleteGrid
 
 log = logging.getLogger("flwr.corymb")
 POLL_SECONDS = 0.5
-REMIND_SECONDS = 10.0
+REMIND_SECONDS = 10.0  # between two log lines while waiting
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which of the connected nodes are asked. `train` and `evaluate` are the fractions for each phase.
+    """Settings for the sampling of nodes. `train` and `evaluate` are the sampled fractions in the two phases of a
+    round.
 
-    A round begins once `available` nodes have connected; `TimeoutError` is raised when they have not in `seconds`.
+    A round begins once `available` nodes are connected. If that takes longer than `seconds`, `TimeoutError` is
+    raised.
     """
 
     train: float = 1.0
@@ -34,27 +36,27 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, fraction in (("fraction_train", self.train), ("fraction_evaluate", self.evaluate)):
             if not 0 <= fraction <= 1:
-                raise ValueError(f"{name} = {fraction} must lie in [0, 1]; 1 asks every connected node.")
+                raise ValueError(f"{name} is {fraction}; use a value in [0, 1], such as 1 for all connected nodes.")
 
     def for_training(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:
-        """The connected nodes, once there are enough, and those who are asked to train: `{name: node id}` each."""
+        """Wait for enough nodes. Return the connected nodes and the sampled ones, each as `{name: node id}`."""
         nodes = wait_for(grid, self.available, self.seconds)
-        return nodes, self._drawn(nodes, self.train, server_round, "train")
+        return nodes, self._sampled(nodes, self.train, server_round, "train")
 
     def for_evaluation(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:
-        """The connected nodes, and those who are asked to evaluate: `{name: node id}` each."""
+        """Return the connected nodes and those sampled for evaluation, each as `{name: node id}`."""
         nodes = connected(grid) if self.evaluate else {}
-        return nodes, self._drawn(nodes, self.evaluate, server_round, "evaluate")
+        return nodes, self._sampled(nodes, self.evaluate, server_round, "evaluate")
 
-    def _drawn(self, nodes: dict[str, int], fraction: float, server_round: int, phase: str) -> dict[str, int]:
+    def _sampled(self, nodes: dict[str, int], fraction: float, server_round: int, phase: str) -> dict[str, int]:
         return {name: nodes[name] for name in sample(nodes, fraction, self.seed, server_round, phase)}
 
 
 def connected(grid: Grid) -> dict[str, int]:
-    """The connected nodes, `{name: node id}`.
+    """Return the connected nodes, `{name: node id}`.
 
-    A name that the operator gave stays the same over reconnects and runs; a node without one, or
-    with one that another node has too, is called after its id.
+    A name that the operator gave stays the same over reconnects and runs. For a node without such a name, or with a
+    name that another node has too, the returned name contains the node id.
     """
     nodes = [(node.name, node.node_id) for node in grid.get_nodes()]
     count = Counter(name for name, _ in nodes)
@@ -62,9 +64,9 @@ def connected(grid: Grid) -> dict[str, int]:
 
 
 def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
-    """The connected nodes once there are `enough`.
+    """Wait until `enough` nodes are connected, and return the connected nodes, `{name: node id}`.
 
-    Raises `TimeoutError` after `timeout` seconds, at once for a grid that is complete: nobody will join it.
+    Raises `TimeoutError` after `timeout` seconds, or at once if the grid reports that no more nodes will join.
     """
     started = time.monotonic()
     reminded = -REMIND_SECONDS
@@ -72,8 +74,8 @@ def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
         waited = time.monotonic() - started
         if waited > timeout or (isinstance(grid, CompleteGrid) and grid.is_complete):
             raise TimeoutError(
-                f"Only {len(nodes)} of the {enough} nodes needed connected within {waited:.0f} s; "
-                "start the missing ones or lower min_available_nodes."
+                f"Only {len(nodes)} of {enough} required nodes connected within {waited:.0f} s; "
+                "start the missing nodes or lower min_available_nodes."
             )
         if waited - reminded >= REMIND_SECONDS:
             log.info("Waiting for nodes: %d of %d connected after %.0f s", len(nodes), enough, waited)
@@ -83,9 +85,10 @@ def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
 
 
 def sample(names: Collection[str], fraction: float, *draw: object) -> list[str]:
-    """`fraction` of `names`, at least one unless it is zero, in order; the same for the same `draw`.
+    """Return a sample of the given `fraction` of `names`, sorted; at least one name unless `fraction` is 0.
 
-    `draw` is the seed and what tells this drawing from others: a round, a phase.
+    The sample depends on `names`, `fraction` and `draw` only. `draw` is the seed and the labels of this sample, such
+    as the round and the phase.
     """
     ordered = sorted(names)
     if fraction >= 1:

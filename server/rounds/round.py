@@ -1,4 +1,4 @@
-"""One round: which node was sent which message, and the method that aggregates the replies."""
+"""A round: the messages that were sent to the nodes, and the method that aggregates the replies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from corymb.server.rounds.state import Method
 class Requests:
     """The messages of one phase of a round.
 
-    `by_message {message id: node name}` holds the messages that the grid accepted, `nodes` the names of all addressees,
-    and `connected {node id: name}` all nodes that were connected. Node ids change from run to run, names do not.
+    `by_message {message id: node name}` holds the messages that the grid accepted, `nodes` the names of all
+    addressees, and `connected {node id: name}` all nodes that were connected. Node ids change from run to run, names
+    do not.
     """
 
     by_message: Mapping[str, str] = field(default_factory=dict)
@@ -24,7 +25,7 @@ class Requests:
 
     @classmethod
     def of(cls, messages: Iterable[Message], connected: Mapping[int, str]) -> Requests:
-        """Read them from `messages` that have been pushed: the grid gives each message its id on the push."""
+        """Make the requests from `messages` that have been pushed; the grid sets the id of a message on the push."""
         by_message = {}
         nodes = []
         for message in messages:
@@ -35,9 +36,9 @@ class Requests:
         return cls(by_message, tuple(nodes), connected)
 
     def name_of(self, reply: Message) -> str:
-        """The name of the node that sent `reply`: the addressee of the message it answers, else its own source node.
+        """Return the name of the node that sent `reply`: the addressee of the request, or else the source node.
 
-        The message comes first because a SuperLink creates error replies under its own node id.
+        The addressee takes precedence, because a SuperLink creates error replies under its own node id.
         """
         name = self.by_message.get(reply.metadata.reply_to_message_id)
         source = reply.metadata.src_node_id
@@ -52,7 +53,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class Round:
-    """Round `number`, from 1. Each node was sent the state's model, or the model that the rule keeps for it."""
+    """Round `number`, from 1. Each node received the state's model, or a model that the rule keeps for this node."""
 
     number: int
     method: Method

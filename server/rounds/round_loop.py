@@ -1,4 +1,4 @@
-"""Flower's round loop over a grid, with replies taken as they arrive. All decisions are those of the strategy."""
+"""Flower's round loop, which processes replies as they arrive. The methods of the strategy make all decisions."""
 
 from __future__ import annotations
 
@@ -18,41 +18,46 @@ from corymb.server.rounds.record import RoundRecord
 from corymb.server.rounds.requests import push
 from corymb.server.rounds.state import Method, RunState
 
-log = logging.getLogger("flwr.corymb")  # under Flower's logger, so that its handlers show it
+log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-class KeepsRounds(Protocol):
-    """Where rounds are written down; see `Journal`."""
+class RoundJournal(Protocol):
+    """The methods of `Journal` that the round loop uses."""
 
     def require_empty(self) -> None:
-        """Raise `ValueError` if a run has been written here."""
+        """Raise `ValueError` if the journal already holds a run."""
 
     def write(self, record: RoundRecord, state: RunState) -> None:
-        """Write a finished round with the state after it."""
+        """Write a finished round and the state after it."""
 
 
 class RoundLoop(Strategy):
-    """A Flower strategy that keeps what a run has reached in `state`, and streams under this `start()`.
+    """A Flower strategy whose `start()` processes each reply as soon as it arrives.
 
-    The loop calls Flower's own methods, so a subclass may override any of them. `record` is that of the round that is
-    under way; with a `journal`, each round is committed there; `on_round` is called with every finished round's record.
+    The loop calls the methods of Flower's `Strategy`, so a subclass may override any of them. `state` is the current
+    state of the run, `record` the record of the current round. Each finished round is written to `journal`, if there
+    is one, and `on_round` is called with its record. `timeout` is the limit in seconds for each phase, None for no
+    limit.
     """
 
     method: Method
     state: RunState
     record: RoundRecord
-    journal: KeepsRounds | None
+    journal: RoundJournal | None
     on_round: Callable[[RoundRecord], None] | None
     timeout: float | None
 
     @abstractmethod
     def take(self, arrays: ArrayRecord) -> ArrayRecord:
-        """Make `arrays` the state's model, unless they hold it, unchanged; a record that shares the model's memory."""
+        """Make `arrays` the model of the state, unless they are the unchanged record of that model.
+
+        Returns a record that shares the memory of the state's model.
+        """
 
     @abstractmethod
     def sent(self, messages: Iterable[Message]) -> None:
-        """Take note that the `messages` of a phase have been pushed; replies are told by their ids."""
+        """Record that the `messages` of a phase have been pushed, so that replies can be matched by message id."""
 
     def start(
         self,
@@ -64,16 +69,17 @@ class RoundLoop(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Flower's round loop.
+        """Run the rounds.
 
-        Arguments and result as in Flower's; `timeout` is for each phase, None waits for ever.
+        The arguments and the result are those of Flower's `Strategy.start`. `timeout` is the limit in seconds for the
+        replies of each phase; None means no limit.
         """
         self.summary()
         if self.journal is not None:
             self.journal.require_empty()
         self.timeout = timeout
         result = Result(arrays=self.take(initial_arrays))
-        del initial_arrays  # so that no second copy of the model stays
+        del initial_arrays  # frees the second copy of the model
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
@@ -86,14 +92,14 @@ class RoundLoop(Strategy):
             replies = arrivals(grid, self._push(grid, messages), timeout)
             evaluated = self.aggregate_evaluate(number, replies)
             server = evaluate_fn(number, result.arrays) if evaluate_fn else None
-            for metrics, kept in (
+            for metrics, history in (
                 (trained, result.train_metrics_clientapp),
                 (evaluated, result.evaluate_metrics_clientapp),
                 (server, result.evaluate_metrics_serverapp),
             ):
                 if metrics is not None:
-                    kept[number] = metrics
-            ended = time.monotonic()  # what is written down of a round is part of the next one's time
+                    history[number] = metrics
+            ended = time.monotonic()  # the time to write this round to the journal counts for the next round
             self.record = replace(
                 self.record, evaluate=_numbers(evaluated), server=_numbers(server), seconds=ended - started
             )
@@ -102,33 +108,33 @@ class RoundLoop(Strategy):
         return result
 
     def _train(self, grid: Grid, number: int, messages: list[Message], result: Result) -> MetricRecord | None:
-        """Send `messages`, and take what comes back; the new model goes into `result`."""
+        """Send `messages`, aggregate the replies, and put the new model into `result`."""
         sent = self._push(grid, messages)
         size, enough = self.method.round_size, None
         if size is not None and sent:
             enough, learnt = size.choose(len(sent), self.state.round_size)
             self.state = replace(self.state, round_size=learnt)
-        arrived = _Arrived()
-        arrays, metrics = self.aggregate_train(number, arrived.watch(arrivals(grid, sent, self.timeout, enough)))
+        arrival_times = _ArrivalTimes()
+        arrays, metrics = self.aggregate_train(number, arrival_times.watch(arrivals(grid, sent, self.timeout, enough)))
         result.arrays = self.take(result.arrays if arrays is None else arrays)
         if size is not None:
-            self.state = replace(self.state, round_size=size.after(arrived.seconds, self.state.round_size))
+            self.state = replace(self.state, round_size=size.after(arrival_times.seconds, self.state.round_size))
             self.record = replace(self.record, notes={**self.record.notes, "waited-for": float(enough or 0)})
         return metrics
 
     def _push(self, grid: Grid, messages: list[Message]) -> dict[str, Message]:
-        taken = push(grid, messages)
+        accepted = push(grid, messages)
         self.sent(messages)
-        return taken
+        return accepted
 
     def _finish(self, num_rounds: int) -> None:
-        """Commit the round, and say what became of it."""
+        """Write the round to the journal, log a summary and call `on_round`."""
         record = self.record
         if self.journal is not None:
             self.journal.write(record, self.state)
         measured = record.server or record.evaluate or record.train
         log.info(
-            "[ROUND %d/%d] %d of %d counted in %.2f s %s",
+            "[ROUND %d/%d] replies of %d of %d nodes admitted in %.2f s %s",
             record.round,
             num_rounds,
             len(record.admitted),
@@ -141,14 +147,14 @@ class RoundLoop(Strategy):
 
 
 @dataclass
-class _Arrived:
-    """When the replies of a phase came, in seconds after they were asked for; errors do not count."""
+class _ArrivalTimes:
+    """The times at which the replies of a phase arrive, in seconds after the phase began. Errors are not counted."""
 
     started: float = field(default_factory=time.monotonic)
     seconds: list[float] = field(default_factory=list)
 
     def watch(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """The same replies, as they come."""
+        """Yield `replies` unchanged and record their times."""
         for reply in replies:
             if not reply.has_error():
                 self.seconds.append(time.monotonic() - self.started)

@@ -1,4 +1,7 @@
-"""How many replies a round waits for: settings in a frozen dataclass, what is learnt over rounds as a value."""
+"""Policies for the number of replies that a round waits for.
+
+A policy is a frozen dataclass of settings. What it learns over rounds is a separate value.
+"""
 
 from __future__ import annotations
 
@@ -9,50 +12,50 @@ from typing import Generic, Protocol, TypeVar
 
 from corymb.strategies import Model, Reply
 
-L = TypeVar("L")  # what a policy learns: None, or a frozen dataclass of scalars, strings, tuples and tensors
+L = TypeVar("L")  # the estimates of a policy: None, or a frozen dataclass of scalars, strings, tuples and tensors
 L_co = TypeVar("L_co", covariant=True)
 
 
 class Observer(Protocol[L_co]):
-    """Looks at one round's replies for a policy."""
+    """Observes the replies of one round for a policy."""
 
     def watch(self, replies: Iterator[Reply]) -> Iterator[Reply]:
-        """The same replies, looked at as they pass."""
+        """Yield `replies` unchanged and observe each."""
 
     def learnt(self, loss: float | None) -> L_co:
-        """What is known after the round, with the mean training `loss` where sites report one."""
+        """Return the estimates after the round. `loss` is the mean training loss, None if no client reports it."""
 
 
 @dataclass(frozen=True)
 class RoundSize(ABC, Generic[L]):
-    """Decides before each round how many replies it waits for."""
+    """A policy that decides before each round for how many replies the round waits."""
 
     def initial(self) -> L:
-        """What is known before the first round."""
-        return None  # type: ignore[return-value]  # right for every policy that learns nothing
+        """Return the policy's estimates before the first round."""
+        return None  # type: ignore[return-value]  # correct for every policy that learns nothing
 
     @abstractmethod
     def choose(self, requested: int, learnt: L) -> tuple[int, L]:
-        """How many replies of `asked` sites to wait for, one at least, and what is known from then on."""
+        """Return the number of replies to wait for, from 1 to `requested`, and the new estimates."""
 
     def observer(self, learnt: L, origin: Model) -> Observer[L] | None:
-        """What looks at the replies to `origin`, if the policy learns from them."""
+        """Return an observer of the replies to `origin`; None if the policy does not learn from replies."""
         return None
 
     def after(self, seconds: Sequence[float], learnt: L) -> L:
-        """What is known after the round's replies came so many `seconds` after the requests."""
+        """Return the estimates after a round whose replies arrived `seconds` after the requests."""
         return learnt
 
 
 @dataclass(frozen=True)
 class WaitForShare(RoundSize[None]):
-    """A fixed `share` of the sampled sites: static backup workers."""
+    """Wait for a fixed `share` of the sampled clients (static backup workers)."""
 
     share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"share = {self.share} must lie in (0, 1]; 0.8 waits for four replies of five.")
+            raise ValueError(f"share is {self.share}; use a value in (0, 1], such as 0.8 to wait for 4 of 5 replies.")
 
     def choose(self, requested: int, learnt: None) -> tuple[int, None]:
         """See `RoundSize.choose`."""

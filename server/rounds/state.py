@@ -1,4 +1,4 @@
-"""What goes from round to round, and what does not change over a run."""
+"""The state that passes from round to round, and the method, which does not change during a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from corymb.strategies.core.server_optimizer import Moments
 
 @dataclass(frozen=True)
 class Spent:
-    """What a run has cost so far: training messages sent, and replies that counted."""
+    """The cost of a run so far: the number of training messages sent, and of replies admitted."""
 
     messages: int = 0
     admitted: int = 0
@@ -23,10 +23,11 @@ class Spent:
 
 @dataclass(frozen=True)
 class RunState:
-    """All that a run has reached after `round` rounds: what the journal stores, and all that going on needs.
+    """The state of a run after `round` rounds. The journal stores it; the next round needs nothing else.
 
-    `memory` is the rule's, `moments` the server optimiser's, `candidate_memories` those of the rules in a candidate
-    election, `round_size` what the policy of waiting has learnt. `known` names every node ever connected.
+    `memory` is the memory of the rule, `moments` the state of the server optimiser, and `candidate_memories` the
+    memories of the rules in a candidate election. `round_size` holds the estimates of the round-size policy.
+    `known` has the names of all nodes that were ever connected, and `spent` is the cost so far.
     """
 
     model: Model
@@ -39,13 +40,17 @@ class RunState:
     round: int = 0
 
     def knowing(self, names: Collection[str]) -> RunState:
-        """With `names` among the known nodes."""
+        """Return the state with `names` added to the known nodes."""
         return self if self.known.issuperset(names) else replace(self, known=self.known.union(names))
 
 
 @dataclass(frozen=True)
 class Method:
-    """How replies become the next model: the rule and what stands around it. See `FlowerStrategy` for each part."""
+    """The components that compute the next model from replies. `FlowerStrategy` describes each.
+
+    `examples_key` is the metric with a client's number of examples. Raises `ValueError` if a rule needs a proxy and
+    there is none.
+    """
 
     rule: Rule[Any]
     server_optimizer: ServerOptimizer | None = None
@@ -58,22 +63,25 @@ class Method:
         others = self.candidate_election.rules if self.candidate_election else ()
         for rule in (self.rule, *others):
             if rule.needs_proxy and self.proxy is None:
-                raise ValueError(f"{rule} needs data of the server's own; give a proxy.")
+                raise ValueError(f"{rule} needs proxy data; pass a proxy.")
 
     def check(self, model: Model) -> None:
-        """Raise `ValueError` where the proxy's module is another model."""
+        """Raise `ValueError` if the parameters of the proxy's module are not those of `model`."""
         if self.proxy is None:
             return
-        ours, theirs = (
+        model_entries, proxy_entries = (
             [(e.name, list(e.shape), e.dtype) for e in layout.parameters]
             for layout in (model.layers, self.proxy.layout)
         )
-        if ours != theirs:
-            name, shape, dtype = next((e for e in [*theirs, *ours] if e not in ours or e not in theirs), ours[0])
-            raise ValueError(f"The proxy's module is not the model: {name!r}, {dtype} {shape}, is in one only.")
+        if model_entries != proxy_entries:
+            name, shape, dtype = next(
+                (e for e in [*proxy_entries, *model_entries] if e not in model_entries or e not in proxy_entries),
+                model_entries[0],
+            )
+            raise ValueError(f"The proxy's module is not the model: only one of them has {name!r} as {dtype} {shape}.")
 
     def initial(self, model: Model) -> RunState:
-        """The state before the first round, which begins with `model`."""
+        """Return the state before the first round, which starts from `model`."""
         election, size = self.candidate_election, self.round_size
         return RunState(
             model,

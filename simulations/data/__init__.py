@@ -1,1 +1,1 @@
-"""Who the clients are: their examples, who is online when, what hostile ones do."""
+"""The clients of a simulation: their examples, their availability per round, and attacks by hostile clients."""

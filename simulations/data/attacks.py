@@ -1,4 +1,4 @@
-"""What hostile or broken clients of a simulation do."""
+"""Attacks by hostile or faulty clients of a simulation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from corymb.client.app import round_of, seed_of, site_of
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import of_kind
 from corymb.protocol.settings import Settings
-from corymb.simulations.data.clients import Client, changed
+from corymb.simulations.data.clients import Client, with_hooks
 from corymb.simulations.data.kinds import with_kind
 
 State = dict[str, Tensor]
@@ -24,32 +24,38 @@ Change = Callable[[State, State, torch.Generator], State]  # received, trained -
 
 
 class ShuffledLabels(Settings):
-    """The labels of the hostile `clients`, drawn by the seed, are in a random order."""
+    """Label attack: the labels of `clients` hostile clients, drawn by the seed, are in random order.
+
+    The scenario shuffles the labels; the clients themselves train and reply as honest clients do.
+    """
 
     kind: Literal["shuffled_labels"] = "shuffled_labels"
     clients: int = Field(0, ge=0)
+    """The number of hostile clients, drawn by the seed."""
 
-    def around(self, app: Client, hostile: Collection[int], seed: int) -> Client:
-        """The same app: its clients are honest, their labels are not."""
+    def wrap(self, app: Client, hostile: Collection[int], seed: int) -> Client:
+        """Return `app` unchanged: the attack is in the labels, not in the replies."""
         return app
 
 
 class ModelAttack(Settings):
-    """What hostile clients send instead of the models that they trained. They tell the truth when they evaluate."""
+    """Model attack: hostile clients train honestly but send a different model. Their evaluations are honest."""
 
     clients: int = Field(0, ge=0)
+    """The number of hostile clients, drawn by the seed."""
     scale: float = Field(1.0, gt=0)
+    """The strength of the attack."""
 
     def change(self, received: State, trained: State, random: torch.Generator) -> State:
-        """What a hostile client sends."""
+        """Return the state that a hostile client sends instead of the state that it `trained`."""
         raise NotImplementedError
 
-    def around(self, app: Client, hostile: Collection[int], seed: int) -> Client:
-        """`app`, whose clients with numbers in `hostile` send other models than they trained."""
-        rows = set(hostile)
+    def wrap(self, app: Client, hostile: Collection[int], seed: int) -> Client:
+        """Return `app` with a hook that changes the models sent by the clients whose numbers are in `hostile`."""
+        attackers = set(hostile)
 
         def reply(message: Message, context: Context, reply: Message) -> Message:
-            if int(context.node_config["partition-id"]) not in rows or not of_kind(reply.content, ArrayRecord):
+            if int(context.node_config["partition-id"]) not in attackers or not of_kind(reply.content, ArrayRecord):
                 return reply
             received = to_state(of_kind(message.content, ArrayRecord)[0])
             server_round = round_of(of_kind(message.content, ConfigRecord))
@@ -64,16 +70,16 @@ class ModelAttack(Settings):
             )
             return Message(content, reply_to=message)
 
-        return changed(app, reply=reply)
+        return with_hooks(app, reply=reply)
 
 
 class GaussianNoise(ModelAttack):
-    """The received model with normal noise of deviation `scale`."""
+    """Hostile clients send the received model plus Gaussian noise of standard deviation `scale`."""
 
     kind: Literal["gaussian"] = "gaussian"
 
     def change(self, received: State, trained: State, random: torch.Generator) -> State:
-        """See `ModelAttack`."""
+        """See `ModelAttack.change`."""
         return {
             name: received[name] + self.scale * torch.randn(tensor.shape, generator=random).to(tensor.dtype)
             if tensor.is_floating_point()
@@ -83,12 +89,12 @@ class GaussianNoise(ModelAttack):
 
 
 class SignFlip(ModelAttack):
-    """The opposite of the update, `scale` times as far."""
+    """Hostile clients send `received - scale * (trained - received)`: their update with the opposite sign."""
 
     kind: Literal["sign_flip"] = "sign_flip"
 
     def change(self, received: State, trained: State, random: torch.Generator) -> State:
-        """See `ModelAttack`."""
+        """See `ModelAttack.change`."""
         return {
             name: received[name] - self.scale * (tensor - received[name]) if tensor.is_floating_point() else tensor
             for name, tensor in trained.items()
@@ -96,12 +102,12 @@ class SignFlip(ModelAttack):
 
 
 class ReversedScores(ModelAttack):
-    """The trained model whose last layer, and with it every score, is multiplied by `-scale`."""
+    """Hostile clients multiply the last layer of the trained model, and so all class scores, by `-scale`."""
 
     kind: Literal["reversed_scores"] = "reversed_scores"
 
     def change(self, received: State, trained: State, random: torch.Generator) -> State:
-        """See `ModelAttack`."""
+        """See `ModelAttack.change`."""
         last = next(reversed(trained)).rpartition(".")[0]
         return {
             name: -self.scale * tensor if tensor.is_floating_point() and name.rpartition(".")[0] == last else tensor
@@ -117,5 +123,5 @@ AttackSettings = Annotated[
 
 
 def shuffled_labels(targets: Tensor, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
-    """The targets of `rows [n]` in a random order: examples whose labels mean nothing."""
+    """Return the targets of `rows [n]` in random order, `[n]`."""
     return targets[torch.from_numpy(rng.permutation(rows))]

@@ -1,4 +1,4 @@
-"""Clients of a simulation: one app that answers for all of them, one message at a time or many at once."""
+"""The client app of a simulation: it handles the messages of all clients, one at a time or many in one call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Protocol, runtime_checkable
 
 from flwr.app import Context, Message
 
-Client = Callable[[Message, Context], Message]
+Client = Callable[[Message, Context], Message]  # handles the messages of every client
 Request = tuple[Message, Context]
-Answers = Iterator[tuple[int, Message | Exception]]
+Answers = Iterator[tuple[int, Message | Exception]]  # the index of a request, and its reply or the exception
 
 
 @runtime_checkable
@@ -17,41 +17,45 @@ class TrainsTogether(Protocol):
     """An app that can train all clients of a push in one call."""
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """The reply of one client by itself."""
+        """Return the reply of one client to `message`."""
 
     def train_together(self, requests: Sequence[Request]) -> Answers:
-        """The number of each request and its reply, or what was raised, as they come; work begins at once."""
+        """Return an iterator of (index of the request, reply or exception), in order of completion.
+
+        Training starts with this call, not with the first `next`.
+        """
 
 
-def changed(
+def with_hooks(
     app: Client,
     request: Callable[[Message, Context], Message] = lambda message, context: message,
     reply: Callable[[Message, Context, Message], Message] = lambda message, context, reply: reply,
 ) -> Client:
-    """`app`, whose clients get `request(message, context)` and whose replies are `reply(message, context, reply)`.
+    """Return `app` with hooks that change messages on their way to it and replies on their way back.
 
-    It trains clients together if `app` does.
+    `app` gets `request(message, context)` as its message; the server gets `reply(message, context, reply)`, where
+    `message` is the changed one. The result implements `TrainsTogether` if `app` does.
     """
 
-    def alone(message: Message, context: Context) -> Message:
+    def handle_one(message: Message, context: Context) -> Message:
         message = request(message, context)
         return reply(message, context, app(message, context))
 
     if not isinstance(app, TrainsTogether):
-        return alone
-    together = app.train_together
+        return handle_one
+    train_all = app.train_together
 
-    class Changed:
+    class Hooked:
         def __call__(self, message: Message, context: Context) -> Message:
-            return alone(message, context)
+            return handle_one(message, context)
 
         def train_together(self, requests: Sequence[Request]) -> Answers:
-            given = [(request(message, context), context) for message, context in requests]
-            return _replies(together(given), given)
+            changed = [(request(message, context), context) for message, context in requests]
+            return change_replies(train_all(changed), changed)
 
-    def _replies(answers: Answers, given: Sequence[Request]) -> Answers:
-        for number, answer in answers:
-            yield number, reply(*given[number], answer) if isinstance(answer, Message) else answer
-            del answer
+    def change_replies(answers: Answers, requests: Sequence[Request]) -> Answers:
+        for index, answer in answers:
+            yield index, reply(*requests[index], answer) if isinstance(answer, Message) else answer
+            del answer  # free its model before the next one is trained
 
-    return Changed()
+    return Hooked()

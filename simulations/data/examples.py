@@ -1,4 +1,4 @@
-"""Examples as tensors, and a data set as those to train on and those to test on."""
+"""Examples as tensors, and a data set as its training and test examples."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """`inputs [n, ...]`, `targets [n]` int64, and, if the data tell, which site each is from: `sites [n]`, or the
-    `offsets [N + 1]` of N sites that lie one after another.
+    """Inputs, class labels and, optionally, the sites that the examples come from.
 
-    Inputs are float32; or bytes, of which `scaled` says what a model takes: `(input / 255 - mean) / deviation`.
+    `inputs [n, ...]` are float32, or uint8 pixels, which `inputs_at` converts to `(input / 255 - mean) / deviation`
+    with `scaled = (mean, deviation)`. `targets [n]` are int64 class labels from 0. Sites are given either by
+    `sites [n]`, the site's name for each example, or by `offsets [N + 1]`, where the examples of each of N sites are
+    contiguous. Raises `ValueError` if lengths, offsets or labels are invalid.
     """
 
     inputs: Tensor
@@ -23,24 +25,28 @@ class Examples:
     sites: tuple[str, ...] | None = None
     offsets: NDArray[np.int64] | None = None
     scaled: tuple[float, float] = (0.0, 1.0)
-    is_mapped: bool = False  # the inputs lie in a file and are read when somebody asks for them
+    is_mapped: bool = False  # the inputs are a memory-mapped file, read on access
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.targets):
-            raise ValueError(f"there are {len(self.inputs)} inputs for {len(self.targets)} labels")
-        if self.offsets is not None and not _are_offsets(self.offsets, len(self)):
-            raise ValueError(f"its offsets do not rise from 0 to the {len(self)} examples; give one more than sites")
+            raise ValueError(
+                f"there are {len(self.inputs)} inputs for {len(self.targets)} labels; give one label per input"
+            )
+        if self.offsets is not None and not _are_valid_offsets(self.offsets, len(self)):
+            raise ValueError(
+                f"the offsets must rise from 0 to {len(self)}, the number of examples; give N + 1 for N sites"
+            )
         if len(self.targets) and self.targets.min() < 0:
-            raise ValueError(f"the label {int(self.targets.min())} is negative; count classes from 0")
+            raise ValueError(f"the label {int(self.targets.min())} is negative; number the classes from 0")
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def inputs_at(self, places: slice | Tensor) -> Tensor:
-        """The inputs at `places`, as a model takes them."""
+        """Return the inputs at the indices `places`, as float32 inputs of a model."""
         if isinstance(places, slice):
             inputs = self.inputs[places]
-        else:  # several times as fast as indexing with a tensor
+        else:  # index_select is several times as fast as indexing with a tensor
             inputs = self.inputs.index_select(0, places.flatten()).unflatten(0, places.shape)
         if inputs.dtype != torch.uint8:
             return inputs
@@ -48,19 +54,19 @@ class Examples:
         return inputs.float().div_(255).sub_(mean).div_(deviation)
 
     def to(self, device: torch.device) -> Examples:
-        """With all examples on `device`, unless they are mapped, and so may be more than it holds."""
+        """Return the examples on `device`. Mapped examples stay where they are, as they may exceed its memory."""
         if self.is_mapped or self.inputs.device == device:
             return self
         return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
 
     def normalised(self, mean: float, deviation: float) -> Examples:
-        """With inputs that are given to a model as `(input - mean) / deviation`."""
+        """Return the examples with `(input - mean) / deviation` as inputs of a model."""
         if self.inputs.dtype == torch.uint8:
             return replace(self, scaled=(mean, deviation))
         return replace(self, inputs=(self.inputs - mean) / deviation)
 
     def rows(self, rows: Tensor) -> Examples:
-        """The examples at `rows [m]`."""
+        """Return the examples at the indices `rows [m]`."""
         sites = None if self.sites is None else tuple(self.sites[row] for row in rows.tolist())
         return replace(
             self, inputs=self.inputs[rows], targets=self.targets[rows], sites=sites, offsets=None, is_mapped=False
@@ -69,17 +75,17 @@ class Examples:
 
 @dataclass(frozen=True)
 class Source:
-    """Examples to train on and to test on."""
+    """A data set: the training examples and the test examples."""
 
     train: Examples
     test: Examples
 
     @property
     def classes(self) -> int:
-        """How many classes there are, counting from label 0."""
+        """The number of classes: the largest label plus one."""
         return int(max(self.train.targets.max(), self.test.targets.max())) + 1
 
 
-def _are_offsets(offsets: NDArray[np.int64], examples: int) -> bool:
+def _are_valid_offsets(offsets: NDArray[np.int64], examples: int) -> bool:
     rising = len(offsets) > 1 and bool((np.diff(offsets) > 0).all())
     return rising and offsets[0] == 0 and offsets[-1] == examples

@@ -1,4 +1,4 @@
-"""How each kind of file is read: images in idx files, arrays in npz and npy, tables, parquet."""
+"""Readers of the supported file formats: idx images, npz and npy arrays, tables, parquet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from corymb.simulations.data.tables import TABLES, Rows, read_parquet, read_tabl
 
 @dataclass(frozen=True)
 class Options:
-    """What settings say of how to read; see `DataSettings`."""
+    """The settings that readers use; see `DataSettings`."""
 
     label: str | None = None
     positive_above: float | None = None
@@ -26,7 +26,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of data: what it is called, which options it uses, and how it is read from a path."""
+    """A file format: its name in error messages, the names of the options it uses, and its reader."""
 
     name: str
     options: frozenset[str]
@@ -34,7 +34,7 @@ class Format:
 
 
 def format_at(path: Path) -> Format:
-    """The format of the file or folder at `path`. Raises `ValueError` for one that is not read."""
+    """Return the format of the file or folder at `path`. Raises `ValueError` if it is not supported."""
     kinds = {_kind(file) for file in (path.iterdir() if path.is_dir() else [path])}
     if "idx" in kinds:
         return IDX
@@ -47,17 +47,18 @@ def format_at(path: Path) -> Format:
     if kinds & set(TABLES):
         return TABLE
     raise ValueError(
-        f"the path is of no known kind (found: {', '.join(sorted(kinds)) or 'nothing'}); "
-        "give idx, npz, npy, csv, data or parquet files"
+        f"the file format is not supported (found: {', '.join(sorted(kinds)) or 'nothing'}); "
+        "use idx, npz, npy, csv, data or parquet files"
     )
 
 
 def _kind(file: Path) -> str:
+    """Return "idx" for an idx file, else the suffix of the file's name."""
     return "idx" if file.name.removesuffix(".gz").endswith("-ubyte") else file.suffix
 
 
 def digits() -> Examples:
-    """The 1,797 digits of scikit-learn, 8x8 pixels from 0 to 1."""
+    """Return the 1,797 digits of scikit-learn as 8x8 pixels from 0 to 1, `[n, 1, 8, 8]`."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -65,14 +66,15 @@ def digits() -> Examples:
 
 
 def _idx(path: Path, options: Options) -> Source:
+    """Read MNIST's four idx files, gzipped or not."""
     folder = path if path.is_dir() else path.parent
 
     def read(part: str, kind: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        found = sorted(folder.glob(f"{part}-{kind}-idx?-ubyte*"))
-        if not found:
-            raise ValueError(f"the folder {folder} has no file {part}-{kind}-idx*-ubyte; MNIST's four are needed")
-        data = found[0].read_bytes()
-        data = gzip.decompress(data) if found[0].suffix == ".gz" else data
+        files = sorted(folder.glob(f"{part}-{kind}-idx?-ubyte*"))
+        if not files:
+            raise ValueError(f"the folder {folder} has no file {part}-{kind}-idx*-ubyte; it needs MNIST's four files")
+        data = files[0].read_bytes()
+        data = gzip.decompress(data) if files[0].suffix == ".gz" else data
         dimensions = np.frombuffer(data, ">i4", data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(dimensions)
 
@@ -97,22 +99,24 @@ def _npz(path: Path, options: Options) -> Source:
         if "x" in arrays:
             return split(examples(""), options.test_fraction)
         names = ", ".join(arrays)
-    raise ValueError(f"the file {path} holds {names}; name its arrays x and y, or x_train, y_train, x_test, y_test")
+    raise ValueError(f"the file {path} has arrays {names}; name them x and y, or x_train, y_train, x_test, y_test")
 
 
 def _npy(path: Path, options: Options) -> Source:
+    """Read the arrays of a folder; x_train.npy is memory-mapped."""
+
     def array(name: str, mapped: bool = False) -> Any:
         return np.load(path / f"{name}.npy", mmap_mode="c" if mapped else None, allow_pickle=False)
 
     inputs, test = torch.from_numpy(array("x_train", mapped=True)), torch.from_numpy(array("x_test"))
     if inputs.dtype not in (torch.uint8, torch.float32):
-        raise ValueError(f"its x_train is {inputs.dtype}; save it as uint8 or float32")
+        raise ValueError(f"the array x_train is {inputs.dtype}; save it as uint8 or float32")
     targets = torch.from_numpy(array("y_train").astype(np.int64))
     offsets = array("offsets").astype(np.int64) if (path / "offsets.npy").is_file() else None
-    tested = test.float() / 255 if test.dtype == torch.uint8 else test.float()
+    test_inputs = test.float() / 255 if test.dtype == torch.uint8 else test.float()
     return Source(
         Examples(inputs, targets, offsets=offsets, is_mapped=True),
-        Examples(tested, torch.from_numpy(array("y_test").astype(np.int64))),
+        Examples(test_inputs, torch.from_numpy(array("y_test").astype(np.int64))),
     )
 
 
@@ -127,9 +131,10 @@ def _parquet(path: Path, options: Options) -> Source:
 
 
 def _table(path: Path, options: Options) -> Source:
+    """Read one table, or one table per site."""
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in TABLES)
     sites = [(file.stem.rpartition(".")[2], read_table(file, options.label)) for file in files]
-    rows = Rows.together([table for _, table in sites]).complete().standardised()
+    rows = Rows.concatenated([table for _, table in sites]).complete().standardised()
     names = tuple(sites[origin][0] for origin in rows.origins)
     labels = rows.labels if options.positive_above is None else rows.labels > options.positive_above
     _require_classes(labels)
@@ -139,19 +144,22 @@ def _table(path: Path, options: Options) -> Source:
 
 def _require_classes(labels: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> None:
     if (labels != np.floor(labels)).any():
-        raise ValueError("its labels are no whole numbers; in a table, set data.positive_above to make them binary")
+        raise ValueError("the labels are not whole numbers; for a table, set data.positive_above to make them binary")
 
 
 def split(examples: Examples, test_fraction: float) -> Source:
-    """Set every k-th example of each site and label aside: nothing random, so every seed tests on the same."""
+    """Split `examples`: about `test_fraction` of each site and label become the test examples.
+
+    The split takes every k-th example and uses no random numbers, so all seeds have the same test set.
+    """
     strata: dict[object, list[int]] = {}
     for row, target in enumerate(examples.targets.tolist()):
         strata.setdefault((examples.sites and examples.sites[row], target), []).append(row)
-    tests = torch.zeros(len(examples), dtype=torch.bool)
+    is_test = torch.zeros(len(examples), dtype=torch.bool)
     for rows in strata.values():
         size = round(test_fraction * len(rows))
-        tests[[rows[i * len(rows) // size] for i in range(size)]] = True
-    return Source(examples.rows((~tests).nonzero()[:, 0]), examples.rows(tests.nonzero()[:, 0]))
+        is_test[[rows[i * len(rows) // size] for i in range(size)]] = True
+    return Source(examples.rows((~is_test).nonzero()[:, 0]), examples.rows(is_test.nonzero()[:, 0]))
 
 
 IDX = Format("idx files", frozenset(), _idx)

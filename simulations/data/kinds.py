@@ -1,4 +1,4 @@
-"""Tables that are told apart by their `kind`: each has keys of its own, and a key of another kind is an error."""
+"""Settings tables with a `kind`: each kind has its own keys, and a key of another kind is an error."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ CUSTOM = "custom"
 
 
 class CustomSettings(Settings):
-    """Something of the user's own: `reference` is "module:name" or the name that an installed package gave it.
+    """A user's own implementation: `reference` is "module:name" or a name that an installed package registers.
 
-    In a file it is written as the `kind`. It is called with `options` beside what it is given.
+    In a TOML file, the reference is written as the `kind`. `options` are passed to it as keyword arguments.
     """
 
     kind: Literal["custom"]
     reference: str
+    """Written as the `kind`."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class or function."""
 
 
 def with_kind(default: str, known: Collection[str] = (), registry: Registry[Any] | None = None) -> Callable[[Any], Any]:
-    """A validator that runs before a table is read: it fills in the `default` kind.
+    """Return a function for `BeforeValidator` that sets a table's kind to `default` if it has none.
 
-    With a `registry`, a kind that is not `known` becomes the custom one that refers to it.
+    With a `registry`, a kind that is not in `known` becomes kind "custom" with the original kind as `reference`. The
+    function raises `ValueError` if that is neither in the registry nor of the form "module:name".
     """
 
     def complete(table: Any) -> Any:
@@ -36,8 +39,8 @@ def with_kind(default: str, known: Collection[str] = (), registry: Registry[Any]
         kind = table.get("kind", default)
         if registry is not None and isinstance(kind, str) and kind not in (*known, CUSTOM):
             if ":" not in kind and kind not in registry.names():
-                own = sorted({*known, *registry.names()})
-                raise ValueError(f"kind = {kind!r} is unknown; choose one of {', '.join(own)}, or 'module:name'")
+                available = sorted({*known, *registry.names()})
+                raise ValueError(f"kind = {kind!r} is unknown; choose one of {', '.join(available)}, or 'module:name'")
             return {**table, "kind": CUSTOM, "reference": kind}
         return {**table, "kind": kind}
 

@@ -1,4 +1,4 @@
-"""Who is online in each round: the processes of Wang & Ji 2024 (FedAU), section 5 and their code."""
+"""Participation processes: which clients are online in each round (Wang & Ji 2024, FedAU, section 5 and code)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Probabilities = NDArray[np.float64]
 
 
 class Participation(Protocol):
-    """A process over rounds."""
+    """A process that determines, round by round, which clients are online."""
 
     def step(self) -> Online:
-        """Which clients are online in the next round, `[N]`."""
+        """Advance by one round and return which clients are online in it, `[N]`."""
 
 
 class Always:
@@ -27,7 +27,7 @@ class Always:
         self._online: Online = np.ones(nodes, dtype=np.bool_)
 
     def step(self) -> Online:
-        """All of them."""
+        """Return all clients, `[N]`."""
         return self._online
 
 
@@ -39,15 +39,16 @@ class Bernoulli:
         self._rng = rng
 
     def step(self) -> Online:
-        """Toss every coin."""
+        """Draw the clients that are online in the next round, `[N]`."""
         return self._rng.random(len(self._probabilities)) < self._probabilities
 
 
 class Markov:
-    """Each node is a two-state chain with its probability as the stationary one.
+    """Each node is a two-state Markov chain whose stationary probability of being online is its probability `p`.
 
-    Off to on with `rate`, on to off with `rate * (1 / p - 1)`; where that exceeds one, both are
-    divided by it. It begins stationary and makes a transition before each round.
+    An offline node goes online with probability `rate`; an online node goes offline with probability
+    `rate * (1 / p - 1)`. Where the latter exceeds one, both are divided by it. The chain starts in its stationary
+    distribution and makes one transition before each round.
     """
 
     def __init__(self, probabilities: Probabilities, rng: np.random.Generator, rate: float = 0.05) -> None:
@@ -56,61 +57,67 @@ class Markov:
         self._online: Online = rng.random(len(probabilities)) < probabilities
 
     def step(self) -> Online:
-        """Make one transition."""
+        """Make one transition and return which clients are online, `[N]`."""
         changes = self._rng.random(len(self._online)) < np.where(self._online, self.off, self.on)
         self._online = self._online ^ changes
         return self._online
 
 
 def markov_rates(probabilities: Probabilities, rate: float) -> tuple[Probabilities, Probabilities]:
-    """The probabilities of going online and of going offline."""
+    """Return the probabilities of going online and of going offline, `[N]` each; see `Markov`."""
     off = rate * (1 / probabilities - 1)
     excess = np.maximum(off, 1.0)
     return rate / excess, off / excess
 
 
 class Cyclic:
-    """Each node is online for a run of rounds out of every `cycle`, starting at its own random time."""
+    """Each node is online for one contiguous run of rounds in every `cycle`, with a random phase per node."""
 
     def __init__(self, probabilities: Probabilities, rng: np.random.Generator, cycle: int = 100) -> None:
         self.active, self.inactive = cyclic_lengths(probabilities, cycle)
-        self._left = rng.integers(0, self.inactive)
+        self._rounds_left = rng.integers(0, self.inactive)
         self._online: Online = np.zeros(len(probabilities), dtype=np.bool_)
 
     def step(self) -> Online:
-        """Toggle the nodes whose time has run out, and count a round down."""
-        toggles = self._left == 0
+        """Toggle the nodes whose current run of rounds has ended, and return which are online, `[N]`."""
+        toggles = self._rounds_left == 0
         self._online = self._online ^ toggles
-        fresh = np.where(self._online, self.active, self.inactive)
-        self._left = np.where(toggles, fresh, self._left) - 1
+        lengths = np.where(self._online, self.active, self.inactive)
+        self._rounds_left = np.where(toggles, lengths, self._rounds_left) - 1
         return self._online
 
 
 def cyclic_lengths(probabilities: Probabilities, cycle: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many rounds each node is online, and offline, in turn."""
+    """Return how many rounds of each cycle a node is online, and how many offline, `[N]` each."""
     active = np.maximum(1, np.round(cycle * probabilities)).astype(np.int64)
     return active, np.maximum(1, cycle - active)
 
 
 class Trace:
-    """What a file says: a line of comma-separated 0 and 1 per round, a column per node; it starts over at its end."""
+    """A recorded trace: one line of comma-separated 0 and 1 per round, one column per node.
+
+    The trace repeats from its first line when it ends. Raises `ValueError` for a file that cannot be read, is empty,
+    or does not have one column per node.
+    """
 
     def __init__(self, path: Path, nodes: int) -> None:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of an empty file, which is told below
+                warnings.simplefilter("ignore")  # numpy warns about an empty file, which is an error below
                 table = np.loadtxt(path, delimiter=",", ndmin=2)
         except (OSError, ValueError) as error:
             raise ValueError(f"The trace file {path} cannot be read ({error}); give lines of 0 and 1.") from None
         if not table.size:
-            raise ValueError(f"The trace file {path} is empty; give a line of 0 and 1 per round.")
+            raise ValueError(f"The trace file {path} is empty; give one line of 0 and 1 per round.")
         if table.shape[1] != nodes:
-            raise ValueError(f"The trace {path} has {table.shape[1]} columns for {nodes} clients; give one per client.")
+            raise ValueError(
+                f"The trace file {path} has {table.shape[1]} columns for {nodes} clients; give one per client."
+            )
         self._table: Online = table > 0
         self._round = 0
 
     def step(self) -> Online:
-        """The next line."""
+        """Return the next line, `[N]`."""
         row: Online = self._table[self._round % len(self._table)]
         self._round += 1
         return row
@@ -123,18 +130,18 @@ def class_correlated(
     mean: float = 0.1,
     minimum: float = 0.02,
 ) -> Probabilities:
-    """Probabilities `[N]` that depend on each node's label distribution, `distributions [N, C]`.
+    """Return participation probabilities `[N]` that depend on the nodes' label distributions, `distributions [N, C]`.
 
-    Draws how willing each class is from Dir(`alpha`), scales to `mean` and bounds to [`minimum`, 1].
+    Draws a participation weight for each class from Dir(`alpha`); see `probabilities_of`.
     """
-    willing = rng.dirichlet(np.full(distributions.shape[1], alpha))
-    return probabilities_of(distributions, willing, mean, minimum)
+    class_weights = rng.dirichlet(np.full(distributions.shape[1], alpha))
+    return probabilities_of(distributions, class_weights, mean, minimum)
 
 
 def probabilities_of(
-    distributions: Probabilities, willing: Probabilities, mean: float, minimum: float
+    distributions: Probabilities, class_weights: Probabilities, mean: float, minimum: float
 ) -> Probabilities:
-    """`mean * C * <distribution, willing>` for each node, within [`minimum`, 1]."""
+    """Return `mean * C * <distribution, class_weights>` for each node, clipped to [`minimum`, 1], `[N]`."""
     classes = distributions.shape[1]
-    probabilities: Probabilities = np.clip(mean * classes * (distributions @ willing), minimum, 1.0)
+    probabilities: Probabilities = np.clip(mean * classes * (distributions @ class_weights), minimum, 1.0)
     return probabilities

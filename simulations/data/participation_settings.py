@@ -1,4 +1,4 @@
-"""The table `[participation]`: which clients are online in each round. Each kind has keys of its own."""
+"""The table `[participation]`: which clients are online in each round. Each kind has its own keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from corymb.simulations.data.participation import (
 from corymb.strategies.core.registry import Registry
 
 PARTICIPATIONS: Registry[Any] = Registry("participation", {}, "corymb.participation")
-Made = tuple[Participation, Probabilities | None]  # the process, and the clients' probabilities where it has any
+ProcessAndProbabilities = tuple[
+    Participation, Probabilities | None
+]  # the process, and the clients' probabilities if it has any
 
 
 class AlwaysSettings(Settings):
@@ -32,23 +34,29 @@ class AlwaysSettings(Settings):
 
     kind: Literal["always"] = "always"
 
-    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> Made:
-        """The process for clients with label distributions `labels [N, C]`."""
+    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
+        """Return the process for clients with label distributions `labels [N, C]`."""
         return Always(len(labels)), None
 
 
 class _Random(Settings):
-    """Each client has a probability of being online: the same `probability` for all or, without it, one that follows
-    from its classes, with this `mean`, this `minimum`, and classes that differ as Dir(`alpha`) has it.
+    """Processes in which each client has a probability of being online.
+
+    With `probability`, all clients have the same one. Without it, a client's probability depends on its classes: the
+    weights of the classes follow Dir(`alpha`), and probabilities are scaled to `mean` and clipped to [`minimum`, 1].
     """
 
     probability: float | None = Field(None, gt=0, le=1)
+    """The same probability of being online for all clients. Without it, each client's depends on its classes."""
     mean: float = Field(0.1, gt=0, le=1)
+    """The mean of the probabilities that depend on classes."""
     minimum: float = Field(0.02, gt=0, le=1)
+    """The smallest of these probabilities."""
     alpha: float = Field(0.1, gt=0)
+    """The concentration of the classes' weights; a small one makes the probabilities more unequal."""
 
-    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> Made:
-        """The process for clients with label distributions `labels [N, C]`, and their probabilities `[N]`."""
+    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
+        """Return the process for clients with label distributions `labels [N, C]`, and their probabilities `[N]`."""
         if self.probability is not None:
             probabilities = np.full(len(labels), self.probability)
         else:
@@ -56,12 +64,12 @@ class _Random(Settings):
         return self.process(probabilities, rng), probabilities
 
     def process(self, probabilities: Probabilities, rng: np.random.Generator) -> Participation:
-        """The process with these probabilities."""
+        """Return the process with these `probabilities [N]`."""
         raise NotImplementedError
 
 
 class BernoulliSettings(_Random):
-    """Independently in each round."""
+    """Each client is online independently in each round; see `Bernoulli`."""
 
     kind: Literal["bernoulli"] = "bernoulli"
 
@@ -71,10 +79,11 @@ class BernoulliSettings(_Random):
 
 
 class MarkovSettings(_Random):
-    """For a while: an offline client comes online at `rate`."""
+    """Each client alternates between online and offline periods; it comes online with `rate`. See `Markov`."""
 
     kind: Literal["markov"] = "markov"
     rate: float = Field(0.05, gt=0, le=1)
+    """The probability that an offline client comes online in the next round."""
 
     def process(self, probabilities: Probabilities, rng: np.random.Generator) -> Participation:
         """See `Markov`."""
@@ -82,10 +91,11 @@ class MarkovSettings(_Random):
 
 
 class CyclicSettings(_Random):
-    """For one stretch of every `cycle` rounds."""
+    """Each client is online for one contiguous run of rounds in every `cycle`; see `Cyclic`."""
 
     kind: Literal["cyclic"] = "cyclic"
     cycle: int = Field(100, ge=2)
+    """The length of a cycle in rounds."""
 
     def process(self, probabilities: Probabilities, rng: np.random.Generator) -> Participation:
         """See `Cyclic`."""
@@ -93,27 +103,31 @@ class CyclicSettings(_Random):
 
 
 class TraceSettings(Settings):
-    """As the file at `path` says: a line per round, a 0 or 1 per client."""
+    """The file at `path` has one line per round with a 0 or 1 per client; see `Trace`."""
 
     kind: Literal["trace"] = "trace"
     path: Path
+    """The file: one line per round, with a 0 or 1 per client. It repeats from its start."""
 
-    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> Made:
-        """The process. Raises `ValueError` for a file that cannot be read or has other clients."""
+    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
+        """Return the process. Raises `ValueError` if the file cannot be read or does not have N columns."""
         return Trace(self.path, len(labels)), None
 
 
 class CustomParticipation(CustomSettings):
-    """A class or function of the user's own: `function(labels [N, C], rng, **options)` returns a `Participation`: any
-    object whose `step()` gives the next round's clients, `[N]` of bool. The entry-point group is
-    `corymb.participation`.
+    """A user's own class or function, given as "module:name" or by an entry point of group `corymb.participation`.
+
+    `function(labels [N, C], rng, **options)` returns a `Participation`: an object whose `step()` returns which
+    clients are online in the next round, `[N]` bool.
     """
 
-    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> Made:
-        """The process. Raises `ValueError` for an object without `step`."""
+    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
+        """Return the process. Raises `ValueError` if the returned object has no method `step`."""
         made = PARTICIPATIONS.find(self.reference)(labels, rng, **self.options)
         if not callable(getattr(made, "step", None)):
-            raise ValueError(f"The participation {self.reference!r} gave a {type(made).__name__} without step().")
+            raise ValueError(
+                f"The participation {self.reference!r} returned a {type(made).__name__} without a method step()."
+            )
         return made, None
 
 

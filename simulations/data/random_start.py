@@ -1,4 +1,4 @@
-"""Clients that begin from random models of their own instead of the server's."""
+"""Clients that start from their own random models instead of the server's model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 from corymb.client.app import round_of
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.records import of_kind
-from corymb.simulations.data.clients import Client, changed
+from corymb.simulations.data.clients import Client, with_hooks
 
 
 def with_random_start(app: Client, model: Callable[[], nn.Module], seed: int) -> Client:
-    """`app`, whose clients each train another random `model()` in the first round, whatever the server sent."""
+    """Return `app` with a hook: in round 1, each client trains its own random `model()`, not the server's model."""
 
     def request(message: Message, context: Context) -> Message:
         trains = message.metadata.message_type.startswith("train")
@@ -26,11 +26,11 @@ def with_random_start(app: Client, model: Callable[[], nn.Module], seed: int) ->
             client = int(context.node_config["partition-id"])
             torch.default_generator.manual_seed(1_000_003 * (seed + 1) + client)
             state = model().state_dict()
-        own = copy(message)
-        own.content = message.content.copy()
+        changed = copy(message)
+        changed.content = message.content.copy()
         for name, record in message.content.items():
             if isinstance(record, ArrayRecord):
-                own.content[name] = to_arrays(state)
-        return own
+                changed.content[name] = to_arrays(state)
+        return changed
 
-    return changed(app, request=request)
+    return with_hooks(app, request=request)

@@ -1,4 +1,4 @@
-"""What to learn from: the digits that scikit-learn ships, files by their path, or a function of the user's own."""
+"""Data sources: the digits that scikit-learn ships, files and folders, or a user's own function."""
 
 from __future__ import annotations
 
@@ -19,104 +19,107 @@ SOURCES: Registry[Any] = Registry("data source", {}, "corymb.data")
 
 
 class UnknownData(ValueError):
-    """There is nothing at a path, nothing that is read, or a setting that is of no use there."""
+    """The data source does not exist, or a setting does not apply to it."""
 
 
 class DataSettings(Settings):
-    """Where examples come from; `load` reads them. Inputs become `(input - mean) / deviation`.
-
-    `source` is "digits", the path of a file or folder, or a function: "module:name", or the name that an installed
-    package gives in the entry-point group `corymb.data`. A function is called with `options` and returns a `Source`, or
-    `(x_train, y_train, x_test, y_test)`. `examples` are drawn to train on, by the seed; default: all.
-
-    In a table the column `label` (default: one so called, else the last) is the target, and `positive_above` makes it
-    binary. Where no test set comes along, `test_fraction` of each site is set aside.
-    """
+    """Where the examples come from."""
 
     source: str = DIGITS
+    """"digits", the path of a file or folder, a function "module:name", or a name that a package registers in the
+    entry-point group `corymb.data`."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the function, which returns a `Source` or `(x_train, y_train, x_test, y_test)`."""
     label: str | None = None
+    """The column of a table that holds the label. Default: the column called label, target, y or class, else the
+    last."""
     positive_above: float | None = None
+    """Makes a table's label binary: 1 above this number, else 0."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
+    """The share of each site and class that becomes the test set, if the data have none."""
     examples: int | None = Field(None, ge=1)
+    """The number of training examples, drawn by the seed. Default: all."""
     mean: float = 0.0
+    """Inputs become `(input - mean) / deviation`."""
     deviation: float = Field(1.0, gt=0)
+    """See `data.mean`."""
 
     def load(self) -> Source:
-        """Read the source.
+        """Read the source. Runs with the same data settings share one copy in memory.
 
-        A folder holds idx files (MNIST's names, gzipped or not), `train` and `test` files of one kind, the arrays
-        x_train.npy, y_train.npy, x_test.npy, y_test.npy (mapped into memory, bytes as pixels or float32), or one
-        table per site (.csv or .data; the file's name is the site's). A file is .npz (`x_train`, `y_train`,
-        `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In tables "?" and empty cells are missing; columns
-        missing in over a third of the rows are dropped, then rows with gaps, and the rest is standardised.
+        A folder contains idx files (with MNIST's names, gzipped or not), train.parquet and test.parquet, the arrays
+        x_train.npy, y_train.npy, x_test.npy and y_test.npy (x_train memory-mapped; uint8 pixels or float32), or one
+        table per site (.csv or .data; the file's name is the site's). A file is .npz (with `x_train`, `y_train`,
+        `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In tables, "?" and empty cells are missing;
+        columns with over a third of their cells missing are dropped, then rows with missing cells; the remaining
+        columns are standardised.
 
-        Pixels are read as 0 to 1. Where clients lie one after another, `offsets` beside `y_train` (N + 1 numbers from
-        0) say where each begins, for partition.kind = "site".
+        Pixels are scaled to 0 to 1. For partition.kind = "site", arrays may have `offsets [N + 1]` from 0 beside
+        `y_train`: the contiguous ranges of examples of N sites.
 
-        Raises `ValueError` for a path that is not there or holds nothing known, and for a setting of no use there.
+        Raises `ValueError` for data that do not exist or cannot be read, and for settings that do not apply to them.
         """
-        what = self.model_copy(update={"examples": None}).model_dump_json(exclude_defaults=True)
-        return _loaded(what, _stamps(Path(self.source).expanduser()))
+        settings = self.model_copy(update={"examples": None}).model_dump_json(exclude_defaults=True)
+        return _load_cached(settings, _file_versions(Path(self.source).expanduser()))
 
     def _load(self) -> Source:
         try:
-            read = self._read()
+            source = self._read()
         except UnknownData:
             raise
-        except Exception as error:  # files are written by others
+        except Exception as error:  # readers and user functions may raise anything
             problem = str(error).removesuffix(".") or type(error).__name__
             raise ValueError(f"The data at {self.source!r} cannot be read: {problem}.") from error
-        if not len(read.train) or not len(read.test):
-            sizes = f"{len(read.train)} examples to train and {len(read.test)} to test on"
-            raise ValueError(f"The data at {self.source!r} gives {sizes}; give more, or a larger test_fraction.")
-        return Source(*(part.normalised(self.mean, self.deviation) for part in (read.train, read.test)))
+        if not len(source.train) or not len(source.test):
+            sizes = f"{len(source.train)} training examples and {len(source.test)} test examples"
+            raise ValueError(f"The data at {self.source!r} give {sizes}; add data, or increase data.test_fraction.")
+        return Source(*(part.normalised(self.mean, self.deviation) for part in (source.train, source.test)))
 
     def _read(self) -> Source:
         path = Path(self.source).expanduser()
         if self.source == DIGITS:
-            self._use("the digits", {"test_fraction"})
+            self._reject_settings("the digits", {"test_fraction"})
             return split(digits(), self.test_fraction)
         if path.exists():
-            found = format_at(path)
-            self._use(found.name, found.options)
-            return found.read(path, Options(self.label, self.positive_above, self.test_fraction))
+            file_format = format_at(path)
+            self._reject_settings(file_format.name, file_format.options)
+            return file_format.read(path, Options(self.label, self.positive_above, self.test_fraction))
         if ":" in self.source or self.source in SOURCES.names():
-            self._use("a function", {"options"})
+            self._reject_settings("a function", {"options"})
             return _as_source(SOURCES.find(self.source)(**self.options))
         raise UnknownData(
             f"There is no data at {self.source!r}; give the path of a file or folder, {DIGITS!r}, or 'module:function'."
         )
 
-    def _use(self, what: str, keys: set[str] | frozenset[str]) -> None:
-        """Raise `UnknownData` for a setting that is of no use to `what`, which takes those in `keys`."""
-        of_some = {"options", "label", "positive_above", "test_fraction"}
+    def _reject_settings(self, kind: str, applicable: set[str] | frozenset[str]) -> None:
+        """Raise `UnknownData` if a setting is given that is not `applicable` to this `kind` of source."""
+        optional = {"options", "label", "positive_above", "test_fraction"}
         given = self.model_dump(exclude_defaults=True).keys()
-        for key in sorted((given & of_some) - keys):
-            raise UnknownData(f"data.{key} is of no use to {what} at {self.source!r}; leave it out.")
+        for key in sorted((given & optional) - applicable):
+            raise UnknownData(f"data.{key} does not apply to {kind} at {self.source!r}; remove it.")
 
 
 @lru_cache(maxsize=2)
-def _loaded(settings: str, stamps: tuple[tuple[str, int, int], ...]) -> Source:
-    """Experiments with the same data share them, for as long as the files are the same."""
+def _load_cached(settings: str, versions: tuple[tuple[str, int, int], ...]) -> Source:
+    """Load the data of `settings`, given as JSON; `versions` invalidate the cache when a file changes."""
     return DataSettings.model_validate_json(settings)._load()
 
 
-def _stamps(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, time of change and size of every file at `path`."""
+def _file_versions(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return the name, modification time (ns) and size (bytes) of every file at `path`."""
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
     return tuple((file.name, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
 
 
-def _as_source(found: Any) -> Source:
-    """What a function of the user's own returned."""
-    if isinstance(found, Source):
-        return found
+def _as_source(result: Any) -> Source:
+    """Convert the `result` of a user's function to a `Source`."""
+    if isinstance(result, Source):
+        return result
     try:
-        train_inputs, train_targets, test_inputs, test_targets = map(torch.as_tensor, found)
+        train_inputs, train_targets, test_inputs, test_targets = map(torch.as_tensor, result)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"it returned a {type(found).__name__}; return a Source, or x_train, y_train, x_test, y_test"
+            f"the function returned a {type(result).__name__}; return a Source or (x_train, y_train, x_test, y_test)"
         ) from None
     return Source(
         Examples(train_inputs.float(), train_targets.long()), Examples(test_inputs.float(), test_targets.long())

@@ -1,14 +1,48 @@
-"""Engines: many clients trained at once, with the results that each would have by itself.
+"""Engines that train many clients at once and give each client the result it would have if it trained alone.
 
-From the outside in: `app` answers messages, `blocks` cuts a round into blocks of clients, and `making` chooses who
-trains them: an `engine` in this process, or `workers` in others (`remote` is what the two say to each other).
+An engine cuts the clients of a push (one call of Flower's `Grid.push_messages`) into blocks. All clients of a block
+train together: their batches pass through the model side by side, and every client has its own weights. The engine
+`serial`, which needs no code here, trains one client after another and is the reference for the results.
 
-A block is trained by a `program`, or by `vmapped` where the module's code cannot be followed. For a program the code is
-followed (`reading`), its layers are `turning` into ones that know all clients (`layers`, `convolution`), and a `chain`
-goes forward and back through them; `recorded` does the same again on a GPU. It takes its `batches` in steps, the
-`optimizer` moves what they teach, and `trained` is what comes of it.
+Entry points
 
-A layer's weights take one of the `forms`: written out, or `factors`, for a first layer `on_examples` (with their
-`products`, and `selection` for the rows of a batch). A convolution takes one of several ways: `frequencies`, `patches`,
-or the library's. `room` is memory that is used again.
+- `cohort_app`: the client app that passes the training messages of a push to an engine and returns the replies.
+- `factory`: chooses the engine for a model and checks in a small trial that it trains as `serial` does.
+
+Blocks of clients
+
+- `blocks`: cuts the clients of a push into blocks and gives the rules access to a trained block.
+- `batches`: the batches that each client of a block draws, padded to one shape.
+- `block_result`: the trained models of a block and the metrics of its clients.
+
+Where a block is trained
+
+- `engine`: the `Engine` protocol, and the engines that train in this process, on one device or on several.
+- `workers`: the engine that trains in forked worker processes.
+- `remote_block`: a trained block in the memory of a worker process, and the queries to that process.
+
+How a block is trained
+
+- `program`: trains a block with layers that hold one set of weights per client.
+- `vmapped`: trains a block with `torch.func.vmap`, for models that `program` does not support.
+- `tracing`: traces a model into a graph of layers and checks that no operation mixes the examples of a batch.
+- `client_layers`: replaces the layers of a traced model with client layers.
+- `layers`, `convolution`: the client layers (linear, dropout, convolution).
+- `backprop`: the forward and the backward pass through client layers, by hand or with autograd.
+- `optimizer`: torch's optimisers, applied to the weights of all clients at once.
+- `cuda_graphs`: runs the steps of a block as a CUDA graph.
+
+How the weights of a layer are stored
+
+- `weight_forms`: the interface of a weight form, and the dense form (one full weight per client).
+- `low_rank`: weights stored as low-rank updates over the inputs that the layer has seen.
+- `gram_weights`: weights of the first layer, stored as low-rank updates over the examples of each client.
+- `gram_products`: the inner products of each client's examples, which `gram_weights` needs.
+- `selection`: selects the rows of a batch from the tables of `gram_weights`.
+
+How a convolution is computed
+
+- `patches`: as matrix products with image patches.
+- `frequencies`: through a Fourier transform along the rows of the images.
+- `scratch`: buffers that are reused from step to step.
 """

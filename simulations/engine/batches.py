@@ -1,4 +1,4 @@
-"""The batches that each client of a block draws, side by side."""
+"""The batches that each client of a block draws, padded to one shape."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from corymb.client import TrainSettings
 from corymb.client.app import batch_generator
 from corymb.client.batches import drawn_rows
 
-UNUSED = torch.Generator()  # where nothing is shuffled
+UNUSED = torch.Generator()  # a placeholder for draws without shuffling
 
 
 @dataclass(frozen=True)
 class Batches:
-    """`rows [K, S, B]` of each client's own examples, `weights [K, S, B]`: one over the length of the batch, and zero
-    in its padding; `steps [K]` of each client.
+    """The batches of K clients over S steps of up to B examples.
+
+    `rows [K, S, B]` are indices into each client's own examples. `weights [K, S, B]` are one over the length of the
+    batch for an example and zero for padding. `steps [K]` is the number of steps of each client.
     """
 
     rows: Tensor
@@ -26,23 +28,23 @@ class Batches:
     steps: list[int]
 
     @classmethod
-    def drawn(
+    def draw(
         cls,
         sizes: Sequence[int],
         settings: TrainSettings,
-        sites: Sequence[tuple[int, int, int]],
+        seed_keys: Sequence[tuple[int, int, int]],
         dtype: torch.dtype = torch.float32,
     ) -> Batches:
-        """What clients of so many examples draw in a round; weights have the model's `dtype`.
+        """Draw one round of batches for clients with `sizes` examples; `dtype` is the model's, for the weights.
 
-        Their generators follow from `sites`: seed, client and round of each.
+        `seed_keys` holds the seed, the client and the round that seed each client's generator.
         """
         if settings.shuffle:
-            own = zip(sizes, sites, strict=True)
-            drawn = [drawn_rows(size, settings, batch_generator(*site)) for size, site in own]
+            pairs = zip(sizes, seed_keys, strict=True)
+            drawn = [drawn_rows(size, settings, batch_generator(*key)) for size, key in pairs]
         else:
-            of_size = {size: drawn_rows(size, settings, UNUSED) for size in set(sizes)}
-            drawn = [of_size[size] for size in sizes]
+            by_size = {size: drawn_rows(size, settings, UNUSED) for size in set(sizes)}
+            drawn = [by_size[size] for size in sizes]
         width = max(max(lengths) for _, lengths in drawn)
         steps = [len(lengths) for _, lengths in drawn]
         if all(len(order) == max(steps) * width for order, _ in drawn):  # nothing to pad
@@ -51,18 +53,18 @@ class Batches:
         rows = torch.zeros(len(drawn), max(steps), width, dtype=torch.int64)
         weights = torch.zeros(len(drawn), max(steps), width, dtype=dtype)
         column = torch.arange(width)
-        for k, (order, taken) in enumerate(drawn):
-            lengths = torch.tensor(taken)[:, None]
-            there = column < lengths
-            rows[k, : len(taken)][there] = order
-            weights[k, : len(taken)] = there.to(dtype) / lengths
+        for k, (order, batch_lengths) in enumerate(drawn):
+            lengths = torch.tensor(batch_lengths)[:, None]
+            is_example = column < lengths
+            rows[k, : len(batch_lengths)][is_example] = order
+            weights[k, : len(batch_lengths)] = is_example.to(dtype) / lengths
         return cls(rows, weights, steps)
 
     def to(self, device: torch.device) -> Batches:
-        """The same on `device`."""
+        """Return the same batches on `device`."""
         return self if device.type == "cpu" else Batches(self.rows.to(device), self.weights.to(device), self.steps)
 
     def lengths_at(self, step: int) -> list[int]:
-        """The length of each client's batch in a step; 0 after its last."""
+        """Return the length of each client's batch in a step; 0 for a client that has finished."""
         lengths: list[int] = (self.weights[:, step] > 0).sum(dim=1).tolist()
         return lengths

@@ -1,4 +1,4 @@
-"""A block of clients after their training."""
+"""The trained models of a block of clients and the metrics of their training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.weight_forms import Piece
+from corymb.simulations.engine.weight_forms import BlockParameter
 
 
 @dataclass(frozen=True)
 class Report:
-    """What K clients tell of their training: sums of losses and of right answers, examples and steps, each `[K]`.
+    """Metrics of the training of K clients, each `[K]`.
 
-    `bounds [K]` is what no parameter of theirs exceeds; NaN where one may be.
+    `losses` is the sum of the losses over all examples seen, `correct` the number of correct predictions among them,
+    `examples` their number and `steps` the number of steps. `bounds` is an upper bound on the absolute value of every
+    parameter of a client; NaN if a parameter may be NaN.
     """
 
     losses: list[float]
@@ -28,44 +30,48 @@ class Report:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """The clients' models, as the forms of their parameters in the model's order, and their report."""
+    """A trained block: its `parameters` in the model's order, each for all clients, and the `report`."""
 
-    pieces: list[Piece]
+    parameters: list[BlockParameter]
     report: Report
     device: torch.device
 
     @classmethod
-    def of(cls, pieces: list[Piece], scores: Tensor, targets: Tensor, batches: Batches) -> BlockResult:
-        """From what the models gave at each step, `[S, K * B, C]`, and the `targets [S, K, B]`."""
-        there = (batches.weights > 0).transpose(0, 1)
-        losses = -scores.log_softmax(dim=2).gather(2, targets.flatten(1)[..., None]).view_as(there)
-        right = scores.argmax(dim=2).view_as(there) == targets
-        sums = torch.where(there, torch.stack([losses.double(), right.double()]), 0.0).sum(dim=(1, 3))
-        bounds = torch.stack([piece.bound() for piece in pieces]).amax(dim=0)
-        examples = there.sum(dim=(0, 2)).tolist()
-        losses_of, right_of = sums.tolist()
-        return cls(pieces, Report(losses_of, right_of, examples, batches.steps, bounds.tolist()), targets.device)
+    def of(cls, parameters: list[BlockParameter], logits: Tensor, targets: Tensor, batches: Batches) -> BlockResult:
+        """Build the result from the model's outputs at each step, `logits [S, K * B, C]`, and `targets [S, K, B]`."""
+        is_example = (batches.weights > 0).transpose(0, 1)
+        losses = -logits.log_softmax(dim=2).gather(2, targets.flatten(1)[..., None]).view_as(is_example)
+        correct = logits.argmax(dim=2).view_as(is_example) == targets
+        sums = torch.where(is_example, torch.stack([losses.double(), correct.double()]), 0.0).sum(dim=(1, 3))
+        bounds = torch.stack([parameter.bound() for parameter in parameters]).amax(dim=0)
+        examples = is_example.sum(dim=(0, 2)).tolist()
+        loss_sums, correct_sums = sums.tolist()
+        return cls(
+            parameters, Report(loss_sums, correct_sums, examples, batches.steps, bounds.tolist()), targets.device
+        )
 
-    def moved(self, weights: Tensor) -> Tensor:
-        """`sum_k weights[k] * (model_k - start)`, `[P]`, for `weights [K]`; who has weight 0 is not looked at."""
-        every = bool((weights != 0).all())
+    def weighted_update(self, weights: Tensor) -> Tensor:
+        """Return `sum_k weights[k] * (model_k - start)`, `[P]`, for `weights [K]`; skips clients of weight 0."""
+        has_all = bool((weights != 0).all())
         weights = weights.to(self.device)
-        kept = slice(None) if every else weights.nonzero()[:, 0]
-        return torch.cat([piece.moved(weights, kept).flatten() for piece in self.pieces]).cpu()
+        selected = slice(None) if has_all else weights.nonzero()[:, 0]
+        return torch.cat(
+            [parameter.weighted_update(weights, selected).flatten() for parameter in self.parameters]
+        ).cpu()
 
-    def squares(self, offset: Tensor | None) -> Tensor:
-        """`|model_k - start - offset|^2`, `[K]` float64, for an `offset [P]` if there is one."""
-        sizes = [piece.size for piece in self.pieces]
+    def squared_distances(self, offset: Tensor | None) -> Tensor:
+        """Return `|model_k - start - offset|^2`, `[K]` float64; `offset [P]` is zero if None."""
+        sizes = [parameter.size for parameter in self.parameters]
         offsets = [None] * len(sizes) if offset is None else offset.to(self.device).split(sizes)
-        pairs = zip(self.pieces, offsets, strict=True)
-        return torch.stack([piece.squares(part) for piece, part in pairs]).sum(dim=0).cpu()
+        pairs = zip(self.parameters, offsets, strict=True)
+        return torch.stack([parameter.squared_distances(part) for parameter, part in pairs]).sum(dim=0).cpu()
 
     def models(self, into: Tensor | None = None) -> Tensor:
-        """Every client's model `[K, P]`, written `into` a tensor on the same device if there is one."""
-        return torch.cat([piece.written().flatten(1) for piece in self.pieces], dim=1, out=into).cpu()
+        """Return every client's model, `[K, P]`; write them to the tensor `into`, on the same device, if given."""
+        return torch.cat([parameter.dense().flatten(1) for parameter in self.parameters], dim=1, out=into).cpu()
 
 
-def side_by_side(steps: list[Tensor], rows: int) -> Tensor:
-    """`[S, rows, C]`, filled up with zeros where some clients have finished."""
+def stack_steps(steps: list[Tensor], rows: int) -> Tensor:
+    """Stack the outputs of all steps into `[S, rows, C]`, with zeros for the clients that have finished."""
     gaps = [rows - each.shape[0] for each in steps]
     return torch.stack([pad(each, (0, 0, 0, gap)) if gap else each for each, gap in zip(steps, gaps, strict=True)])

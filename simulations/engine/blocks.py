@@ -1,4 +1,4 @@
-"""A push of training messages, cut into blocks of clients that are trained at once."""
+"""Cut the clients of one push of training messages into blocks, and give access to a trained block as `Rows`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from corymb.client import TrainSettings
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.strategies import Layout
 
-MOST = 32  # clients in a block
-LARGEST = 1 << 26  # parameters in a block, should all have to be written out
-FEWEST = 4  # blocks in a large enough push: as many processes have work
-SMALLEST = 1 << 24  # examples times parameters, for which a block is worth its overhead
-PADDED = 1.5  # times its examples, what a block may hold with its padding
+MAX_CLIENTS = 32  # per block
+MAX_PARAMETERS = 1 << 26  # per block, as if every client's model were written out
+FEWEST = 4  # minimum number of blocks in a large enough push, so that as many processes have work
+MIN_WORK = 1 << 24  # examples times parameters; a block with less work is not worth its overhead
+MAX_PADDING = 1.5  # examples of a block including padding, relative to its real examples
 
-
-Targets = Sequence[tuple[int, Tensor]]  # numbers of models in a block, and where each is wanted
+Targets = Sequence[tuple[int, Tensor]]  # pairs of a model's number in its block and the vector `[P]` to copy it to
 
 
 @dataclass(frozen=True)
 class Task:
-    """Clients to train at once, largest first; `requests` are the numbers of their messages among those of the push."""
+    """Clients to train as one block, largest first; `requests` are the numbers of their messages in the push."""
 
     requests: tuple[int, ...]
     clients: tuple[int, ...]
@@ -33,51 +32,54 @@ class Task:
     server_round: int
 
 
-def most_clients(parameters: int) -> int:
-    """How many clients a block of models with so many `parameters` may have."""
-    return max(1, min(MOST, LARGEST // parameters))
+def max_clients(parameters: int) -> int:
+    """Return the largest number of clients in a block, for a model of `parameters` parameters."""
+    return max(1, min(MAX_CLIENTS, MAX_PARAMETERS // parameters))
 
 
-def cut(sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = FEWEST) -> list[list[int]]:
-    """Blocks of places in `sizes` (the examples of each client), by size so that little is padding.
+def cut_into_blocks(
+    sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = FEWEST
+) -> list[list[int]]:
+    """Cut clients into blocks; each block is a list of indices into `sizes`, the number of examples of each client.
 
-    What the blocks are depends on that and on how many `parameters` a model has, so it does not matter who trains them.
-    There are at least the `fewest` where that is worth its overhead.
+    Clients of similar size share a block, so that blocks need little padding. `parameters` is the number of parameters
+    of the model. The result has at least `fewest` blocks if there is enough work for them. It depends only on the
+    arguments, so that the same blocks are trained by any number of processes.
     """
-    most = most_clients(parameters)
-    order = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
-    passed = [
+    limit = max_clients(parameters)
+    order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    examples_seen = [
         settings.steps * settings.batch_size if settings.steps else size * (settings.epochs or 1) for size in sizes
     ]
-    enough = max(1, sum(passed) * parameters // SMALLEST)
-    number = max(-(-len(order) // most), min(fewest, len(order), enough))
-    each, more = divmod(len(order), number)
-    ends = {block * each + min(block, more) for block in range(number)}  # the larger blocks first
+    worthwhile = max(1, sum(examples_seen) * parameters // MIN_WORK)
+    number = max(-(-len(order) // limit), min(fewest, len(order), worthwhile))
+    clients_each, remainder = divmod(len(order), number)
+    starts = {block * clients_each + min(block, remainder) for block in range(number)}  # the larger blocks first
     blocks: list[list[int]] = []
-    largest = held = count = 0  # of the last block: the most examples of a client, of all, and its clients
-    for position, place in enumerate(order):
-        size = sizes[place]
-        # Under a fixed number of steps all do the same, whatever their sizes.
-        is_padded = settings.steps is None and largest * (count + 1) > PADDED * (held + size)
-        if position in ends or is_padded:
+    largest = total = count = 0  # of the last block: its largest client, its examples, its clients
+    for position, index in enumerate(order):
+        size = sizes[index]
+        # With a fixed number of steps all clients do the same work, whatever their sizes.
+        is_padded = settings.steps is None and largest * (count + 1) > MAX_PADDING * (total + size)
+        if position in starts or is_padded:
             blocks.append([])
-            largest, held, count = size, 0, 0
-        blocks[-1].append(place)
-        held, count = held + size, count + 1
+            largest, total, count = size, 0, 0
+        blocks[-1].append(index)
+        total, count = total + size, count + 1
     return blocks
 
 
 class ClientBlock(ABC):
-    """What blocks of K clients share whose models are not written out; see `strategies.core.rows.Rows`."""
+    """Base class of a block of K clients that writes their models out on demand; see `strategies.core.rows.Rows`."""
 
     def __init__(self, clients: int, layout: Layout) -> None:
         self.count = clients
         self._layout = layout
-        self._models: tuple[Tensor, ...] = ()  # if they have been written out
+        self._models: tuple[Tensor, ...] = ()  # empty until the models are written out
 
     @abstractmethod
     def _copy_to(self, targets: Targets) -> Callable[[], None]:
-        """Write out models of which none has been written out before."""
+        """Write models out; called only while `_models` is empty."""
 
     def copy_to(self, targets: Targets) -> Callable[[], None]:
         """See `Rows`."""
@@ -87,7 +89,7 @@ class ClientBlock(ABC):
         return lambda: None
 
     def pieces(self, row: int) -> tuple[Tensor, ...]:
-        """See `Rows`; all models are written out for the first that is asked for."""
+        """See `Rows`; the first call writes all models of the block out."""
         if not self._models:
             rows = torch.empty(self.count, self._layout.num_parameters, dtype=self._layout.dtype).unbind()
             self._copy_to(list(enumerate(rows)))()
@@ -96,7 +98,7 @@ class ClientBlock(ABC):
 
 
 class TrainedBlock(ClientBlock):
-    """A block that was trained in this process."""
+    """A block that this process has trained."""
 
     def __init__(self, result: BlockResult, start: Tensor, layout: Layout) -> None:
         super().__init__(len(result.report.steps), layout)
@@ -104,16 +106,18 @@ class TrainedBlock(ClientBlock):
 
     def add_to(self, total: Tensor, weights: Tensor, origin: Tensor) -> Callable[[], None]:
         """See `Rows`."""
-        moved = with_drift(self._result.moved(weights.to(self._start.dtype)), weights, self._start, origin)
+        update = relative_to_origin(
+            self._result.weighted_update(weights.to(self._start.dtype)), weights, self._start, origin
+        )
 
         def finish() -> None:
-            total.add_(moved)
+            total.add_(update)
 
         return finish
 
     def squared_distances(self, centre: Tensor) -> Callable[[], Tensor]:
         """See `Rows`."""
-        squares = self._result.squares(offset_of(centre, self._start))
+        squares = self._result.squared_distances(offset_of(centre, self._start))
         return lambda: squares
 
     def _copy_to(self, targets: Targets) -> Callable[[], None]:
@@ -122,23 +126,23 @@ class TrainedBlock(ClientBlock):
 
 
 def copy_rows(models: Sequence[Tensor] | Tensor, targets: Targets) -> None:
-    """Copy the models with these numbers, each `[P]`."""
-    for number, row in targets:
-        row.copy_(models[number])
+    """Copy the models `[P]` that `targets` names into its vectors."""
+    for number, target in targets:
+        target.copy_(models[number])
 
 
 def offset_of(centre: Tensor, start: Tensor) -> Tensor | None:
-    """What has to be added to `start` to get to `centre`, in its precision; None for nothing."""
+    """Return `centre - start` in the dtype of `start`, or None if both are the same vector."""
     return None if is_same(start, centre) else (centre - start).to(start.dtype)
 
 
 def is_same(start: Tensor, origin: Tensor) -> bool:
-    """Whether both are the same vector; nearly always they are the same memory."""
+    """Return whether both are the same vector; nearly always they share their memory."""
     return start.data_ptr() == origin.data_ptr() or torch.equal(start, origin)
 
 
-def with_drift(moved: Tensor, weights: Tensor, start: Tensor, origin: Tensor) -> Tensor:
-    """The weighted sum of moves from `start`, as one of moves from `origin`."""
+def relative_to_origin(update: Tensor, weights: Tensor, start: Tensor, origin: Tensor) -> Tensor:
+    """Convert `sum_k weights[k] * (model_k - start)` into the same sum of differences from `origin`."""
     if is_same(start, origin):
-        return moved
-    return moved + (start.double() - origin) * weights.sum()
+        return update
+    return update + (start.double() - origin) * weights.sum()

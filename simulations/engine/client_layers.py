@@ -1,4 +1,4 @@
-"""A module whose layers are graph_module into those of which each client of a block has its own."""
+"""Replace the layers of a module by client layers, which hold one set of weights per client."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from corymb.simulations.engine.tracing import name_of, trace
 
 
 def to_client_layers(module: nn.Module, context: StepContext) -> tuple[fx.GraphModule, dict[str, ClientLayer]]:
-    """`module` as a graph, to train, with client layers in the places of its own; and those by their names, in order.
+    """Return `module` as a graph for training with client layers, and its layers with parameters by name, in order.
 
-    Raises `ValueError`, naming the layer, where that cannot be done.
+    Raises `ValueError` if that is not possible; the message says why and names the layer.
     """
     if any(not parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError("some of its parameters do not learn")
+        raise ValueError("some parameters of the model do not require gradients")
     graph_module = trace(module)
     layers: dict[str, ClientLayer] = {}
-    met: set[str] = set()
+    used: set[str] = set()  # names of parameters
     for node in graph_module.graph.find_nodes(op="call_module"):
         layer, name = graph_module.get_submodule(str(node.target)), name_of(node)
         if name in layers:
@@ -31,15 +31,15 @@ def to_client_layers(module: nn.Module, context: StepContext) -> tuple[fx.GraphM
             graph_module.set_submodule(str(node.target), ClientDropout(layer, context))
         if name in layers:
             graph_module.set_submodule(str(node.target), layers[name])
-            met |= {parameter_of(name, kind) for kind, _ in layer.named_parameters()}
-    every = {name for name, _ in module.named_parameters()}
-    if met - every:
-        raise ValueError("two of its layers share their parameters")
-    if unused := every - met:
-        raise ValueError(f"it does not use {min(unused)!r}")
+            used |= {parameter_of(name, kind) for kind, _ in layer.named_parameters()}
+    known = {name for name, _ in module.named_parameters()}
+    if used - known:
+        raise ValueError("two layers of the model share their parameters")
+    if unused := known - used:
+        raise ValueError(f"the model does not use its parameter {min(unused)!r}")
     return graph_module, layers
 
 
 def parameter_of(layer: str, kind: str) -> str:
-    """The name of a layer's parameter."""
+    """Return the name of a layer's parameter; `kind` is "weight" or "bias"."""
     return f"{layer}.{kind}".removeprefix(".")

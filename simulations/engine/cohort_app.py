@@ -1,4 +1,4 @@
-"""Clients that are described by a module and their data, trained in blocks."""
+"""The client app of a simulation that trains the clients of a push together, in blocks."""
 
 from __future__ import annotations
 
@@ -20,69 +20,75 @@ from corymb.protocol.row_arrays import ModelRow
 from corymb.protocol.train_settings import PREFIX
 from corymb.simulations.data.clients import Answers, Client, Request
 from corymb.simulations.data.population import Population
-from corymb.simulations.engine.blocks import Task, cut
-from corymb.simulations.engine.engine import Answered, Engine, obstacle
+from corymb.simulations.engine.blocks import Task, cut_into_blocks
+from corymb.simulations.engine.engine import Engine, Outcome, obstacle
 from corymb.strategies import Layout
 
 log = logging.getLogger("flwr.corymb")
 Requests = Sequence[Request]
 
 
-@dataclass(eq=False)  # by identity: equal models are another matter
+@dataclass(eq=False)  # groups compare by identity: two groups with equal models remain two
 class _Group:
-    """Those of a push who train the same model in the same way: their numbers among the requests."""
+    """Clients of a push that train the same model with the same settings; `numbers` index their requests."""
 
     arrays: ArrayRecord
     settings: TrainSettings
     server_round: int
-    is_special: bool  # what no engine trains
+    trains_alone: bool  # because no engine supports the settings
     numbers: list[int] = field(default_factory=list)
 
-    def is_like(self, other: _Group) -> bool:
-        """Whether both train in the same way, each its own model."""
+    def has_settings_of(self, other: _Group) -> bool:
+        """Return whether both groups train with the same settings, whatever their models."""
         return (self.settings, self.server_round) == (other.settings, other.server_round)
 
 
 class CohortApp:
-    """A client app that answers all training messages of a push together.
+    """A client app that trains all clients of a push together on `engine`.
 
-    `alone` is the app that answers one by itself: to evaluate, for settings that no engine has, and where a block
-    fails. `blocks` is how many a push is cut into at least, if it is large enough.
+    `single_app` handles one message at a time: evaluation, training with settings that no engine supports, and the
+    clients of a block that failed. A large enough push is cut into at least `blocks` blocks.
     """
 
-    def __init__(self, engine: Engine, population: Population, layout: Layout, alone: Client, blocks: int) -> None:
-        self._engine, self._population, self._layout, self._alone = engine, population, layout, alone
+    def __init__(self, engine: Engine, population: Population, layout: Layout, single_app: Client, blocks: int) -> None:
+        self._engine, self._population, self._layout, self._single_app = engine, population, layout, single_app
         self._blocks = blocks
-        self._logged: set[str] = set()  # lines that were logged
+        self._logged: set[str] = set()  # lines that were logged, because each is logged once
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """One message by itself."""
-        return self._alone(message, context)
+        """Return the reply to one message."""
+        return self._single_app(message, context)
 
     def train_together(self, requests: Requests) -> Answers:
         """See `TrainsTogether`."""
         groups, alone = self._groups(requests)
-        own = [group for group in groups if len(group.numbers) == 1] if len(groups) > 1 else []
-        shared = [group for group in groups if group not in own]
-        first = self._trained(requests, shared[0]) if shared else iter(())
-        return self._answers(requests, first, shared[1:], own, alone)
+        single = [group for group in groups if len(group.numbers) == 1] if len(groups) > 1 else []
+        shared = [group for group in groups if group not in single]
+        # Begin to train the first group now, before the caller reads the first reply.
+        first = self._train_group(requests, shared[0]) if shared else iter(())
+        return self._all_replies(requests, first, shared[1:], single, alone)
 
-    def _answers(
-        self, requests: Requests, first: Iterator[Answered], shared: list[_Group], own: list[_Group], alone: list[int]
+    def _all_replies(
+        self,
+        requests: Requests,
+        first: Iterator[Outcome],
+        shared: list[_Group],
+        single: list[_Group],
+        alone: list[int],
     ) -> Answers:
         started = time.perf_counter()
         yield from self._replies(requests, first, started)
         for group in shared:
-            yield from self._replies(requests, self._trained(requests, group), started)
-        while own:
-            like = [group for group in own if group.is_like(own[0])]
-            own = [group for group in own if not group.is_like(like[0])]
-            yield from self._replies(requests, self._trained_own(requests, like), started)
+            yield from self._replies(requests, self._train_group(requests, group), started)
+        while single:
+            like_first = [group for group in single if group.has_settings_of(single[0])]
+            single = [group for group in single if not group.has_settings_of(like_first[0])]
+            yield from self._replies(requests, self._train_own_starts(requests, like_first), started)
         for number in alone:
-            yield number, self._by_itself(*requests[number])
+            yield number, self._reply_alone(*requests[number])
 
     def _groups(self, requests: Requests) -> tuple[list[_Group], list[int]]:
-        """Who trains alike, and who has to train by itself."""
+        """Return the groups of clients that can train in blocks, and the numbers of the other requests."""
         groups: dict[tuple[int, int], _Group] = {}
         alone = []
         for number, (message, context) in enumerate(requests):
@@ -94,53 +100,54 @@ class CohortApp:
                     settings = TrainSettings.read(context.run_config, node, *configs)
                     reason = obstacle(settings, self._engine.device)
                     if reason is not None:
-                        self._log(f"Clients are trained one after another, as {reason}.")
+                        self._log_once(f"Clients train one after another because {reason}.")
                     arrays = only_arrays(message.content)
                     groups[key] = _Group(arrays, settings, round_of(configs), reason is not None)
                 except ValueError:
-                    alone.append(number)  # where it is told what is wrong
+                    alone.append(number)  # the single app raises the same error, which becomes the client's reply
                     continue
-            (alone if groups[key].is_special else groups[key].numbers).append(number)
+            (alone if groups[key].trains_alone else groups[key].numbers).append(number)
         return [group for group in groups.values() if group.numbers], alone
 
-    def _log(self, line: str) -> None:
+    def _log_once(self, line: str) -> None:
         if line not in self._logged:
             log.warning("%s", line)
             self._logged.add(line)
 
-    def _trained(self, requests: Requests, group: _Group) -> Iterator[Answered]:
+    def _train_group(self, requests: Requests, group: _Group) -> Iterator[Outcome]:
         return self._engine.train(self._tasks(requests, group.numbers, group), self._vector(group.arrays))
 
-    def _trained_own(self, requests: Requests, groups: list[_Group]) -> Iterator[Answered]:
+    def _train_own_starts(self, requests: Requests, groups: list[_Group]) -> Iterator[Outcome]:
+        """Train groups of one client each, which have the same settings and different models."""
         arrays = {group.numbers[0]: group.arrays for group in groups}
         for task in self._tasks(requests, list(arrays), groups[0]):
             starts = torch.stack([self._vector(arrays[number]) for number in task.requests])
-            yield self._engine.train_own(task, starts)
+            yield self._engine.train_own_starts(task, starts)
 
-    def _tasks(self, requests: Requests, numbers: list[int], like: _Group) -> list[Task]:
-        """Blocks of the clients of the requests with these `numbers`, to train as `like` says."""
+    def _tasks(self, requests: Requests, numbers: list[int], group: _Group) -> list[Task]:
+        """Cut the clients of the requests with these `numbers` into blocks, with the settings of `group`."""
         clients = [int(requests[number][1].node_config["partition-id"]) for number in numbers]
         sizes = [self._population.size(client) for client in clients]
         return [
             Task(
-                tuple(numbers[place] for place in block),
-                tuple(clients[place] for place in block),
-                like.settings,
-                like.server_round,
+                tuple(numbers[index] for index in block),
+                tuple(clients[index] for index in block),
+                group.settings,
+                group.server_round,
             )
-            for block in cut(sizes, like.settings, self._layout.num_parameters, self._blocks)
+            for block in cut_into_blocks(sizes, group.settings, self._layout.num_parameters, self._blocks)
         ]
 
     def _vector(self, arrays: ArrayRecord) -> Tensor:
         return self._layout.vector(to_state(arrays))
 
-    def _replies(self, requests: Requests, answered: Iterator[Answered], started: float) -> Answers:
-        """The replies of each block, whose models stay where they are until somebody looks at them."""
-        for task, block, report in answered:
+    def _replies(self, requests: Requests, outcomes: Iterator[Outcome], started: float) -> Answers:
+        """Yield the number of each request and its reply; the models stay in their block until they are read."""
+        for task, block, report in outcomes:
             if isinstance(block, Exception) or report is None:
-                # One client's data may be to blame, so each shows by itself whether it can train.
-                self._log(f"A block of clients is trained one by one, as it failed: {block}")
-                yield from ((number, self._by_itself(*requests[number])) for number in task.requests)
+                # The data of one client may be the cause, so each client trains alone.
+                self._log_once(f"The clients of a block train one after another because the block failed: {block}")
+                yield from ((number, self._reply_alone(*requests[number])) for number in task.requests)
                 continue
             seconds = (time.perf_counter() - started) / len(task.requests)
             started = time.perf_counter()
@@ -161,10 +168,10 @@ class CohortApp:
                 )
                 arrays = ModelRow(block, index, self._layout, bound).to_record()
                 yield number, quick_reply(message, content=quick_record({ARRAYS: arrays, METRICS: metrics}))
-            del block, arrays  # its memory goes to the next
+            del block, arrays  # frees their memory for the next block
 
-    def _by_itself(self, message: Message, context: Context) -> Message | Exception:
+    def _reply_alone(self, message: Message, context: Context) -> Message | Exception:
         try:
-            return self._alone(message, context)
+            return self._single_app(message, context)
         except Exception as error:
             return error

@@ -1,4 +1,4 @@
-"""A convolution of which each client has its own."""
+"""A convolution with one set of weights per client, and the choice between the methods to compute it."""
 
 from __future__ import annotations
 
@@ -7,110 +7,128 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.frequencies import Frequencies, are_worthwhile
+from corymb.simulations.engine.frequencies import FourierConv, fourier_is_cheaper
 from corymb.simulations.engine.layers import ClientLayer, StepContext
-from corymb.simulations.engine.patches import Geometry, Patches, Rows
+from corymb.simulations.engine.patches import Geometry, PatchColumns, PatchRows
 from corymb.simulations.engine.scratch import Scratch
-from corymb.simulations.engine.weight_forms import DenseWeights, upto
+from corymb.simulations.engine.weight_forms import DenseWeights, first_rows
 
 
-class Way(Protocol):
-    """How to convolve K clients' images `[K, B, in, H, W]` with weights of their own, `[K, out, in, h, w]`."""
+class ConvMethod(Protocol):
+    """A method to convolve K clients' images `[K, B, in, H, W]` with their own weights `[K, out, in, h, w]`."""
 
-    def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Any]:
-        """The outputs `[K, B, out, H', W']` without a bias, and what `back` needs."""
+    def forward(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Any]:
+        """Return the outputs `[K, B, out, H', W']` without a bias, and what `backward` needs."""
 
-    def back(self, slopes: Tensor, kept: Any, weights: Tensor, inward: bool) -> tuple[Tensor, Tensor | None]:
-        """Gradients like `weights` from the slopes of the outputs, and the slopes of the images if wanted."""
+    def backward(
+        self, gradients: Tensor, saved: Any, weights: Tensor, needs_input_gradients: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the weights, and those of the images if needed, from those of the outputs."""
 
 
 class ClientConv2d(ClientLayer):
-    """`nn.Conv2d` for each client, in one of four ways.
+    """`nn.Conv2d` with one set of weights per client, computed by one of four methods.
 
-    On a GPU: products of matrices with all clients' patches, as a kernel for each client is too small there. On a CPU:
-    patches as rows where the inputs have few channels and no slopes of them are wanted; through frequencies where that
-    leaves less work. Else, and wherever channels are in groups: the library's convolution client by client.
+    On a GPU: `PatchColumns`, because a kernel launch per client does too little work there. On a CPU: `PatchRows` if
+    the inputs have few channels and their gradients are not needed, and `FourierConv` if it leaves fewer operations.
+    Otherwise, and always for grouped channels: `LibraryConv`.
     """
 
-    FEW = 4
+    FEW_CHANNELS = 4
     form: DenseWeights
 
     def __init__(self, original: nn.Conv2d, context: StepContext) -> None:
         super().__init__(original, context)
-        self._ways: dict[type[Any], Way] = {}  # each with memory that it uses again
+        self._methods: dict[type[Any], ConvMethod] = {}  # kept, because each reuses its scratch buffers
         self._shape = tuple(original.weight.shape)
         self._geometry = Geometry(
             original.kernel_size, original.stride, tuple(map(int, original.padding)), original.dilation, original.groups
         )
 
     def weights(self, images: Tensor) -> Tensor:
-        """Of the clients that still train, `[A, out, in, h, w]`, in the precision of `images [A, ...]`."""
+        """Return the weights `[A, out, in, h, w]` of the first A clients, in the dtype of `images [A, ...]`."""
         weights: Tensor = self.form.like(images).unflatten(2, self._shape[1:])
         return weights
 
-    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
+    def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Tensor, Any]:
         """See `ClientLayer.outputs`."""
-        images = self.rounded(inputs).unflatten(0, (self.context.clients, -1))
+        images = self.cast(inputs).unflatten(0, (self.context.clients, -1))
         weights = self.weights(images)
-        way = self._way(images, weights, inward)
-        found, kept = way.outputs(images, weights)
+        method = self._method(images, weights, needs_input_gradients)
+        outputs, saved = method.forward(images, weights)
         if self.bias is not None:
-            found += upto(self.context.clients, self.bias.weight)[:, None, :, None, None]
-        return found.flatten(0, 1), (way, kept, inputs.dtype)
+            outputs += first_rows(self.context.clients, self.bias.weight)[:, None, :, None, None]
+        return outputs.flatten(0, 1), (method, saved, inputs.dtype)
 
-    def back(self, slopes: Tensor, kept: Any, inward: bool) -> Tensor | None:
-        """Learn; the slopes of the inputs if they are wanted."""
-        way, kept, dtype = kept
-        outer = slopes.unflatten(0, (self.context.clients, -1))
-        gradient, found = way.back(outer, kept, self.weights(outer), inward)
-        self.form.take(gradient.flatten(2), self.context.rate)
-        self.learn_bias(outer.sum(dim=(3, 4)))
-        return None if found is None else found.flatten(0, 1).to(dtype)
+    def backward(self, gradients: Tensor, saved: Any, needs_input_gradients: bool) -> Tensor | None:
+        """See `ClientLayer.backward`."""
+        method, saved, dtype = saved
+        by_client = gradients.unflatten(0, (self.context.clients, -1))
+        weight_gradient, input_gradients = method.backward(
+            by_client, saved, self.weights(by_client), needs_input_gradients
+        )
+        self.form.apply_weight_gradient(weight_gradient.flatten(2), self.context.rate)
+        self.apply_bias_gradients(by_client.sum(dim=(3, 4)))
+        return None if input_gradients is None else input_gradients.flatten(0, 1).to(dtype)
 
-    def _way(self, images: Tensor, weights: Tensor, inward: bool) -> Way:
-        kind = self._kind(images, weights, inward)
-        if kind not in self._ways:
-            self._ways[kind] = kind(self._geometry)
-        return self._ways[kind]
+    def _method(self, images: Tensor, weights: Tensor, needs_input_gradients: bool) -> ConvMethod:
+        kind = self._choose(images, weights, needs_input_gradients)
+        if kind not in self._methods:
+            self._methods[kind] = kind(self._geometry)
+        return self._methods[kind]
 
-    def _kind(self, images: Tensor, weights: Tensor, inward: bool) -> type[Any]:
+    def _choose(self, images: Tensor, weights: Tensor, needs_input_gradients: bool) -> type[Any]:
         geometry = self._geometry
         if geometry.groups > 1:
-            return Library
-        if self.context.as_patches:
-            return Patches
-        if geometry.dilation == (1, 1) and weights.shape[2] <= self.FEW and not inward:
-            return Rows
-        return Frequencies if are_worthwhile(images.shape, weights.shape, geometry) else Library
+            return LibraryConv
+        if self.context.use_patches:
+            return PatchColumns
+        if geometry.dilation == (1, 1) and weights.shape[2] <= self.FEW_CHANNELS and not needs_input_gradients:
+            return PatchRows
+        return FourierConv if fourier_is_cheaper(images.shape, weights.shape, geometry) else LibraryConv
 
 
-class Library:
-    """The library's convolution, client by client; it is fastest on images whose channels do not lie last."""
+class LibraryConv:
+    """torch's own convolution, client by client; it is fastest on images with channels first in memory."""
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._found, self._inner = Scratch(), Scratch()
+        self._outputs, self._image_gradients = Scratch(), Scratch()
 
-    def outputs(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Way`."""
-        pieces = images.contiguous()
+    def forward(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ConvMethod`."""
+        contiguous = images.contiguous()
         _, stride, padding, dilation, groups = self._geometry
-        shape = *images.shape[:2], *self._geometry.outputs(images.shape[3:]), weights.shape[1]
-        found = self._found.of(shape, images).permute(0, 1, 4, 2, 3)  # as pooling has them fastest
-        for mine, weight, into in zip(pieces, weights, found, strict=True):
-            into.copy_(nn.functional.conv2d(mine, weight, None, stride, padding, dilation, groups))
-        return found, pieces
+        shape = *images.shape[:2], *self._geometry.output_size(images.shape[3:]), weights.shape[1]
+        outputs = self._outputs.of(shape, images).permute(0, 1, 4, 2, 3)  # channels last, as pooling is fastest
+        for client_images, weight, target in zip(contiguous, weights, outputs, strict=True):
+            target.copy_(nn.functional.conv2d(client_images, weight, None, stride, padding, dilation, groups))
+        return outputs, contiguous
 
-    def back(self, slopes: Tensor, kept: Tensor, weights: Tensor, inward: bool) -> tuple[Tensor, Tensor | None]:
-        """See `Way`."""
+    def backward(
+        self, gradients: Tensor, saved: Tensor, weights: Tensor, needs_input_gradients: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `ConvMethod`."""
         _, stride, padding, dilation, groups = self._geometry
-        clients, batch, inner, rows, columns = kept.shape
-        outer, gradient = slopes.contiguous(), torch.empty_like(weights)
-        found = self._inner.of((clients, batch, rows, columns, inner) if inward else (clients, 0), kept)
+        clients, batch, channels, rows, columns = saved.shape
+        contiguous, weight_gradients = gradients.contiguous(), torch.empty_like(weights)
+        image_gradients = self._image_gradients.of(
+            (clients, batch, rows, columns, channels) if needs_input_gradients else (clients, 0), saved
+        )
         for k, weight in enumerate(weights):
-            inside, gradient[k], _ = torch.ops.aten.convolution_backward(
-                outer[k], kept[k], weight, None, stride, padding, dilation, False, [0, 0], groups, [inward, True, False]
+            client_gradients, weight_gradients[k], _ = torch.ops.aten.convolution_backward(
+                contiguous[k],
+                saved[k],
+                weight,
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                [needs_input_gradients, True, False],
             )
-            if inward:
-                found[k] = inside.permute(0, 2, 3, 1)
-        return gradient, found.permute(0, 1, 4, 2, 3) if inward else None
+            if needs_input_gradients:
+                image_gradients[k] = client_gradients.permute(0, 2, 3, 1)
+        return weight_gradients, image_gradients.permute(0, 1, 4, 2, 3) if needs_input_gradients else None

@@ -1,4 +1,4 @@
-"""Where blocks of clients are trained in this process: one after another, or on several devices at a time."""
+"""The `Engine` protocol, and the engines that train blocks of clients in this process, on one or several devices."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from corymb.simulations.engine.optimizer import ELEMENTWISE
 from corymb.strategies import Layout
 from corymb.strategies.core.rows import Matrix, Rows
 
-Answered = tuple[Task, Rows | Exception, Report | None]
+Outcome = tuple[Task, Rows | Exception, Report | None]  # a trained block and its report, or the error and None
 
 
 class Trainer(Protocol):
-    """Trains one block on a `device`; what it tells of it is on the CPU."""
+    """Trains one block at a time on a `device`; the vectors and the report of the result are on the CPU."""
 
     device: torch.device
 
@@ -35,7 +35,7 @@ class Trainer(Protocol):
         clients: Sequence[int],
         settings: TrainSettings,
         server_round: int,
-        own: bool = False,
+        own_starts: bool = False,
     ) -> BlockResult:
         """See `Program.train`."""
 
@@ -45,112 +45,117 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
-        """Train the clients of all `tasks` from `start [P]`: begins at once, and gives each block when it is there."""
+    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
+        """Train the clients of all `tasks` from `start [P]`, and yield each block in the order of the tasks.
 
-    def train_own(self, task: Task, starts: Tensor) -> Answered:
-        """Train clients that begin from models of their own, `starts [K, P]`."""
+        An engine with threads or processes begins at once, not with the first item.
+        """
+
+    def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
+        """Train the clients of `task`, each from its own model: `starts [K, P]`."""
 
     def close(self) -> None:
-        """End what it started."""
+        """End all threads and processes of the engine."""
 
 
 def obstacle(settings: TrainSettings, device: torch.device) -> str | None:
-    """What keeps a block from being trained so on `device`, if anything does: a client has to do that by itself. So it
-    is with bfloat16 on a CPU, where it is slower than float32.
+    """Return the reason why clients with these settings cannot train in blocks on `device`, or None.
+
+    bfloat16 on a CPU is an obstacle because it is slower than float32 there.
     """
     if settings.batch_updates or settings.report_classes:
-        return "the rule wants more of a client than its model"
+        return "blocks do not support batch_updates and report_classes"
     if settings.precision not in (("float32",) if device.type == "cpu" else ("float32", "bfloat16")):
-        return f"precision = {settings.precision!r} is not for blocks on {device.type!r}"
+        return f"blocks on {device.type!r} do not support precision = {settings.precision!r}"
     if settings.optimizer not in ELEMENTWISE:
-        return f"{settings.optimizer} does not treat every number by itself"
+        return f"the optimizer {settings.optimizer!r} does not update every parameter value independently"
     if choose_device(settings.device).type != device.type:
-        return f"they want device = {settings.device!r} and the engine has {device.type!r}"
+        return f"the clients' device is {settings.device!r} and the engine's device is {device.type!r}"
     return None
 
 
-class InProcess:
-    """Trains one block after another, each when it is asked for."""
+class InProcessEngine:
+    """Trains one block after another in this process, each when the caller takes it from the iterator."""
 
     def __init__(self, trainer: Trainer, layout: Layout) -> None:
         self._trainer, self._layout, self.device = trainer, layout, trainer.device
 
-    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
+    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
         """See `Engine.train`."""
         state = self._layout.split(start)
         for task in tasks:
             try:
-                trained = self._trainer.train(state, task.clients, task.settings, task.server_round)
+                result = self._trainer.train(state, task.clients, task.settings, task.server_round)
             except Exception as error:
                 yield task, error, None
             else:
-                yield task, TrainedBlock(trained, start, self._layout), trained.report
-                del trained
+                yield task, TrainedBlock(result, start, self._layout), result.report
+                del result
 
-    def train_own(self, task: Task, starts: Tensor) -> Answered:
-        """See `Engine.train_own`."""
+    def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
+        """See `Engine.train_own_starts`."""
         try:
-            trained = self._trainer.train(
-                self._layout.split(starts), task.clients, task.settings, task.server_round, own=True
+            result = self._trainer.train(
+                self._layout.split(starts), task.clients, task.settings, task.server_round, own_starts=True
             )
         except Exception as error:
             return task, error, None
-        return task, Matrix(trained.models()), trained.report
+        return task, Matrix(result.models()), result.report
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: there are no threads or processes to end."""
 
 
-class OnDevices:
-    """Trains as many blocks at a time as there are devices, in a thread for each.
+class MultiDeviceEngine:
+    """Trains one block per device at a time, each in a thread.
 
-    Which of them trains a block has no effect on any result, as long as they are alike.
+    The results do not depend on which device trains a block, as long as the devices are alike.
     """
 
     def __init__(self, trainers: Sequence[Trainer], layout: Layout) -> None:
-        self._free: SimpleQueue[InProcess] = SimpleQueue()
+        self._idle: SimpleQueue[InProcessEngine] = SimpleQueue()
         for trainer in trainers:
-            self._free.put(InProcess(trainer, layout))
+            self._idle.put(InProcessEngine(trainer, layout))
         self.device = trainers[0].device
-        self._ahead = 2 * len(trainers)  # blocks, so that no device waits for who reads them
+        self._max_submitted = 2 * len(trainers)  # blocks, so that no device waits until the caller takes a block
         self._threads = ThreadPoolExecutor(len(trainers))
-        self._coming: deque[Future[Answered]] = deque()
+        self._submitted: deque[Future[Outcome]] = deque()
 
-    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Answered]:
-        """See `Engine.train`; it ends what is left of the call before."""
-        for left in self._coming:
-            left.cancel()
+    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
+        """See `Engine.train`; cancels the blocks that remain from the previous call."""
+        for future in self._submitted:
+            future.cancel()
         waiting = iter(tasks)
-        self._coming = deque(self._threads.submit(self._train, task, start) for task in islice(waiting, self._ahead))
-        return self._answers(self._coming, waiting, start)
+        self._submitted = deque(
+            self._threads.submit(self._train, task, start) for task in islice(waiting, self._max_submitted)
+        )
+        return self._outcomes(self._submitted, waiting, start)
 
-    def _answers(self, coming: deque[Future[Answered]], waiting: Iterator[Task], start: Tensor) -> Iterator[Answered]:
-        """The blocks in the order of their tasks."""
-        while coming:
-            answered = coming.popleft().result()
-            coming.extend(self._threads.submit(self._train, task, start) for task in islice(waiting, 1))
-            yield answered
-            del answered  # its memory goes to the next
+    def _outcomes(self, submitted: deque[Future[Outcome]], waiting: Iterator[Task], start: Tensor) -> Iterator[Outcome]:
+        while submitted:
+            outcome = submitted.popleft().result()
+            submitted.extend(self._threads.submit(self._train, task, start) for task in islice(waiting, 1))
+            yield outcome
+            del outcome  # frees its memory for the next block
 
-    def train_own(self, task: Task, starts: Tensor) -> Answered:
-        """See `Engine.train_own`."""
-        with self._one() as engine:
-            return engine.train_own(task, starts)
+    def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
+        """See `Engine.train_own_starts`."""
+        with self._idle_engine() as engine:
+            return engine.train_own_starts(task, starts)
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _train(self, task: Task, start: Tensor) -> Answered:
-        with self._one() as engine:
+    def _train(self, task: Task, start: Tensor) -> Outcome:
+        with self._idle_engine() as engine:
             return next(engine.train([task], start))
 
     @contextmanager
-    def _one(self) -> Iterator[InProcess]:
-        """One of the devices, for as long as it is needed."""
-        engine = self._free.get()
+    def _idle_engine(self) -> Iterator[InProcessEngine]:
+        """Reserve the engine of an idle device; waits until there is one."""
+        engine = self._idle.get()
         try:
             yield engine
         finally:
-            self._free.put(engine)
+            self._idle.put(engine)

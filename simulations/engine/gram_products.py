@@ -1,4 +1,4 @@
-"""Inner products of each client's own examples: they hold for all rounds, so they are kept while there is room."""
+"""Inner products of each client's own examples. They hold for all rounds, so they are cached up to a limit."""
 
 from __future__ import annotations
 
@@ -11,53 +11,54 @@ from torch import Tensor
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.batches import Batches
 
-ROOM = 1 << 26  # numbers that are kept
-LARGEST = 1 << 24  # numbers in a table of a block's factors
+MAX_CACHED = 1 << 26  # numbers in the cache
+MAX_TABLE = 1 << 24  # numbers in one table of a block
 
 
-class Products:
-    """The matrices `X X^T [n, n]` of a population's clients."""
+class GramMatrices:
+    """The matrices `X X^T [n, n]` of the clients of a population, where the rows of X are a client's examples."""
 
     def __init__(self, population: Population) -> None:
         self._population = population
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
-        self._room = ROOM
+        self._cache: OrderedDict[int, Tensor] = OrderedDict()
+        self._free = MAX_CACHED  # numbers that still fit into the cache
 
-    def are_cheap(self, clients: Sequence[int], batches: Batches, shape: Sequence[int]) -> bool:
-        """Whether a first layer of the `shape` (out, in) costs less in factors over all examples than written out.
+    def are_cheaper(self, clients: Sequence[int], batches: Batches, shape: Sequence[int]) -> bool:
+        """Return whether `GramWeights` cost less than dense weights for a first layer of this `shape` (out, in).
 
-        What is kept over rounds counts a tenth. The answer follows from sizes alone, so that it is everybody's.
+        Matrices that stay cached over the rounds count a tenth. The result depends on sizes alone, so it is the same
+        in every process.
         """
         out, width = shape
         count = max(self._population.size(client) for client in clients)
         _, steps, batch = batches.rows.shape
-        if len(clients) * max(count, steps * batch) * max(count, out) > LARGEST:
+        if len(clients) * max(count, steps * batch) * max(count, out) > MAX_TABLE:
             return False
-        is_kept = int(self._population.sizes.max()) ** 2 * len(self._population) <= ROOM
-        gram = 2 * count * count * width * (0.1 if is_kept else 1.0)
-        factored = gram + 4 * count * out * width + 20 * steps * batch * count * out
-        stacked = 20 * steps * batch * out * width + 30 * steps * out * width
-        return factored < stacked
+        is_cached = int(self._population.sizes.max()) ** 2 * len(self._population) <= MAX_CACHED
+        gram = 2 * count * count * width * (0.1 if is_cached else 1.0)
+        low_rank = gram + 4 * count * out * width + 20 * steps * batch * count * out
+        dense = 20 * steps * batch * out * width + 30 * steps * out * width
+        return low_rank < dense
 
     def of(self, clients: Sequence[int]) -> Tensor:
-        """The matrices of `clients`, padded with zeros to the largest, `[K, N, N]`."""
-        found = [self._of(client) for client in clients]
-        rows = max(map(len, found))
-        if all(len(each) == rows for each in found):
-            return torch.stack(found)
-        together = found[0].new_zeros(len(found), rows, rows)
-        for place, each in zip(together, found, strict=True):
-            place[: len(each), : len(each)] = each
-        return together
+        """Return the matrices of `clients`, padded with zeros to the largest, `[K, N, N]`."""
+        matrices = [self._of(client) for client in clients]
+        rows = max(map(len, matrices))
+        if all(len(matrix) == rows for matrix in matrices):
+            return torch.stack(matrices)
+        padded = matrices[0].new_zeros(len(matrices), rows, rows)
+        for target, matrix in zip(padded, matrices, strict=True):
+            target[: len(matrix), : len(matrix)] = matrix
+        return padded
 
     def _of(self, client: int) -> Tensor:
-        if client in self._kept:
-            self._kept.move_to_end(client)
-            return self._kept[client]
+        if client in self._cache:
+            self._cache.move_to_end(client)
+            return self._cache[client]
         examples = self._population.examples(client)[0].flatten(1)
         products = examples @ examples.T
-        self._kept[client] = products
-        self._room -= products.numel()
-        while self._room < 0:
-            self._room += self._kept.popitem(last=False)[1].numel()
+        self._cache[client] = products
+        self._free -= products.numel()
+        while self._free < 0:
+            self._free += self._cache.popitem(last=False)[1].numel()
         return products

@@ -1,4 +1,4 @@
-"""The weights of a first layer as factors over the examples that enter it."""
+"""The weights of a first layer as low-rank updates over the examples of each client."""
 
 from __future__ import annotations
 
@@ -6,75 +6,77 @@ import torch
 from torch import Tensor
 
 from corymb.simulations.engine.low_rank import LowRankWeights
-from corymb.simulations.engine.selection import Tables, selections
-from corymb.simulations.engine.weight_forms import Kept, upto
+from corymb.simulations.engine.selection import Tables, select_batches
+from corymb.simulations.engine.weight_forms import ClientIndex, first_rows
 
 
 class GramWeights(LowRankWeights):
-    """LowRankWeights over the examples themselves, for the layer that the examples enter first.
+    """The low-rank form over the examples themselves, for the layer that takes the examples as its inputs.
 
-    `basis` are the examples of each client, `[n_k, in]`, `products [K, N, N]` their inner products, which hold for all
-    rounds, and `rows [S, K, B]` which of them each batch takes, so no input is ever looked at again.
+    `basis` holds the examples of each client, `[n_k, in]`. `products [K, N, N]` are their inner products, which hold
+    for all rounds. `rows [S, K, B]` are the examples in each batch. So the outputs follow from tables, and the layer
+    never reads its inputs.
     """
 
     def __init__(
         self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor, plain: bool
     ) -> None:
-        clients, width, _ = products.shape
-        super().__init__(start, bias, clients, width, plain)
+        clients, count, _ = products.shape
+        super().__init__(start, bias, clients, count, plain)
         self._basis, self._products = basis, products
-        self._reach = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * width
-        first = start.new_empty(clients, width, start.shape[0])
+        self._input_sum = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * count
+        start_outputs = start.new_empty(clients, count, start.shape[0])
         offset = start.new_zeros(1) if bias is None else bias
-        for mine, outputs in zip(basis, first, strict=True):
-            torch.addmm(offset, mine, start.T, out=upto(mine.shape[0], outputs))
-        near = products if bias is None else products + 1  # a bias meets an input of one
-        self._batches = iter(selections(Tables(first, near, self.factors), rows))
-        reach = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
-        self._learnt = iter([0, *reach.tolist()])  # rows of the factors that may not be zero, at each step
+        for examples, outputs in zip(basis, start_outputs, strict=True):
+            torch.addmm(offset, examples, start.T, out=first_rows(examples.shape[0], outputs))
+        gram = products if bias is None else products + 1  # the bias adds an input that is one
+        self._batches = iter(select_batches(Tables(start_outputs, gram, self.factors), rows))
+        used = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
+        self._used = iter([0, *used.tolist()])  # at each step, the rows of the factors that may be non-zero
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        active, learnt = inputs.shape[0], next(self._learnt)
+        active, used = inputs.shape[0], next(self._used)
         self._batch = next(self._batches)
-        first = self.scaled(self._batch.first(active))
-        if not learnt:
-            return first
-        near, factors = self._batch.near(active), upto(active, self.factors)
-        if learnt < factors.shape[1]:
-            near, factors = near[:, :, :learnt], factors[:, :learnt]
-        return first.baddbmm_(near, factors)
+        result = self.scaled(self._batch.start_outputs(active))
+        if not used:
+            return result
+        gram, factors = self._batch.gram(active), first_rows(active, self.factors)
+        if used < factors.shape[1]:
+            gram, factors = gram[:, :, :used], factors[:, :used]
+        return result.baddbmm_(gram, factors)
 
-    def inward(self, slopes: Tensor) -> Tensor:
-        raise NotImplementedError("Nothing lies before the examples.")
+    def input_gradients(self, gradients: Tensor) -> Tensor:
+        raise NotImplementedError("The examples have no gradients: GramWeights belong to the first layer only.")
 
-    def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
+    def apply_gradients(self, gradients: Tensor, inputs: Tensor, rate: float | None) -> None:
         if rate is None:
-            self._batch.add(slopes, 1.0, into=self.gradients())
+            self._batch.add(gradients, 1.0, into=self.zero_gradients())
         else:
-            self._batch.add(slopes, -rate)
+            self._batch.add(gradients, -rate)
 
-    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        total = self.start * self.shrunk(weights, kept)  # who is not kept has weight 0
-        for mine, factors, weight in zip(self._basis, self.factors, weights.tolist(), strict=True):
+    def weighted_update(self, weights: Tensor, selected: ClientIndex) -> Tensor:
+        total = self.start * self.weighted_shrinkage(weights, selected)  # clients not in `selected` have weight 0
+        for examples, factors, weight in zip(self._basis, self.factors, weights.tolist(), strict=True):
             if weight:
-                total.addmm_(upto(mine.shape[0], factors).T, mine, alpha=weight)
+                total.addmm_(first_rows(examples.shape[0], factors).T, examples, alpha=weight)
         return total
 
     def gram(self) -> Tensor:
         return self._products
 
-    def along(self, direction: Tensor) -> Tensor:
+    def inner_products_with(self, direction: Tensor) -> Tensor:
         pairs = zip(self._basis, self.factors, strict=True)
         inner = [
-            (upto(mine.shape[0], factors) * (mine @ direction.T)).sum(dtype=torch.float64) for mine, factors in pairs
+            (first_rows(examples.shape[0], factors) * (examples @ direction.T)).sum(dtype=torch.float64)
+            for examples, factors in pairs
         ]
         return torch.stack(inner)
 
-    def written(self) -> Tensor:
+    def dense(self) -> Tensor:
         models = self.start * self.alpha
-        for mine, factors, model in zip(self._basis, self.factors, models, strict=True):
-            model.addmm_(upto(mine.shape[0], factors).T, mine)
+        for examples, factors, model in zip(self._basis, self.factors, models, strict=True):
+            model.addmm_(first_rows(examples.shape[0], factors).T, examples)
         return models
 
     def bound(self) -> Tensor:
-        return self.bound_with(self._reach)
+        return self.bound_from(self._input_sum)

@@ -1,6 +1,6 @@
-"""Layers of which each client has its own, for modules whose batch holds the batches of K clients one after another.
+"""Client layers: layers with one set of weights per client, for K clients whose batches are concatenated.
 
-Whatever has no parameters, like a rectifier or pooling, need not know: it treats every example by itself.
+Layers without parameters, such as ReLU or pooling, are not replaced, because they process examples independently.
 """
 
 from __future__ import annotations
@@ -12,111 +12,119 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm, as_type, upto
+from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm, as_dtype, first_rows
 
 
 @dataclass
 class StepContext:
-    """What the layers of a module have to know of the step that they are in."""
+    """The state of the current step, shared by all client layers of a module."""
 
-    as_patches: bool = False  # convolutions as products of matrices: on a GPU, where a kernel per client is too small
-    precision: torch.dtype | None = None  # to which inputs of layers with parameters are rounded, if they are
-    clients: int = 1  # that still train
-    rate: float | None = None  # of plain SGD; None: leave gradients for an optimiser
+    use_patches: bool = False  # for convolutions: on a GPU, where one kernel launch per client is too small
+    precision: torch.dtype | None = None  # the dtype to convert the inputs of client layers to; None: leave them
+    clients: int = 1  # number of clients that still train
+    rate: float | None = None  # learning rate of plain SGD; None: leave gradients for an optimiser
     lengths: list[int] = field(default_factory=list)  # examples in each client's batch; the rest is padding
-    generators: Sequence[torch.Generator] = ()  # what each client draws from
+    generators: Sequence[torch.Generator] = ()  # each client's source of random numbers
 
 
-class _Applied(torch.autograd.Function):
-    """Output of a client layer; on the way back the layer learns by itself."""
+class _ApplyLayer(torch.autograd.Function):
+    """Makes a client layer part of an autograd graph; in the backward pass the layer updates its own weights."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, hook: Tensor, layer: Any) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, layer: Any) -> Tensor:
         ctx.layer = layer
-        outputs, ctx.kept = layer.outputs(inputs, inputs.requires_grad)
-        result: Tensor = outputs.clone()  # no view, which nothing could change in place
+        outputs, ctx.saved = layer.outputs(inputs, inputs.requires_grad)
+        result: Tensor = outputs.clone()  # the outputs may be a view, which later layers could not change in place
         return result
 
     @staticmethod
-    def backward(ctx: Any, slopes: Tensor) -> Any:
-        return ctx.layer.back(slopes, ctx.kept, ctx.needs_input_grad[0]), None, None
+    def backward(ctx: Any, gradients: Tensor) -> Any:
+        return ctx.layer.backward(gradients, ctx.saved, ctx.needs_input_grad[0]), None, None
 
 
 class ClientLayer(nn.Module):
-    """A layer with parameters; `begin` gives each block of clients new ones."""
+    """A layer with parameters for each client: `form` stores the weights, `bias` the bias unless `form` does."""
 
     def __init__(self, original: nn.Module, context: StepContext) -> None:
         super().__init__()
         self.context = context
         self.form: Any = None
         self.bias: DenseWeights | None = None
-        self._hook = torch.zeros(1, requires_grad=True)  # so that torch comes back through the first layer too
+        self._anchor = torch.zeros(1, requires_grad=True)  # makes autograd run backward through the first layer too
 
-    def begin(self, form: Any, bias: DenseWeights | None) -> None:
-        """Start a block of clients."""
+    def start_block(self, form: Any, bias: DenseWeights | None) -> None:
+        """Set the parameters of a new block of clients."""
         self.form, self.bias = form, bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The outputs of all clients, `[K * B, ...]`."""
-        result: Tensor = _Applied.apply(inputs, self._hook, self)  # type: ignore[no-untyped-call]
+        """Return the outputs of all clients, `[K * B, ...]`."""
+        result: Tensor = _ApplyLayer.apply(inputs, self._anchor, self)  # type: ignore[no-untyped-call]
         return result
 
-    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, Any]:
-        """Outputs, and what the way back needs; it will be `inward` where slopes of the inputs are wanted."""
+    def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Tensor, Any]:
+        """Return the outputs and what `backward` needs; the caller passes the same flag to `backward`."""
         raise NotImplementedError
 
-    def back(self, slopes: Tensor, kept: Any, inward: bool) -> Any:
-        """Learn; the slopes of the inputs if they are wanted."""
+    def backward(self, gradients: Tensor, saved: Any, needs_input_gradients: bool) -> Any:
+        """Update the weights from the gradients of the outputs; return those of the inputs, or None if not needed."""
         raise NotImplementedError
 
-    def rounded(self, inputs: Tensor) -> Tensor:
-        """`inputs` as the layer is to meet them."""
+    def cast(self, inputs: Tensor) -> Tensor:
+        """Return `inputs` in the precision of the step."""
         return inputs if self.context.precision is None else inputs.to(self.context.precision)
 
-    def learn_bias(self, slopes: Tensor) -> None:
-        """From `slopes [K, B, out]`."""
+    def apply_bias_gradients(self, gradients: Tensor) -> None:
+        """Update the bias, if there is one, from the gradients `[K, B, out]` of the outputs."""
         if self.bias is not None:
-            self.bias.take(slopes.sum(dim=1), self.context.rate)
+            self.bias.apply_weight_gradient(gradients.sum(dim=1), self.context.rate)
 
 
 class ClientLinear(ClientLayer):
-    """`nn.Linear` for each client, in any form."""
+    """`nn.Linear` with one set of weights per client, in any weight form."""
 
     form: WeightForm
 
-    def outputs(self, inputs: Tensor, inward: bool) -> tuple[Tensor, tuple[Tensor, torch.dtype]]:
-        """Outputs, and what the way back needs, which is `inward` where slopes of the inputs are wanted."""
-        rows = self.rounded(inputs.reshape(self.context.clients, -1, inputs.shape[-1]))
+    def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Tensor, tuple[Tensor, torch.dtype]]:
+        """See `ClientLayer.outputs`."""
+        rows = self.cast(inputs.reshape(self.context.clients, -1, inputs.shape[-1]))
         outputs = self.form.outputs(rows)
         if self.bias is not None:
-            outputs = outputs.add_(upto(self.context.clients, self.bias.weight).unsqueeze(1))
+            outputs = outputs.add_(first_rows(self.context.clients, self.bias.weight).unsqueeze(1))
         return outputs.reshape(*inputs.shape[:-1], -1), (rows, inputs.dtype)
 
-    def back(self, slopes: Tensor, kept: tuple[Tensor, torch.dtype], inward: bool) -> Tensor | None:
-        """Learn; the slopes of the inputs if they are wanted."""
-        rows, dtype = kept
-        outer = slopes.reshape(self.context.clients, -1, slopes.shape[-1])
-        result = as_type(self.form.inward(outer).reshape(*slopes.shape[:-1], -1), dtype) if inward else None
-        self.form.learn(outer, rows, self.context.rate)
-        self.learn_bias(outer)
+    def backward(
+        self, gradients: Tensor, saved: tuple[Tensor, torch.dtype], needs_input_gradients: bool
+    ) -> Tensor | None:
+        """See `ClientLayer.backward`."""
+        rows, dtype = saved
+        by_client = gradients.reshape(self.context.clients, -1, gradients.shape[-1])
+        result = (
+            as_dtype(self.form.input_gradients(by_client).reshape(*gradients.shape[:-1], -1), dtype)
+            if needs_input_gradients
+            else None
+        )
+        self.form.apply_gradients(by_client, rows, self.context.rate)
+        self.apply_bias_gradients(by_client)
         return result
 
 
 class ClientDropout(nn.Module):
-    """Dropout that draws for each client what it would draw by itself."""
+    """Dropout that draws for each client the numbers that the client would draw if it trained alone."""
 
     def __init__(self, original: nn.Dropout, context: StepContext) -> None:
         super().__init__()
         self.p, self.context = original.p, context
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs [K * B, ...]` with a share of them set to zero."""
+        """Return `inputs [K * B, ...]` with a share `p` set to zero and the rest scaled up."""
         if not self.training or self.p == 0:
             return inputs
-        keep = torch.zeros_like(inputs)
-        pieces = keep.unflatten(0, (self.context.clients, -1))
-        for mine, length, generator in zip(pieces, self.context.lengths, self.context.generators, strict=False):
-            if length:  # some clients at the end may have finished
-                drawn = torch.empty(mine[:length].shape, dtype=inputs.dtype).bernoulli_(1 - self.p, generator=generator)
-                mine[:length] = drawn.div_(1 - self.p)
-        return inputs * keep
+        scale = torch.zeros_like(inputs)
+        by_client = scale.unflatten(0, (self.context.clients, -1))
+        for target, length, generator in zip(by_client, self.context.lengths, self.context.generators, strict=False):
+            if length:  # zero for a client that has finished
+                drawn = torch.empty(target[:length].shape, dtype=inputs.dtype).bernoulli_(
+                    1 - self.p, generator=generator
+                )
+                target[:length] = drawn.div_(1 - self.p)
+        return inputs * scale

@@ -1,10 +1,10 @@
-"""Weights of a block of clients as factors, which are never written out unless somebody looks at them.
+"""Weights of a block of clients as low-rank updates of a common start, written out only on request.
 
-Under an optimiser that is linear in its gradients a client's weight is `alpha * W0 + A^T X`, where W0 is what all
-began with and the rows of X are the inputs that its layer has seen. Then alpha and A are all that has to be kept: an
-output is `alpha * x W0^T + (x X^T) A`, and what a step of SGD does to the weight, with momentum, decay or a pull to W0,
-it does to alpha and A alike. W0 is met by all clients in one product of matrices, and a weighted sum of updates is
-another.
+Under an optimiser that is linear in its gradients, a client's weight is `alpha * W0 + A^T X`. W0 is the common start,
+and the rows of X are the inputs that the layer has seen. Only alpha and the factor A have to be stored. The outputs
+are `alpha * x W0^T + (x X^T) A`. A step of SGD, with momentum, weight decay or a proximal term, changes alpha and A
+by the same rule as the weight itself. One matrix product applies W0 for all clients, and one more computes a weighted
+sum of updates.
 """
 
 from __future__ import annotations
@@ -15,157 +15,160 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from corymb.simulations.engine.weight_forms import Kept, largest, squared_lengths, upto
+from corymb.simulations.engine.weight_forms import ClientIndex, first_rows, max_abs, squared_lengths
 
-LEFT = 1e-2  # of the size of its terms, what has to be left of a sum for their rounding not to matter
-SMALLEST = 1e-30  # sum of squares whose terms float32 still has with all digits
+MIN_REMAINDER = 1e-2  # a sum that is smaller than this share of its terms has lost too many digits to cancellation
+MIN_SQUARES = 1e-30  # below this, the terms of a sum of squares lose digits to underflow in float32
 
 
 class LowRankWeights(ABC):
-    """What the two factored forms share: `alpha [K, 1, 1]` and `factors [K, N, out]` over N rows of inputs.
+    """Base class of the low-rank forms: `alpha [K, 1, 1]` and `factors [K, N, out]` over N rows of inputs.
 
-    A bias is the weight of one more input that is always one, so it moves with the factors and takes no step of its
-    own.
+    The bias is the weight of one more input, which is always one. So it follows from the factors and takes no step of
+    its own. `plain` says that the optimiser is plain SGD.
     """
 
     def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int, plain: bool) -> None:
         self.start, self.bias = start, bias
         self.alpha = start.new_ones(clients, 1, 1)
-        self._is_scaled = not plain  # a plain step leaves alpha alone
+        self._is_scaled = not plain  # plain SGD leaves alpha at one
         self.factors = start.new_zeros(clients, rows, start.shape[0])
 
     @property
     def size(self) -> int:
-        """See `Piece`."""
+        """See `BlockParameter`."""
         return self.start.numel()
 
-    def coordinates(self) -> list[tuple[Tensor, Tensor]]:
+    def trainable(self) -> list[tuple[Tensor, Tensor]]:
         return [(tensor, tensor.clone()) for tensor in (self.alpha, self.factors)]
 
     @abstractmethod
     def gram(self) -> Tensor:
-        """The inner products of the rows of inputs, `[K, N, N]`."""
+        """Return the inner products of the rows of inputs, `X X^T [K, N, N]`."""
 
     @abstractmethod
-    def along(self, direction: Tensor) -> Tensor:
-        """The inner products of `A^T X` with `direction [out, in]`, `[K]` float64."""
+    def inner_products_with(self, direction: Tensor) -> Tensor:
+        """Return the inner products of `A^T X` with `direction [out, in]`, `[K]` float64."""
 
     @abstractmethod
-    def written(self) -> Tensor:
-        """See `Piece`."""
+    def dense(self) -> Tensor:
+        """See `BlockParameter`."""
 
     def scaled(self, outputs: Tensor) -> Tensor:
-        """`outputs [K, B, ...]` times alpha, in place."""
-        return outputs.mul_(upto(outputs.shape[0], self.alpha)) if self._is_scaled else outputs
+        """Multiply `outputs [K, B, ...]` by alpha, in place."""
+        return outputs.mul_(first_rows(outputs.shape[0], self.alpha)) if self._is_scaled else outputs
 
-    def gradients(self) -> Tensor:
-        """Zeros to write the factors' gradient into; alpha's is zero."""
+    def zero_gradients(self) -> Tensor:
+        """Set the gradients of alpha and of the factors to zero, and return the latter to be filled in."""
         self.alpha.grad, self.factors.grad = torch.zeros_like(self.alpha), torch.zeros_like(self.factors)
         return self.factors.grad
 
-    def bound_with(self, reach: Tensor) -> Tensor:
-        """`|alpha| max|W0| + max|A| * reach`, where no sum of inputs over the rows exceeds `reach`."""
-        return self.alpha.flatten().abs() * largest(self.start[None]) + largest(self.factors) * reach
+    def bound_from(self, input_sum: Tensor) -> Tensor:
+        """Return `|alpha| max|W0| + max|A| * input_sum`; `input_sum` bounds the sums of inputs over the rows."""
+        return self.alpha.flatten().abs() * max_abs(self.start[None]) + max_abs(self.factors) * input_sum
 
-    def squares(self, offset: Tensor | None) -> Tensor:
-        """See `Piece`: `|A^T X|^2` is `<A A^T, X X^T>`, and `<A^T X, offset>` is `<A, X offset^T>`.
+    def squared_distances(self, offset: Tensor | None) -> Tensor:
+        """See `BlockParameter`: `|A^T X|^2` is `<A A^T, X X^T>`, and `<A^T X, offset>` is `<A, X offset^T>`.
 
-        Written out where alpha has moved, where terms of both signs leave too little of each other, and where they are
-        too large or too small for their precision.
+        Weights are written out instead if alpha has changed, if the terms of the sum nearly cancel, or if they are
+        too large or too small for their dtype.
         """
         terms = torch.bmm(self.factors, self.factors.transpose(1, 2)).mul_(self.gram()).flatten(1)
-        total, size = (sums.sum(dim=1, dtype=torch.float64) for sums in (terms, terms.abs()))
+        total, magnitude = (sums.sum(dim=1, dtype=torch.float64) for sums in (terms, terms.abs()))
         if offset is not None:
             length = offset.square().sum(dtype=torch.float64)
-            total, size = total - 2 * self.along(offset.view_as(self.start)) + length, size + length
-        sound = (total > LEFT * size) & (size > SMALLEST)  # infinity is not above itself
-        if bool(sound.all() and (self.alpha == 1).all()):
+            total, magnitude = (
+                total - 2 * self.inner_products_with(offset.view_as(self.start)) + length,
+                magnitude + length,
+            )
+        is_accurate = (total > MIN_REMAINDER * magnitude) & (magnitude > MIN_SQUARES)  # False if both are infinite
+        if bool(is_accurate.all() and (self.alpha == 1).all()):
             return total
-        return squared_lengths(self.written(), self.start, offset)
+        return squared_lengths(self.dense(), self.start, offset)
 
-    def shrunk(self, weights: Tensor, kept: Kept) -> float:
-        """`sum_k weights[k] * (alpha_k - 1)`."""
-        return float(weights[kept] @ (self.alpha[kept].flatten() - 1))
+    def weighted_shrinkage(self, weights: Tensor, selected: ClientIndex) -> float:
+        """Return `sum_k weights[k] * (alpha_k - 1)`, the share of W0 in a weighted sum of updates."""
+        return float(weights[selected] @ (self.alpha[selected].flatten() - 1))
 
 
 @dataclass
 class LowRankBias:
-    """The bias of a layer whose weight is in factors."""
+    """The bias of a layer whose weight `form` is low rank; `start` is its common start `[out]`."""
 
-    factors: LowRankWeights
+    form: LowRankWeights
     start: Tensor
 
     @property
     def size(self) -> int:
         return self.start.numel()
 
-    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        moves = self.factors.factors[kept].sum(dim=1)
-        total: Tensor = weights[kept] @ moves
-        return total.add_(self.start, alpha=self.factors.shrunk(weights, kept))
+    def weighted_update(self, weights: Tensor, selected: ClientIndex) -> Tensor:
+        updates = self.form.factors[selected].sum(dim=1)
+        total: Tensor = weights[selected] @ updates
+        return total.add_(self.start, alpha=self.form.weighted_shrinkage(weights, selected))
 
-    def squares(self, offset: Tensor | None) -> Tensor:
-        return squared_lengths(self.written(), self.start, offset)
+    def squared_distances(self, offset: Tensor | None) -> Tensor:
+        return squared_lengths(self.dense(), self.start, offset)
 
-    def written(self) -> Tensor:
-        return self.factors.factors.sum(dim=1) + self.factors.alpha[:, 0] * self.start
+    def dense(self) -> Tensor:
+        return self.form.factors.sum(dim=1) + self.form.alpha[:, 0] * self.start
 
     def bound(self) -> Tensor:
-        return largest(self.written()[:, None])
+        return max_abs(self.dense()[:, None])
 
 
-class LowRank(LowRankWeights):
-    """LowRankWeights over the rows that each client's layer has seen: `basis [K, N, in]`, filled as batches come."""
+class InputHistoryWeights(LowRankWeights):
+    """The low-rank form over the inputs that the layer has seen: `basis [K, N, in]`, filled batch by batch."""
 
     def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int, plain: bool) -> None:
         super().__init__(start, bias, clients, rows, plain)
         self._basis = start.new_zeros(clients, rows, start.shape[1])
-        self._seen = 0
+        self._filled = 0  # rows of the basis
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        seen, active = slice(self._seen), slice(inputs.shape[0])
-        shared = torch.mm(inputs.flatten(0, 1), self.start.T)
+        filled, active = slice(self._filled), slice(inputs.shape[0])
+        common = torch.mm(inputs.flatten(0, 1), self.start.T)
         if self.bias is not None:
-            shared += self.bias
-        result = self.scaled(shared.unflatten(0, inputs.shape[:2]))
-        if self._seen:
-            near = torch.bmm(inputs, self._basis[active, seen].transpose(1, 2))
+            common += self.bias
+        result = self.scaled(common.unflatten(0, inputs.shape[:2]))
+        if self._filled:
+            products = torch.bmm(inputs, self._basis[active, filled].transpose(1, 2))
             if self.bias is not None:
-                near += 1
-            result.baddbmm_(near, self.factors[active, seen])
+                products += 1
+            result.baddbmm_(products, self.factors[active, filled])
         return result
 
-    def inward(self, slopes: Tensor) -> Tensor:
-        seen, active = slice(self._seen), slice(slopes.shape[0])
-        shared = slopes.flatten(0, 1) @ self.start
-        result = self.scaled(shared.unflatten(0, slopes.shape[:2]))
-        if self._seen:
-            near = torch.bmm(slopes, self.factors[active, seen].transpose(1, 2))
-            result.baddbmm_(near, self._basis[active, seen])
+    def input_gradients(self, gradients: Tensor) -> Tensor:
+        filled, active = slice(self._filled), slice(gradients.shape[0])
+        common = gradients.flatten(0, 1) @ self.start
+        result = self.scaled(common.unflatten(0, gradients.shape[:2]))
+        if self._filled:
+            products = torch.bmm(gradients, self.factors[active, filled].transpose(1, 2))
+            result.baddbmm_(products, self._basis[active, filled])
         return result
 
-    def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        fresh, active = slice(self._seen, self._seen + inputs.shape[1]), slice(len(inputs))
+    def apply_gradients(self, gradients: Tensor, inputs: Tensor, rate: float | None) -> None:
+        fresh, active = slice(self._filled, self._filled + inputs.shape[1]), slice(len(inputs))
         self._basis[active, fresh] = inputs
-        self._seen = fresh.stop
+        self._filled = fresh.stop
         if rate is None:
-            self.gradients()[active, fresh] = slopes
+            self.zero_gradients()[active, fresh] = gradients
         else:
-            self.factors[active, fresh] = slopes.mul(-rate)
+            self.factors[active, fresh] = gradients.mul(-rate)
 
-    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        weighed = self.factors[kept] * weights[kept][:, None, None]
-        total = weighed.flatten(0, 1).T @ self._basis[kept].flatten(0, 1)
-        return total.add_(self.start, alpha=self.shrunk(weights, kept))
+    def weighted_update(self, weights: Tensor, selected: ClientIndex) -> Tensor:
+        weighted = self.factors[selected] * weights[selected][:, None, None]
+        total = weighted.flatten(0, 1).T @ self._basis[selected].flatten(0, 1)
+        return total.add_(self.start, alpha=self.weighted_shrinkage(weights, selected))
 
     def gram(self) -> Tensor:
         return torch.bmm(self._basis, self._basis.transpose(1, 2))
 
-    def along(self, direction: Tensor) -> Tensor:
+    def inner_products_with(self, direction: Tensor) -> Tensor:
         return (self.factors * (self._basis @ direction.T)).sum(dim=(1, 2), dtype=torch.float64)
 
-    def written(self) -> Tensor:
+    def dense(self) -> Tensor:
         return torch.baddbmm(self.start * self.alpha, self.factors.transpose(1, 2), self._basis)
 
     def bound(self) -> Tensor:
-        return self.bound_with(largest(self._basis) * self._basis.shape[1])
+        return self.bound_from(max_abs(self._basis) * self._basis.shape[1])

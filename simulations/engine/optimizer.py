@@ -1,4 +1,4 @@
-"""Optimisers of torch on the models of many clients at once."""
+"""torch's optimisers, applied to the weights of all clients of a block at once."""
 
 from __future__ import annotations
 
@@ -7,36 +7,39 @@ from torch import Tensor
 
 from corymb.client import TrainSettings
 
-# Those that treat each number by itself; a step of another on stacked models would not be each client's own.
+# These update every number independently. Any other optimiser would mix the clients of a block.
 ELEMENTWISE = (
     "SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD",
 )  # fmt: skip
 
 
 def is_plain(settings: TrainSettings) -> bool:
-    """Whether a step is the gradient times the rate."""
+    """Return whether a step is plain SGD: the gradient times the learning rate."""
     return settings.optimizer == "SGD" and not settings.proximal and not any(settings.optimizer_options.values())
 
 
 def is_linear(settings: TrainSettings) -> bool:
-    """Whether what a step does to a weighted sum is the weighted sum of what it does."""
+    """Return whether a step is linear in the weights and their gradients, as the low-rank forms require."""
     return settings.optimizer == "SGD"
 
 
 class Optimizer:
-    """torch's, on pairs of a tensor of all clients and where it began; gradients are in `.grad`."""
+    """A torch optimiser for the tensors of all clients, with the proximal term of `settings`.
 
-    def __init__(self, coordinates: list[tuple[Tensor, Tensor]], settings: TrainSettings, rate: float) -> None:
-        self._coordinates, self._pull = coordinates, settings.proximal
-        self._tensors = [tensor for tensor, _ in coordinates]
+    `trainable` holds pairs of a tensor `[K, ...]`, whose gradient is in `.grad`, and its value at the start.
+    """
+
+    def __init__(self, trainable: list[tuple[Tensor, Tensor]], settings: TrainSettings, rate: float) -> None:
+        self._trainable, self._proximal = trainable, settings.proximal
+        self._tensors = [tensor for tensor, _ in trainable]
         self._torch = getattr(torch.optim, settings.optimizer)(self._tensors, lr=rate, **settings.optimizer_options)
 
     def step(self, finished: list[int]) -> None:
-        """One step of all but the clients that have no batches left, whom momentum would carry on."""
-        if self._pull:
-            for tensor, anchor in self._coordinates:
-                tensor.grad.add_(tensor - anchor, alpha=self._pull)  # type: ignore[union-attr]
+        """Take one step for all clients except the `finished` ones, which momentum alone would still change."""
+        if self._proximal:
+            for tensor, start in self._trainable:
+                tensor.grad.add_(tensor - start, alpha=self._proximal)  # type: ignore[union-attr]
         before = [tensor[finished].clone() for tensor in self._tensors] if finished else []
         self._torch.step()
-        for tensor, old in zip(self._tensors, before):  # noqa: B905  # nothing where nobody has finished
+        for tensor, old in zip(self._tensors, before):  # noqa: B905  # `before` is empty if no client has finished
             tensor[finished] = old

@@ -1,7 +1,7 @@
-"""Blocks of clients that lie in another process, and what it is asked about them.
+"""Blocks of clients in the memory of a worker process, and the queries that the server process sends to it.
 
-Questions are short and go through a pipe, as do short answers; whole models lie in memory that both share. The server
-does not wait: it asks, and hears the answers when it wants one of them.
+Queries and short results go through a pipe. Whole models are written to memory that both processes share. The
+server process does not wait after it sends a query. It receives results when it needs one of them.
 """
 
 from __future__ import annotations
@@ -17,51 +17,52 @@ import torch
 from torch import Tensor
 
 from corymb.simulations.engine.block_result import BlockResult
-from corymb.simulations.engine.blocks import ClientBlock, Targets, copy_rows, offset_of, with_drift
+from corymb.simulations.engine.blocks import ClientBlock, Targets, copy_rows, offset_of, relative_to_origin
 from corymb.strategies import Layout
 
-SLOTS = 4  # sums that a worker may have worked out and that are not yet read
-Question = tuple[int, int]  # a block's number, and one of its own
+SLOTS = 4  # vectors that a worker may have computed and the server process has not yet read
+Query = tuple[int, int]  # the number of the block, and of the query among those to the block
 
 
 @dataclass
 class Worker:
-    """A process that trains blocks, as the server sees it."""
+    """The server process's view of a worker process."""
 
     process: Any
     tasks: Connection
-    questions: Connection  # about blocks that are trained; they go before tasks
-    sums: Tensor  # shared [SLOTS, P]
-    models: Tensor  # shared [most clients, P]: those of one block at a time, where they are written out
-    left: int = 0  # tasks that it was given and has not told of
-    free: list[int] = field(default_factory=lambda: list(range(SLOTS)))  # places in `sums`
-    is_writing: bool = False  # to `models`
-    pending: dict[Question, Callable[[Any], Any]] = field(default_factory=dict)  # no answer yet; what to do with it
-    answers: dict[Question, Any] = field(default_factory=dict)  # that came before they were wanted
-    done_with: list[int] = field(default_factory=list)  # blocks that nobody holds any more; it learns of it by and by
+    queries: Connection  # about trained blocks; the worker handles them before it starts another task
+    vectors: Tensor  # shared [SLOTS, P]
+    models: Tensor  # shared [max_clients, P], for the models of one block at a time
+    unfinished: int = 0  # tasks that were sent and not yet reported
+    free: list[int] = field(default_factory=lambda: list(range(SLOTS)))  # free rows of `vectors`
+    is_writing: bool = False  # whether the worker may be writing to `models`
+    # For each query without a result yet, the function to convert the result.
+    pending: dict[Query, Callable[[Any], Any]] = field(default_factory=dict)
+    results: dict[Query, Any] = field(default_factory=dict)  # received and not yet read
+    released: list[int] = field(default_factory=list)  # blocks the worker may delete; sent along with the next task
 
 
 class RemoteBlock(ClientBlock):
-    """A block that lies in a worker for as long as somebody holds this."""
+    """A block in the memory of a worker process. The worker deletes it some time after this object is deleted."""
 
     def __init__(self, worker: Worker, number: int, clients: int, start: Tensor, layout: Layout) -> None:
         super().__init__(clients, layout)
         self._worker, self._number, self._start = worker, number, start
-        self._questions = count()
-        weakref.finalize(self, _forget, worker, number)
+        self._query_numbers = count()
+        weakref.finalize(self, _release, worker, number)
 
     def add_to(self, total: Tensor, weights: Tensor, origin: Tensor) -> Callable[[], None]:
-        """See `Rows`; the worker adds up while this process reads on."""
+        """See `Rows`; the worker computes the sum while this process goes on."""
         worker, slot, start = self._worker, self._free_slot(), self._start
 
-        def take(_: Any) -> Tensor:
+        def receive(_: Any) -> Tensor:
             worker.free.append(slot)
-            return worker.sums[slot].clone()
+            return worker.vectors[slot].clone()
 
-        moved = self._ask(take, "moved", slot, weights.tolist())
+        update = self._send_query(receive, "weighted_update", slot, weights.tolist())
 
         def finish() -> None:
-            total.add_(with_drift(moved(), weights, start, origin))
+            total.add_(relative_to_origin(update(), weights, start, origin))
 
         return finish
 
@@ -70,58 +71,61 @@ class RemoteBlock(ClientBlock):
         offset = offset_of(centre, self._start)
         worker, slot = self._worker, self._free_slot()
         if offset is not None:
-            worker.sums[slot] = offset
+            worker.vectors[slot] = offset
 
-        def take(squares: list[float]) -> Tensor:
+        def receive(squares: list[float]) -> Tensor:
             worker.free.append(slot)
             return torch.tensor(squares, dtype=torch.float64)
 
-        return self._ask(take, "squares", slot, offset is not None)
+        return self._send_query(receive, "squared_distances", slot, offset is not None)
 
     def _copy_to(self, targets: Targets) -> Callable[[], None]:
         worker = self._worker
         while worker.is_writing:
-            receive_answer(worker)
+            receive_result(worker)
         worker.is_writing = True
 
-        def take(_: Any) -> None:
+        def receive(_: Any) -> None:
             worker.is_writing = False
             copy_rows(worker.models, targets)
 
-        return self._ask(take, "models")
+        return self._send_query(receive, "models")
 
     def _free_slot(self) -> int:
         while not self._worker.free:
-            receive_answer(self._worker)
+            receive_result(self._worker)
         return self._worker.free.pop()
 
-    def _ask(self, take: Callable[[Any], Any], *details: Any) -> Callable[[], Any]:
-        worker, question = self._worker, (self._number, next(self._questions))
-        worker.pending[question] = take
-        send(worker.questions, (question, *details))
-        return lambda: _answer_to(worker, question)
+    def _send_query(self, receive: Callable[[Any], Any], *details: Any) -> Callable[[], Any]:
+        worker, query = self._worker, (self._number, next(self._query_numbers))
+        worker.pending[query] = receive
+        send(worker.queries, (query, *details))
+        return lambda: _result_of(worker, query)
 
 
-def _answer_to(worker: Worker, question: Question) -> Any:
-    while question not in worker.answers:
-        if question not in worker.pending:
-            raise RuntimeError("A block was asked something in one round and read in the next.")
-        receive_answer(worker)
-    return worker.answers.pop(question)
+def _result_of(worker: Worker, query: Query) -> Any:
+    while query not in worker.results:
+        if query not in worker.pending:
+            raise RuntimeError(
+                "A sum, distance or model of a block was requested in one round and read in the next; "
+                "read it in the same round."
+            )
+        receive_result(worker)
+    return worker.results.pop(query)
 
 
-def receive_answer(worker: Worker) -> None:
-    """Take one answer from a worker; it is copied, so that its place is free again."""
-    question, answer = received(worker.questions)
-    worker.answers[question] = worker.pending.pop(question)(answer)
+def receive_result(worker: Worker) -> None:
+    """Receive the result of one query from a worker, and copy it out of the shared memory."""
+    query, result = received(worker.queries)
+    worker.results[query] = worker.pending.pop(query)(result)
 
 
-def _forget(worker: Worker, number: int) -> None:
-    worker.done_with.append(number)
+def _release(worker: Worker, number: int) -> None:
+    worker.released.append(number)
 
 
 def send(pipe: Connection, message: Any) -> None:
-    """Raises `ChildProcessError` where nobody is at the other end."""
+    """Send `message`. Raises `ChildProcessError` if the process at the other end has died."""
     try:
         pipe.send(message)
     except OSError:
@@ -129,24 +133,27 @@ def send(pipe: Connection, message: Any) -> None:
 
 
 def received(pipe: Connection) -> Any:
-    """The next message; raises `ChildProcessError` where nobody is at the other end."""
+    """Return the next message. Raises `ChildProcessError` if the process at the other end has died."""
     try:
         return pipe.recv()
     except (EOFError, OSError):
         raise ChildProcessError("A worker process has died; the machine may be short of memory.") from None
 
 
-def answer_one(blocks: dict[int, BlockResult], questions: Connection, sums: Tensor, models: Tensor) -> None:
-    """In the worker: take a question about one of its `blocks`; long answers go to the shared `sums` and `models`."""
-    question, what, *details = questions.recv()
-    block = blocks[question[0]]
-    answer = None
-    if what == "models":
+def handle_query(blocks: dict[int, BlockResult], queries: Connection, vectors: Tensor, models: Tensor) -> None:
+    """Receive and handle one query in the worker process; `blocks` are its blocks by number.
+
+    Large results go to the shared `vectors` or `models`, short ones through the pipe.
+    """
+    query, kind, *details = queries.recv()
+    block = blocks[query[0]]
+    result = None
+    if kind == "models":
         block.models(into=models[: len(block.report.steps)])
-    elif what == "moved":
+    elif kind == "weighted_update":
         slot, weights = details
-        sums[slot] = block.moved(torch.tensor(weights, dtype=sums.dtype))
+        vectors[slot] = block.weighted_update(torch.tensor(weights, dtype=vectors.dtype))
     else:
-        slot, moved = details
-        answer = block.squares(sums[slot] if moved else None).tolist()
-    questions.send((question, answer))
+        slot, has_offset = details
+        result = block.squared_distances(vectors[slot] if has_offset else None).tolist()
+    queries.send((query, result))

@@ -1,4 +1,4 @@
-"""Memory that is used again: to get fresh memory from the system takes longer than to fill it."""
+"""Scratch buffers that are reused: allocating fresh memory from the system takes longer than filling it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 class Scratch:
-    """Scratch for one tensor at a time, as large as the largest that it was asked for."""
+    """A buffer for one tensor at a time, which grows to the largest size requested."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
 
     def of(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A tensor of the `shape`, with anything in it; the one before is lost."""
-        if like.is_cuda:  # where torch does so itself, and a recording may have to keep what it got
+        """Return an uninitialised tensor of this `shape`, in the dtype of `like`; it overwrites the one before."""
+        if like.is_cuda:  # torch's CUDA allocator reuses memory already, and a CUDA graph has to keep its own
             return like.new_empty(shape)
         count = math.prod(shape)
         if self._flat is None or self._flat.numel() < count or self._flat.dtype != like.dtype:

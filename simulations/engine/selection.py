@@ -1,4 +1,4 @@
-"""The examples of a batch, as rows in the tables of the layer that stands on them."""
+"""The examples of a batch, as rows in the tables of `GramWeights`."""
 
 from __future__ import annotations
 
@@ -7,82 +7,82 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from corymb.simulations.engine.weight_forms import upto
+from corymb.simulations.engine.weight_forms import first_rows
 
 
 class Tables(NamedTuple):
-    """Of K clients with N examples each at most."""
+    """One row per example, for K clients with N examples each at most."""
 
-    first: Tensor  # [K, N, out], what a batch with an example begins with
-    near: Tensor  # [K, N, N], inner products
+    start_outputs: Tensor  # [K, N, out], the layer's outputs under the common start
+    gram: Tensor  # [K, N, N], inner products of the examples
     factors: Tensor  # [K, N, out]
 
 
 class Selection(Protocol):
-    """B rows of each client's tables; asked for those of the first A clients."""
+    """The B rows of each client's tables that one batch uses. Each method takes those of the first A clients."""
 
-    def first(self, clients: int) -> Tensor:
-        """`[A, B, out]`, in memory of its own."""
+    def start_outputs(self, clients: int) -> Tensor:
+        """Return `[A, B, out]`, a copy that the caller may change."""
 
-    def near(self, clients: int) -> Tensor:
-        """`[A, B, N]`, which may lie in the table itself."""
+    def gram(self, clients: int) -> Tensor:
+        """Return `[A, B, N]`, possibly a view of the table."""
 
-    def add(self, slopes: Tensor, factor: float, into: Tensor | None = None) -> None:
-        """Add `slopes [A, B, out]` times `factor` to the factors, or to a table like them."""
+    def add(self, gradients: Tensor, factor: float, into: Tensor | None = None) -> None:
+        """Add `gradients [A, B, out]` times `factor` to the factors, or to the table `into` of the same shape."""
 
 
-class Run:
-    """The same consecutive rows for all, as batches are where nothing is shuffled: nothing has to be gathered."""
+class ConsecutiveRows:
+    """The same consecutive rows for all clients, as without shuffling, so that views suffice."""
 
     def __init__(self, tables: Tables, first: int, width: int) -> None:
-        self._at = slice(first, first + width)
-        self._first, self._near, self._factors = (table[:, self._at] for table in tables)
+        self._rows = slice(first, first + width)
+        self._start_outputs, self._gram, self._factors = (table[:, self._rows] for table in tables)
 
-    def first(self, clients: int) -> Tensor:
-        return upto(clients, self._first).clone(memory_format=torch.contiguous_format)
+    def start_outputs(self, clients: int) -> Tensor:
+        return first_rows(clients, self._start_outputs).clone(memory_format=torch.contiguous_format)
 
-    def near(self, clients: int) -> Tensor:
-        return upto(clients, self._near)
+    def gram(self, clients: int) -> Tensor:
+        return first_rows(clients, self._gram)
 
-    def add(self, slopes: Tensor, factor: float, into: Tensor | None = None) -> None:
-        table = self._factors if into is None else into[:, self._at]
-        upto(slopes.shape[0], table).add_(slopes, alpha=factor)
+    def add(self, gradients: Tensor, factor: float, into: Tensor | None = None) -> None:
+        table = self._factors if into is None else into[:, self._rows]
+        first_rows(gradients.shape[0], table).add_(gradients, alpha=factor)
 
 
-class Picked:
-    """Any rows; `numbers [K * B]` count through the tables of all clients."""
+class ScatteredRows:
+    """Any rows; `numbers [K * B]` are indices into the tables with all clients' rows one after another."""
 
     def __init__(self, tables: Tables, numbers: Tensor) -> None:
-        self._first, self._near, self._factors = (table.flatten(0, 1) for table in tables)
-        self._numbers, self._width = numbers, len(numbers) // len(tables.first)
+        self._start_outputs, self._gram, self._factors = (table.flatten(0, 1) for table in tables)
+        self._numbers, self._width = numbers, len(numbers) // len(tables.start_outputs)
 
-    def first(self, clients: int) -> Tensor:
-        return self._of(self._first, clients)
+    def start_outputs(self, clients: int) -> Tensor:
+        return self._select(self._start_outputs, clients)
 
-    def near(self, clients: int) -> Tensor:
-        return self._of(self._near, clients)
+    def gram(self, clients: int) -> Tensor:
+        return self._select(self._gram, clients)
 
-    def add(self, slopes: Tensor, factor: float, into: Tensor | None = None) -> None:
+    def add(self, gradients: Tensor, factor: float, into: Tensor | None = None) -> None:
         table = self._factors if into is None else into.flatten(0, 1)
-        rows = slopes.flatten(0, 1)
-        table.index_add_(0, upto(rows.shape[0], self._numbers), rows, alpha=factor)
+        rows = gradients.flatten(0, 1)
+        table.index_add_(0, first_rows(rows.shape[0], self._numbers), rows, alpha=factor)
 
-    def _of(self, table: Tensor, clients: int) -> Tensor:
-        numbers = upto(clients * self._width, self._numbers)
+    def _select(self, table: Tensor, clients: int) -> Tensor:
+        numbers = first_rows(clients * self._width, self._numbers)
         return table.index_select(0, numbers).view(clients, self._width, -1)
 
 
-def selections(tables: Tables, rows: Tensor) -> list[Selection]:
-    """Those of every batch, from `rows [S, K, B]` of each client's own tables."""
-    clients, count, _ = tables.first.shape
+def select_batches(tables: Tables, rows: Tensor) -> list[Selection]:
+    """Return the selection of every batch; `rows [S, K, B]` are indices into each client's own tables."""
+    clients, count, _ = tables.start_outputs.shape
     size = rows.shape[2]
     firsts = rows[:, :1, :1]
-    are_runs = (rows == firsts + torch.arange(size)).flatten(1).all(dim=1).tolist()
+    are_consecutive = (rows == firsts + torch.arange(size)).flatten(1).all(dim=1).tolist()
     numbers = (rows + torch.arange(clients)[:, None] * count).flatten(1).unbind()
-    runs: dict[int, Run] = {}  # which come again in each epoch
+    consecutive: dict[int, ConsecutiveRows] = {}  # by their first row; each epoch uses the same ones
     result: list[Selection] = []
-    for is_run, first, picked in zip(are_runs, firsts.flatten().tolist(), numbers, strict=True):
-        if is_run and first not in runs:
-            runs[first] = Run(tables, first, size)
-        result.append(runs[first] if is_run else Picked(tables, picked))
+    for is_consecutive, first, step_numbers in zip(are_consecutive, firsts.flatten().tolist(), numbers, strict=True):
+        if is_consecutive and first not in consecutive:
+            consecutive[first] = ConsecutiveRows(tables, first, size)
+        result.append(consecutive[first] if is_consecutive else ScatteredRows(tables, step_numbers))
     return result

@@ -1,4 +1,4 @@
-"""Any module of parameters that does not draw random numbers, for a block of clients, by torch's own vectorisation."""
+"""Train a block with `torch.func.vmap`: any module with parameters that draws no random numbers."""
 
 from __future__ import annotations
 
@@ -13,83 +13,89 @@ from corymb.simulations.data.population import Population
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.optimizer import Optimizer
-from corymb.simulations.engine.tracing import dice
+from corymb.simulations.engine.tracing import random_states
 from corymb.simulations.engine.weight_forms import DenseWeights
 
 Tensors = dict[str, Tensor]
 
 
 class Vmapped:
-    """Trains blocks of clients as `Program` does, for modules whose layers that does not know.
+    """Trains blocks of clients as `Program` does, for modules with layers that `Program` does not support.
 
-    Raises `ValueError`, naming the layer, for randomness, recurrence, buffers and shared parameters, and for code
-    that mixes the examples of a batch: a batch may be filled up.
+    Raises `ValueError`, which names the layer, for random numbers, recurrence, buffers and shared parameters, and for
+    code that mixes the examples of a batch, because a batch may hold padding.
     """
 
     def __init__(self, module: nn.Module, population: Population) -> None:
         self._module, self._population, self.device = module, population, torch.device("cpu")
         for name, inner in module.named_modules():
-            random = isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RNNBase))
-            if random or list(inner.buffers(recurse=False)):
+            is_random = isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RNNBase))
+            if is_random or list(inner.buffers(recurse=False)):
                 raise ValueError(f"the layer {name!r} is a {type(inner).__name__}")
-        every = dict(module.named_parameters(remove_duplicate=False))
-        if shared := every.keys() - dict(module.named_parameters()).keys():
-            raise ValueError(f"{min(shared)!r} is shared by two layers")
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        if shared := parameters.keys() - dict(module.named_parameters()).keys():
+            raise ValueError(f"two layers of the model share the parameter {min(shared)!r}")
         example = population.store.inputs_at(slice(0, 1))
-        if _mixes(module.train(), tuple(example.shape[1:]), example.dtype):
-            raise ValueError("its code mixes the examples of a batch")
+        if _mixes_examples(module.train(), tuple(example.shape[1:]), example.dtype):
+            raise ValueError("the model's code mixes the examples of a batch")
 
     def train(
-        self, start: Tensors, clients: Sequence[int], settings: TrainSettings, server_round: int, own: bool = False
+        self,
+        start: Tensors,
+        clients: Sequence[int],
+        settings: TrainSettings,
+        server_round: int,
+        own_starts: bool = False,
     ) -> BlockResult:
         """See `Program.train`."""
         store = self._population.store
         sizes = [self._population.size(client) for client in clients]
-        sites = [(settings.seed, client, server_round) for client in clients]
-        batches = Batches.drawn(sizes, settings, sites, next(iter(start.values())).dtype)
-        pieces = {name: DenseWeights(tensor, len(clients), own) for name, tensor in start.items()}
-        learns = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
-        moving = {name: piece.weight for name, piece in pieces.items() if name in learns}
-        fixed = {name: piece.weight for name, piece in pieces.items() if name not in learns}
-        coordinates = [pair for name in moving for pair in pieces[name].coordinates()]
-        optimizer = Optimizer(coordinates, settings, settings.rate(server_round))
+        seed_keys = [(settings.seed, client, server_round) for client in clients]
+        batches = Batches.draw(sizes, settings, seed_keys, next(iter(start.values())).dtype)
+        parameters = {name: DenseWeights(tensor, len(clients), own_starts) for name, tensor in start.items()}
+        names = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+        trained = {name: parameter.weight for name, parameter in parameters.items() if name in names}
+        fixed = {name: parameter.weight for name, parameter in parameters.items() if name not in names}
+        trainable = [pair for name in trained for pair in parameters[name].trainable()]
+        optimizer = Optimizer(trainable, settings, settings.rate(server_round))
 
         def loss(
-            weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, shares: Tensor
+            weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, example_weights: Tensor
         ) -> tuple[Tensor, Tensor]:
-            given = functional_call(self._module, {**weights, **others}, (inputs,))
-            return (nn.functional.cross_entropy(given, targets, reduction="none") * shares).sum(), given
+            outputs = functional_call(self._module, {**weights, **others}, (inputs,))
+            return (nn.functional.cross_entropy(outputs, targets, reduction="none") * example_weights).sum(), outputs
 
-        slopes = vmap(grad(loss, has_aux=True))
-        places = self._population.places(clients, batches.rows)
-        scores = []
+        gradients_of = vmap(grad(loss, has_aux=True))
+        positions = self._population.places(clients, batches.rows)  # in the store, [K, S, B]
+        logits = []
         self._module.train()
-        for step in range(places.shape[1]):
-            inputs, targets = store.inputs_at(places[:, step]), store.targets[places[:, step]]
-            gradients, given = slopes(moving, fixed, inputs, targets, batches.weights[:, step])
-            for name, tensor in moving.items():
+        for step in range(positions.shape[1]):
+            inputs, targets = store.inputs_at(positions[:, step]), store.targets[positions[:, step]]
+            gradients, outputs = gradients_of(trained, fixed, inputs, targets, batches.weights[:, step])
+            for name, tensor in trained.items():
                 tensor.grad = gradients[name]
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-            scores.append(given.detach().flatten(0, 1))
-        targets = store.targets[places].transpose(0, 1)
-        return BlockResult.of(list(pieces.values()), torch.stack(scores), targets, batches)
+            logits.append(outputs.detach().flatten(0, 1))
+        targets = store.targets[positions].transpose(0, 1)
+        return BlockResult.of(list(parameters.values()), torch.stack(logits), targets, batches)
 
 
 @torch.no_grad()
-def _mixes(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether what it gives for an example depends on those before and after, by a bit.
+def _mixes_examples(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return whether the output for an example depends, if only in one bit, on the other examples of its batch.
 
-    Parameters are noise, too: at the start some may be zero.
+    The inputs are noise, and so are the parameters, because some may be zero at the start. Raises `ValueError` if the
+    module fails on noise or draws random numbers.
     """
-    drawn = torch.Generator().manual_seed(0)
-    before, example, after, *others = torch.randn(5, *shape, generator=drawn).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    before, example, after, *others = torch.randn(5, *shape, generator=generator).to(dtype)
     batches = (before, example, after), (others[0], example, others[1])
-    noise = {name: torch.randn(p.shape, generator=drawn).to(p.dtype) for name, p in module.named_parameters()}
-    generators = dice()
+    noise = {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in module.named_parameters()}
+    states = random_states()
     try:
-        alone, again = (functional_call(module, noise, (torch.stack(batch),))[1] for batch in batches)
-    except Exception as error:  # its own code runs here
-        raise ValueError(f"it fails on noise ({type(error).__name__}: {error})") from error
-    if dice() != generators:
-        raise ValueError("its code draws random numbers")
-    return not torch.equal(alone, again)
+        first, second = (functional_call(module, noise, (torch.stack(batch),))[1] for batch in batches)
+    except Exception as error:  # the model's own code runs here
+        raise ValueError(f"the model fails on noise as its input ({type(error).__name__}: {error})") from error
+    if random_states() != states:
+        raise ValueError("the model's code draws random numbers")
+    return not torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""The forms in which a block of clients keeps a layer's weights: here, written out for each."""
+"""Weight forms, the ways to store a layer's weights for a block of clients: their interface, and the dense form."""
 
 from __future__ import annotations
 
@@ -8,124 +8,133 @@ import torch
 from torch import Tensor
 
 
-class Piece(Protocol):
-    """One parameter at K clients, after their training."""
+class BlockParameter(Protocol):
+    """One parameter of the model (a weight or a bias) at the K clients of a trained block."""
 
     @property
     def size(self) -> int:
-        """How many numbers it has at each."""
+        """The number of elements at each client."""
 
-    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        """`sum_k weights[k] * (W_k - W0)` over the clients `kept`."""
+    def weighted_update(self, weights: Tensor, selected: ClientIndex) -> Tensor:
+        """Return `sum_k weights[k] * (W_k - W0)` over the clients `selected`."""
 
-    def squares(self, offset: Tensor | None) -> Tensor:
-        """`|W_k - W0 - offset|^2`, `[K]` float64, for the numbers of an `offset` if there is one; right to 1e-5."""
+    def squared_distances(self, offset: Tensor | None) -> Tensor:
+        """Return `|W_k - W0 - offset|^2`, `[K]` float64, to a relative 1e-5; `offset` is zero if None."""
 
-    def written(self) -> Tensor:
-        """Every client's own, `[K, ...]`."""
+    def dense(self) -> Tensor:
+        """Return every client's parameter in full, `[K, ...]`."""
 
     def bound(self) -> Tensor:
-        """What no number of a client's exceeds, `[K]`; NaN or infinite where one may be."""
+        """Return an upper bound on the absolute values of each client, `[K]`; NaN or infinite if one may be."""
 
 
-class WeightForm(Piece, Protocol):
-    """The weights `[out, in]` of one layer at K clients, and for factors the bias too."""
+class WeightForm(BlockParameter, Protocol):
+    """The weights `[out, in]` of one layer at K clients; a low-rank form holds the bias as well."""
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """`inputs [K, B, in]` times each client's weight, `[K, B, out]`."""
+        """Return `inputs [K, B, in]` times each client's weight, `[K, B, out]`."""
 
-    def inward(self, slopes: Tensor) -> Tensor:
-        """The slopes `[K, B, in]` of the inputs, asked for before `learn`."""
+    def input_gradients(self, gradients: Tensor) -> Tensor:
+        """Return the gradients `[K, B, in]` of the inputs; to be called before `apply_gradients`."""
 
-    def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        """Take the slopes `[K, B, out]` of the outputs: a step of plain SGD at `rate`, or gradients if that is None."""
+    def apply_gradients(self, gradients: Tensor, inputs: Tensor, rate: float | None) -> None:
+        """Take a step of plain SGD at `rate`, given the gradients `[K, B, out]` of the outputs.
 
-    def coordinates(self) -> list[tuple[Tensor, Tensor]]:
-        """What an optimiser moves, clients first, with gradients in `.grad`; and where each began."""
+        If `rate` is None, store the gradients in `.grad` for an optimiser instead.
+        """
+
+    def trainable(self) -> list[tuple[Tensor, Tensor]]:
+        """Return pairs of a tensor that an optimiser updates, with clients first, and its value at the start."""
 
 
-Kept = slice | Tensor  # all clients, or the numbers of some
+ClientIndex = slice | Tensor  # selects all clients, or some by number
 
 
-def upto(count: int, tensor: Tensor) -> Tensor:
-    """The first `count` rows: the tensor itself where there are no more, which takes no time."""
+def first_rows(count: int, tensor: Tensor) -> Tensor:
+    """Return the first `count` rows; the tensor itself if it has no more, which is faster than slicing it."""
     return tensor if tensor.shape[0] == count else tensor[:count]
 
 
-def as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this precision: the tensor itself where that is its own, which takes no time."""
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to `dtype`; return the tensor itself if it has that dtype, which is faster than `Tensor.to`."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class DenseWeights:
-    """Each client's weight in full, `[K, ...]`; a step of plain SGD is fused with the product that is its slope.
+    """The dense form: each client's parameter in full, `weight [K, ...]`.
 
-    `start` is what all begin with or, where it is their `own`, one for each.
+    `start` is the value that all clients start from or, with `own_starts`, the value of each client, `[K, ...]`. A
+    step of plain SGD is fused with the matrix product that computes the gradient.
     """
 
-    def __init__(self, start: Tensor, clients: int, own: bool = False) -> None:
+    def __init__(self, start: Tensor, clients: int, own_starts: bool = False) -> None:
         self._start = start
-        self.weight = start.clone() if own else start.expand(clients, *start.shape).clone()
+        self.weight = start.clone() if own_starts else start.expand(clients, *start.shape).clone()
 
     @property
     def size(self) -> int:
         return self.weight[0].numel()
 
-    def like(self, clients: Tensor) -> Tensor:
-        """The weights of as many clients as `clients [K, ...]` has, in its precision."""
-        return as_type(upto(clients.shape[0], self.weight), clients.dtype)
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return the weights of the first A clients, in the dtype of `tensor [A, ...]`."""
+        return as_dtype(first_rows(tensor.shape[0], self.weight), tensor.dtype)
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        weight, width = self.like(inputs), inputs.shape[1]
-        if weight.shape[1] < width < weight.shape[2]:  # few rows are faster than few columns
+        weight, batch = self.like(inputs), inputs.shape[1]
+        if weight.shape[1] < batch < weight.shape[2]:  # a result with few rows is faster than one with few columns
             return torch.bmm(weight, inputs.transpose(1, 2)).transpose(1, 2)
         return torch.bmm(inputs, weight.transpose(1, 2))
 
-    def inward(self, slopes: Tensor) -> Tensor:
-        return torch.bmm(slopes, self.like(slopes))
+    def input_gradients(self, gradients: Tensor) -> Tensor:
+        return torch.bmm(gradients, self.like(gradients))
 
-    def learn(self, slopes: Tensor, inputs: Tensor, rate: float | None) -> None:
-        if rate is None or slopes.dtype != self.weight.dtype:
-            self.take(torch.bmm(slopes.transpose(1, 2), inputs), rate)
+    def apply_gradients(self, gradients: Tensor, inputs: Tensor, rate: float | None) -> None:
+        if rate is None or gradients.dtype != self.weight.dtype:
+            self.apply_weight_gradient(torch.bmm(gradients.transpose(1, 2), inputs), rate)
         else:
-            upto(slopes.shape[0], self.weight).baddbmm_(slopes.transpose(1, 2), inputs, alpha=-rate)
+            first_rows(gradients.shape[0], self.weight).baddbmm_(gradients.transpose(1, 2), inputs, alpha=-rate)
 
-    def take(self, gradient: Tensor, rate: float | None) -> None:
-        """A gradient `[K, ...]` that is there already."""
+    def apply_weight_gradient(self, gradient: Tensor, rate: float | None) -> None:
+        """Take a step with the gradient `[K, ...]` of the weights, or store it if `rate` is None."""
         if rate is None:
             self.weight.grad = gradient.to(self.weight.dtype)
         else:
-            upto(gradient.shape[0], self.weight).sub_(gradient, alpha=rate)
+            first_rows(gradient.shape[0], self.weight).sub_(gradient, alpha=rate)
 
-    def coordinates(self) -> list[tuple[Tensor, Tensor]]:
+    def trainable(self) -> list[tuple[Tensor, Tensor]]:
         return [(self.weight, self._start.expand_as(self.weight))]
 
-    def moved(self, weights: Tensor, kept: Kept) -> Tensor:
-        moves = self.weight[kept] - (self._start if self._start.dim() < self.weight.dim() else self._start[kept])
-        return (weights[kept] @ moves.flatten(1)).view(self.weight.shape[1:])
+    def weighted_update(self, weights: Tensor, selected: ClientIndex) -> Tensor:
+        updates = self.weight[selected] - (
+            self._start if self._start.dim() < self.weight.dim() else self._start[selected]
+        )
+        return (weights[selected] @ updates.flatten(1)).view(self.weight.shape[1:])
 
-    def squares(self, offset: Tensor | None) -> Tensor:
+    def squared_distances(self, offset: Tensor | None) -> Tensor:
         return squared_lengths(self.weight, self._start, offset)
 
-    def written(self) -> Tensor:
+    def dense(self) -> Tensor:
         return self.weight
 
     def bound(self) -> Tensor:
-        return largest(self.weight)
+        return max_abs(self.weight)
 
 
 def squared_lengths(models: Tensor, start: Tensor, offset: Tensor | None) -> Tensor:
-    """`|models[k] - start - offset|^2`, `[K]` float64, for `models [K, ...]` and a `start` of all or of each."""
+    """Return `|models[k] - start - offset|^2`, `[K]` float64, for `models [K, ...]`.
+
+    `start` is common to all clients, `[...]`, or of each client, `[K, ...]`; `offset` is zero if None.
+    """
     result = torch.zeros(models.shape[0], dtype=torch.float64, device=models.device)
-    for k, (model, first) in enumerate(zip(models, start.expand_as(models), strict=True)):
-        move = model - first
+    for k, (model, model_start) in enumerate(zip(models, start.expand_as(models), strict=True)):
+        update = model - model_start
         if offset is not None:
-            move -= offset.view_as(move)
-        result[k] = torch.linalg.vector_norm(move, dtype=torch.float64).square()
+            update -= offset.view_as(update)
+        result[k] = torch.linalg.vector_norm(update, dtype=torch.float64).square()
     return result
 
 
-def largest(tensors: Tensor) -> Tensor:
-    """The largest absolute number of each `[K, ...]`; NaN where one is."""
+def max_abs(tensors: Tensor) -> Tensor:
+    """Return the largest absolute value of each `tensors[k]`, `[K]`; NaN if one is NaN."""
     flat = tensors.flatten(1)
     return torch.maximum(-flat.amin(dim=1), flat.amax(dim=1))  # `aminmax` along rows takes ten times as long

@@ -1,1 +1,1 @@
-"""What is run: settings, TOML files, the shipped ones, and an experiment resolved once."""
+"""Experiments: their settings, TOML files, shipped files, models, and the data and clients that their runs share."""

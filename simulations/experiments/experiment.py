@@ -1,4 +1,4 @@
-"""An experiment: rules that compete on the same data, participation and seeds."""
+"""The settings of an experiment, which compares rules on the same data, participation and seeds."""
 
 from __future__ import annotations
 
@@ -25,78 +25,99 @@ from corymb.simulations.experiments.settings import (
 )
 
 
-def _counted(seeds: Any) -> Any:
-    """`seeds = 3` is 0, 1 and 2."""
+def _seed_list(seeds: Any) -> Any:
+    """Expand a number of seeds, `seeds = 3`, to `[0, 1, 2]`."""
     return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
 
 
 class Experiment(Settings):
-    """Rules that compete on the same data, participation and seeds; `reader.read` makes one from a TOML file.
+    """An experiment: a comparison of rules on the same data, participation and seeds.
 
-    `setting` is what tables of results call it. `fraction` of the clients are asked in each round.
+    `reader.read` makes one from a TOML file.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the folder of results, `runs/NAME`. Default: the file's name."""
     rounds: int = Field(ge=1)
-    seeds: Annotated[list[int], BeforeValidator(_counted), Field(min_length=1)] = Field([0])
+    """The number of rounds."""
+    seeds: Annotated[list[int], BeforeValidator(_seed_list), Field(min_length=1)] = Field([0])
+    """A list of seeds, or how many: 3 means 0, 1, 2."""
     fraction: float = Field(1.0, gt=0, le=1)
+    """The share of the clients that the server samples in each round."""
     engine: Literal["auto", "serial", "batched", "low_rank", "processes", "ray"] = "auto"
+    """How clients are trained; see the guide for researchers."""
     blocks: int = Field(FEWEST, ge=1)
+    """The number of blocks that the clients of a round are trained in. Another number changes the last bits of the
+    results."""
     setting: str = ""
+    """One line that describes the experiment in tables of results."""
     rules: Annotated[list[ExperimentRule], BeforeValidator(rule_tables), Field(min_length=1)]
+    """The rules to compare, by name or as tables."""
     data: DataSettings = DataSettings()
+    """Where the examples come from."""
     partition: PartitionSettings = DirichletSettings()
+    """How the training examples are distributed over the clients."""
     participation: ParticipationSettings = AlwaysSettings()
+    """Which clients are online in each round."""
     model: ModelSettings = ModelSettings()
+    """The model."""
     train: TrainSettings = TrainSettings()
+    """Local training, with cross-entropy as the loss."""
     proxy: ProxySettings = ProxySettings()
+    """The server's own data."""
     attack: AttackSettings = ShuffledLabels()
+    """Hostile clients."""
     target: TargetSettings = TargetSettings()
+    """A client whose kind of data is all that counts."""
     evaluate: EvaluateSettings = EvaluateSettings()
+    """The tests of the model."""
     ray: RaySettings = RaySettings()
+    """Resources of a client under `engine = "ray"`."""
     claims: list[Claim] = Field(default_factory=list)
+    """Claims that `corymb results` measures."""
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
         slugs = [rule.slug for rule in self.rules]
-        if twice := {slug for slug in slugs if slugs.count(slug) > 1}:
-            raise ValueError(f"the label {min(twice)!r} stands for two rules; give each a label of its own")
+        if duplicates := {slug for slug in slugs if slugs.count(slug) > 1}:
+            raise ValueError(f"two rules have the label {min(duplicates)!r}; give each rule a different label")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds = {self.seeds} must be different numbers from 0 on")
+            raise ValueError(f"seeds = {self.seeds} must be different whole numbers, 0 or greater")
         titles = {rule.title for rule in self.rules}
         for claim in self.claims:
             if unknown := {claim.rule, claim.than} - titles - {None}:
-                raise ValueError(f"a claim is about {unknown.pop()!r}, and the rules are {', '.join(sorted(titles))}")
+                raise ValueError(f"a claim names the rule {unknown.pop()!r}; the rules are {', '.join(sorted(titles))}")
         for rule in self.rules:
             if rule.make().needs_proxy and not self.proxy.examples:
-                raise ValueError(f"the rule {rule.title!r} needs data of the server's own; set proxy.examples")
+                raise ValueError(f"the rule {rule.title!r} needs proxy data; set proxy.examples")
         if self.train.seed:
-            raise ValueError(f"train.seed = {self.train.seed} has no effect here; set seeds")
+            raise ValueError(f"train.seed = {self.train.seed} has no effect in an experiment; set seeds")
         if self.target.examples:
-            _checked(self.target_train, "target.train.")
-        for place, rule in enumerate(self.rules):
-            _checked(lambda rule=rule: self.train_for(rule), f"rules.{place}.train.")
+            _check_train(self.target_train, "target.train.")
+        for index, rule in enumerate(self.rules):
+            _check_train(lambda rule=rule: self.train_for(rule), f"rules.{index}.train.")
         return self
 
     def target_train(self) -> TrainSettings:
-        """What the target site trains with, apart from what all do."""
+        """Return the overrides of local training at the target client, which always sends its batch updates."""
         return TrainSettings(**self.target.train, batch_updates=True)
 
     def train_for(self, rule: RuleSettings) -> TrainSettings:
-        """Local training under `rule`."""
+        """Return the settings of local training under `rule`."""
         if not rule.train:
             return self.train
         base = self.train.model_dump(exclude_defaults=True)
-        if rule.train.keys() & {"epochs", "steps"}:  # one takes the place of the other
+        if rule.train.keys() & {"epochs", "steps"}:  # these two exclude each other
             base = {key: value for key, value in base.items() if key not in ("epochs", "steps")}
         return TrainSettings(**{**base, **rule.train})
 
     def honest(self) -> Experiment:
-        """The same with every client honest."""
+        """Return this experiment without hostile clients."""
         return self.model_copy(update={"attack": ShuffledLabels()})
 
 
-def _checked(make: Any, prefix: str) -> None:
+def _check_train(make: Any, prefix: str) -> None:
+    """Call `make`; report invalid training settings as a `ValueError` whose keys begin with `prefix`."""
     try:
         make()
     except ValidationError as error:

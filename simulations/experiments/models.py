@@ -1,4 +1,4 @@
-"""The small models that experiments name; `module:factory` names any other."""
+"""The built-in models of experiments. A user's own model is given as "module:factory"."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from corymb.strategies.core.registry import Registry
 
 
 def softmax(shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Softmax regression."""
+    """Return softmax regression for inputs of `shape`."""
     return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
 
 
 def mlp(shape: tuple[int, ...], classes: int, hidden: int = 64, depth: int = 1) -> nn.Module:
-    """`depth` hidden layers of `hidden` rectified units each."""
+    """Return a multilayer perceptron with `depth` hidden layers of `hidden` rectified linear units each."""
     widths = [torch.Size(shape).numel(), *[hidden] * depth]
     layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
 
 
 def cnn(shape: tuple[int, ...], classes: int, hidden: int = 128, channels: int = 32) -> nn.Module:
-    """Two 3x3 convolutions with pooling, then one hidden layer (the network of Wang & Ji 2024)."""
+    """Return the network of Wang & Ji 2024: two 3x3 convolutions with pooling, then one hidden layer."""
     if len(shape) != 3:
-        raise ValueError(f"The model 'cnn' needs images [channels, height, width], not inputs of shape {list(shape)}.")
+        raise ValueError(f"it needs inputs of shape [channels, height, width], not {list(shape)}")
     features = nn.Sequential(
         nn.Conv2d(shape[0], channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -42,9 +42,10 @@ _registry: Registry[Factory] = Registry("model", MODELS, "corymb.models")
 
 
 def make_model(kind: str, shape: tuple[int, ...], classes: int, **options: Any) -> nn.Module:
-    """The model `kind` for inputs of `shape`. A factory "module:name" is called with (shape, classes, **options).
+    """Return a new model `kind` for inputs of `shape`, without the batch dimension, and this number of `classes`.
 
-    Raises `ValueError` for a model or option that does not exist.
+    A factory "module:name" is called with (shape, classes, **options). Raises `ValueError` if the model is unknown or
+    its factory raises.
     """
     factory = _registry.find(kind)
     try:

@@ -1,4 +1,4 @@
-"""Experiments from TOML files, with changes from the command line."""
+"""Read experiments from TOML files and apply changes from the command line."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 def shipped() -> list[str]:
-    """The names of the experiments that come along."""
+    """Return the names of the experiments that ship with Corymb."""
     return sorted(file.stem for file in SHIPPED.glob("*.toml"))
 
 
 def read(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
-    """The experiment in `path`, or the shipped one of that name, with `changes {dotted key: value}` applied.
+    """Return the experiment in `path`, or the shipped one of that name, with `changes {dotted key: value}` applied.
 
-    From here on Python also finds modules in the file's folder and in the current one, for what the experiment names
-    as "module:name". Raises `ValueError` listing everything that is wrong, with its place.
+    Adds the file's folder and the current folder to `sys.path`, so that "module:name" in the experiment can name the
+    user's modules. Raises `ValueError` that lists all problems with their keys.
     """
-    found = next((p for p in (path, SHIPPED / path, SHIPPED / f"{path}.toml") if p.is_file()), None)
-    if found is None:
-        raise ValueError(
-            f"There is no experiment {str(path)!r}; give a TOML file or a shipped one: {', '.join(shipped())}."
-        )
+    file = next((p for p in (path, SHIPPED / path, SHIPPED / f"{path}.toml") if p.is_file()), None)
+    if file is None:
+        raise ValueError(f"There is no experiment {str(path)!r}; give a TOML file or one of: {', '.join(shipped())}.")
     try:
-        table = tomllib.loads(found.read_text())
+        table = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"The experiment {found.name} is not valid TOML: {error}.") from None
-    for folder in (found.parent, Path.cwd()):
+        raise ValueError(f"The experiment {file.name} is not valid TOML: {error}.") from None
+    for folder in (file.parent, Path.cwd()):
         if str(folder.resolve()) not in sys.path:
             sys.path.append(str(folder.resolve()))
     if base := table.pop("based_on", None):
@@ -45,19 +43,20 @@ def read(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
     for key, value in (changes or {}).items():
         _set(table, key, value)
     try:
-        return Experiment(**{"name": found.stem, **table})
+        return Experiment(**{"name": file.stem, **table})
     except ValidationError as error:
-        raise ValueError(f"The experiment {found.name} is wrong: {problems(error, Experiment)}.") from None
+        raise ValueError(f"The experiment {file.name} is invalid: {problems(error, Experiment)}.") from None
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """`key=value` with a TOML value; what is no TOML value is a string, and nothing after "=" removes the key (None).
+    """Parse `key=value` into a key and a value.
 
-    Raises `ValueError` without a "=".
+    The value is read as TOML; if it is not valid TOML, it is a string. An empty value gives None, which removes the
+    key from the experiment. Raises `ValueError` if the key or the "=" is missing.
     """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ValueError(f"The change {text!r} has no key and value; write it as train.learning_rate=0.05.")
+        raise ValueError(f"The setting {text!r} is not KEY=VALUE; write it like train.learning_rate=0.05.")
     if not value:
         return key, None
     try:
@@ -67,17 +66,17 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any], *place: str) -> dict[str, Any]:
-    """`base` with the keys of `over`, table by table."""
-    base = _of_kind(base, over.get("kind"), *place)
-    both = {
+    """Return `base` with the keys of `over`, merged table by table; `place` is the path of this table."""
+    base = _for_kind(base, over.get("kind"), *place)
+    merged = {
         k: _merged(base[k], v, *place, k) if isinstance(v, dict) and isinstance(base.get(k), dict) else v
         for k, v in over.items()
     }
-    return base | both
+    return base | merged
 
 
-def _of_kind(table: dict[str, Any], kind: Any, *place: str) -> dict[str, Any]:
-    """`table` when it becomes one of another `kind`: without the keys that this kind does not have."""
+def _for_kind(table: dict[str, Any], kind: Any, *place: str) -> dict[str, Any]:
+    """Return `table` without the keys that the new `kind` does not have; unchanged if the kind stays the same."""
     if kind is None or len(place) != 1 or kind == table.get("kind"):
         return table
     known = keys_of(Experiment, *place, kind) or keys_of(Experiment, *place, CUSTOM)
@@ -89,9 +88,9 @@ def _set(table: dict[str, Any], key: str, value: Any) -> None:
     for part in path:
         outer, table = table, table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ValueError(f"The change {key!r} goes through {part!r}, which is no table.")
+            raise ValueError(f"The setting {key!r} cannot be changed, as {part!r} is not a table.")
         if last == "kind":
-            table = outer[part] = _of_kind(table, value, *path)
+            table = outer[part] = _for_kind(table, value, *path)
     if value is None:
         table.pop(last, None)
     else:

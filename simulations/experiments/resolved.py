@@ -1,4 +1,4 @@
-"""An experiment resolved once: its data read, its clients drawn for each seed, its model tried, its engine proven."""
+"""Prepare an experiment once for all its runs: read data, draw clients, check the model and the training engine."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from corymb.simulations.experiments.scenario import Scenario, participation_of, 
 from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.strategies import Layout
 
-Key = tuple[int, bool]  # a seed, and whether its hostile clients attack
+Key = tuple[int, bool]  # a seed, and whether the hostile clients attack
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What all runs of an experiment share, made once.
+    """What all runs of an experiment share.
 
-    `scenarios` are the clients of each seed, and of each seed with every client honest where a rule asks for that.
-    `model()` makes a new module of this `layout`; `trainer` makes what trains clients together, None for nothing.
+    `scenarios` has the clients of each seed and, for rules with `attacked = false`, the same clients without hostile
+    ones. `model()` returns a new module with this `layout`. `trainer` makes the trainer of an engine; it is None if
+    the engine trains clients one by one.
     """
 
     experiment: Experiment
@@ -39,33 +40,33 @@ class Resolved:
     trainer: TrainerMaker | None
 
     def key(self, rule: RuleSettings, seed: int) -> Key:
-        """Which scenario `rule` meets."""
+        """Return the key of the scenario that `rule` runs on with `seed`."""
         return seed, is_attacked(self.experiment, rule)
 
     def scenario(self, rule: RuleSettings, seed: int) -> Scenario:
-        """The clients that `rule` meets with `seed`."""
+        """Return the scenario that `rule` runs on with `seed`."""
         return self.scenarios[self.key(rule, seed)]
 
     @property
     def first(self) -> Scenario:
-        """The clients of the first seed, which pictures show."""
+        """The scenario of the first rule and seed, which the plots show."""
         return self.scenario(self.experiment.rules[0], self.experiment.seeds[0])
 
     def hostile_names(self, seed: int) -> set[str]:
-        """The names of the hostile clients of `seed`; nobody's where no rule is attacked."""
+        """Return the names of the hostile clients of `seed`; an empty set if no rule is attacked."""
         scenario = self.scenarios.get((seed, True))
         return set(scenario.hostile_names) if scenario else set()
 
 
 def is_attacked(experiment: Experiment, rule: RuleSettings) -> bool:
-    """Whether the clients that `rule` meets attack, if the experiment has hostile ones."""
+    """Return whether `rule` runs with the hostile clients of the experiment; True if it has none."""
     return not (experiment.attack.clients and isinstance(rule, ExperimentRule) and not rule.attacked)
 
 
 def resolve(experiment: Experiment) -> Resolved:
-    """Read, draw, try and prove everything that the runs of `experiment` need.
+    """Read the data, draw the clients of each seed, and check the model, the devices and the training engine.
 
-    Raises `ValueError` for data, clients, participation, a model or a device that cannot be.
+    Raises `ValueError` if any of these is missing, invalid or does not fit the others.
     """
     source = experiment.data.load()
     shape = tuple(source.train.inputs.shape[1:])

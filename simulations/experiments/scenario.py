@@ -1,4 +1,4 @@
-"""What all rules of a seed meet: the clients with their examples, the test, and what the server holds itself."""
+"""The scenario of a seed, which all rules share: clients and their examples, test set, and proxy data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ TARGET = "target"
 
 @dataclass(frozen=True)
 class Scenario:
-    """The clients of a seed: their names, their examples, their label distributions `labels [N, C]`.
+    """The clients of a seed and the data of the server.
 
-    `hostile` are the numbers of the hostile clients; `proxy` is what the server holds, of what was the test set.
+    Client `k` has the name `names[k]`, examples in `population` and the label distribution `labels[k]` of
+    `labels [N, C]`. `hostile` are the numbers of the hostile clients. `proxy` are the server's own examples; they are
+    taken out of the original test set, and `test` is the rest.
     """
 
     names: list[str]
@@ -42,92 +44,96 @@ class Scenario:
 def participation_of(
     experiment: Experiment, scenario: Scenario, seed: int
 ) -> tuple[Participation, Probabilities | None]:
-    """The process of `seed` from its beginning, and each client's probability of being online `[N]` where it has one.
+    """Return a new participation process for `seed`, and the clients' probabilities of being online `[N]`, if any.
 
-    Raises `ValueError` for a process that does not fit the clients.
+    Raises `ValueError` if the process does not fit the clients.
     """
     return experiment.participation.make(scenario.labels, np.random.default_rng([seed, 2]))
 
 
 def scenario_of(experiment: Experiment, source: Source, seed: int) -> Scenario:
-    """The scenario of `seed` in the data of `source`.
+    """Draw the scenario of `seed` from the data of `source`.
 
-    Raises `ValueError` for more clients than examples, sites where there are none, or more of anything than there is.
+    Raises `ValueError` if the settings need more clients, sites or examples than the data have.
     """
     train, test, proxy = source.train, source.test, None
     rng = np.random.default_rng([seed, 3])
     if experiment.proxy.examples:
-        rows = _balanced(test.targets, experiment.proxy.examples, rng)
+        rows = _sample_balanced(test.targets, experiment.proxy.examples, rng)
         proxy, test = test.rows(rows), test.rows(_others(len(test), rows))
     if experiment.data.examples is not None:
-        train = train.rows(_chosen(len(train), experiment.data.examples, "data.examples", rng))
+        train = train.rows(_sample(len(train), experiment.data.examples, "data.examples", rng))
     target = experiment.target
-    wanted = None
+    target_data = None
     if target.examples:
         if train.inputs.dtype != torch.float32:
-            raise ValueError(
-                f"target.examples needs inputs of float32 and they are {train.inputs.dtype}; convert them."
-            )
-        rows = _chosen(len(train), target.examples, "target.examples", rng)
-        wanted, train = _noisy(train.rows(rows), target.noise, seed), train.rows(_others(len(train), rows))
+            raise ValueError(f"target.examples needs float32 inputs, and these are {train.inputs.dtype}; convert them.")
+        rows = _sample(len(train), target.examples, "target.examples", rng)
+        target_data, train = _noisy(train.rows(rows), target.noise, seed), train.rows(_others(len(train), rows))
         test = _noisy(test, target.noise, seed + 1)
-    names, population = experiment.partition.spread(train, np.random.default_rng([seed, 1]))
+    names, population = experiment.partition.populate(train, np.random.default_rng([seed, 1]))
     hostile: tuple[int, ...] = ()
     if experiment.attack.clients:
         if experiment.attack.clients > len(names):
-            raise ValueError(f"attack.clients = {experiment.attack.clients} is more than the {len(names)} clients.")
+            raise ValueError(
+                f"attack.clients = {experiment.attack.clients} is more than the {len(names)} clients; use fewer."
+            )
         hostile = tuple(sorted(rng.choice(len(names), experiment.attack.clients, replace=False).tolist()))
     if hostile and isinstance(experiment.attack, ShuffledLabels):
-        population = _mislabelled(population, hostile, experiment, rng)
-    if wanted is not None:
-        names, population = [*names, TARGET], population.joined_by(wanted)
+        population = _shuffle_labels(population, hostile, experiment, rng)
+    if target_data is not None:
+        names, population = [*names, TARGET], population.with_client(target_data)
     return Scenario(names, population, population.labels(source.classes), test, proxy, hostile)
 
 
-def _mislabelled(
+def _shuffle_labels(
     population: Population, hostile: tuple[int, ...], experiment: Experiment, rng: np.random.Generator
 ) -> Population:
+    """Return `population` with the labels of each hostile client in random order."""
     if isinstance(experiment.partition, DrawnSettings):
         raise ValueError(
-            "attack.kind = 'shuffled_labels' would change the labels of others, who draw the same examples under "
-            "partition.kind = 'drawn'; take another kind of either."
+            "attack.kind = 'shuffled_labels' cannot be used with partition.kind = 'drawn', where clients share "
+            "examples; use another attack or another partition."
         )
     targets = population.store.targets.clone()
-    for row in hostile:
-        rows = population.places_of(row)
+    for client in hostile:
+        rows = population.places_of(client)
         targets[rows] = shuffled_labels(population.store.targets, rows.numpy(), rng)
     return replace(population, store=replace(population.store, targets=targets))
 
 
-def _chosen(count: int, wanted: int, key: str, rng: np.random.Generator) -> Tensor:
-    if wanted > count:
-        raise ValueError(f"{key} = {wanted} is more than the {count} examples that there are.")
-    return torch.from_numpy(np.sort(rng.choice(count, wanted, replace=False)))
+def _sample(count: int, size: int, key: str, rng: np.random.Generator) -> Tensor:
+    """Return `size` different row numbers below `count`, in order; errors name `key`."""
+    if size > count:
+        raise ValueError(f"{key} = {size} is more than the {count} training examples; use fewer.")
+    return torch.from_numpy(np.sort(rng.choice(count, size, replace=False)))
 
 
-def _balanced(targets: Tensor, wanted: int, rng: np.random.Generator) -> Tensor:
-    """Rows with the same number of each class, the first classes one more where it does not come out even."""
+def _sample_balanced(targets: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """Return `size` rows, in order, with equally many of each class; the first classes get the remainder."""
     classes = int(targets.max()) + 1
-    share, more = divmod(wanted, classes)
+    share, remainder = divmod(size, classes)
     rows = []
     for label in range(classes):
-        mine = np.flatnonzero(targets.numpy() == label)
-        size = share + (label < more)
-        if size >= len(mine):
+        candidates = np.flatnonzero(targets.numpy() == label)
+        count = share + (label < remainder)
+        if count >= len(candidates):
             raise ValueError(
-                f"proxy.examples = {wanted} takes {size} of class {label}, of which the test set has {len(mine)}; "
-                "take fewer."
+                f"proxy.examples = {size} takes {count} examples of class {label} from the test set, which has "
+                f"{len(candidates)} and must keep at least one; use fewer."
             )
-        rows.append(rng.choice(mine, size, replace=False))
+        rows.append(rng.choice(candidates, count, replace=False))
     return torch.from_numpy(np.sort(np.concatenate(rows)))
 
 
 def _others(count: int, rows: Tensor) -> Tensor:
-    left = torch.ones(count, dtype=torch.bool)
-    left[rows] = False
-    return left.nonzero()[:, 0]
+    """Return the row numbers below `count` that are not in `rows`."""
+    is_other = torch.ones(count, dtype=torch.bool)
+    is_other[rows] = False
+    return is_other.nonzero()[:, 0]
 
 
 def _noisy(examples: Examples, deviation: float, seed: int) -> Examples:
+    """Return `examples` with Gaussian noise of this standard deviation added to the inputs."""
     noise = torch.randn(examples.inputs.shape, generator=torch.Generator().manual_seed(seed))
     return replace(examples, inputs=examples.inputs + deviation * noise)

@@ -1,4 +1,4 @@
-"""The smaller tables of an experiment, each checked by itself."""
+"""The smaller settings tables of an experiment."""
 
 from __future__ import annotations
 
@@ -11,71 +11,83 @@ from corymb.server.settings import RuleSettings
 
 
 class ExperimentRule(RuleSettings):
-    """A rule, as in a deployment. With `attacked = false` it runs with every client honest."""
+    """A rule, and the components that act after it. In place of the table, a name alone selects a rule."""
 
     attacked: bool = True
+    """False runs the rule without hostile clients."""
 
 
 class ModelSettings(Settings):
-    """The model; `options` go to its factory. With `random_start` each client begins from a random model of its own."""
+    """The model."""
 
     kind: str = "softmax"
+    """"softmax", "mlp", "cnn", or "module:factory". The factory is called with `(shape, classes, **options)` and
+    returns a `torch.nn.Module`."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the factory: `hidden` and `depth` of "mlp", `hidden` and `channels` of "cnn"."""
     random_start: bool = False
+    """Each client starts from its own random model in the first round."""
 
 
 class ProxySettings(Settings):
-    """The server's own data: `examples` of the test set, the same number of each class, which are not tested on."""
+    """The server's own data, for rules that need proxy data."""
 
     examples: int = Field(0, ge=0)
+    """The number of examples, taken from the test set with equal classes; they are not tested on."""
 
 
 class TargetSettings(Settings):
-    """One more site, called "target": all that is tested is its kind of data, of which it has `examples`.
-
-    Its inputs, and the test set's, get normal noise of deviation `noise`. `train` overrides its local training.
-    """
+    """An additional client called "target". The test set becomes its kind of data."""
 
     examples: int = Field(0, ge=0)
+    """Training examples of the target; 0 means that there is no such client."""
     noise: float = Field(0.0, ge=0)
+    """Standard deviation of the Gaussian noise that is added to the target's inputs and to the test set's."""
     train: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `[train]` that differ for the target."""
 
 
 class EvaluateSettings(Settings):
-    """Test accuracy every so many rounds; the final one is the mean over the last `last` rounds.
-
-    Rules that vote are also measured by the certified accuracy at each of `budgets` hostile voters.
-    """
+    """The tests of the model on the test set."""
 
     every: int = Field(1, ge=1)
+    """The number of rounds from one test to the next."""
     last: int = Field(1, ge=1)
+    """The final accuracy is the mean over the tests of this many last rounds."""
     budgets: list[int] = Field(default_factory=list)
+    """Numbers of hostile voters for which voting rules report their certified accuracy."""
 
 
 class RaySettings(Settings):
-    """What a client at work takes of Ray's resources, with `engine = "ray"`."""
+    """What Ray reserves for each running client, with `engine = "ray"`."""
 
     cpus: int = Field(1, ge=1)
+    """CPU cores."""
     gpus: float = Field(0.0, ge=0)
+    """GPUs; a fraction shares one."""
 
 
 class Claim(Settings):
-    """What a paper says of this setting, and what would have to be measured for it to hold.
-
-    The `measure` of `rule`, less that of `than` where given, lies between `least` and `most`. A measure is
-    "accuracy", in points of percent like its differences; "hostile", the mean share of weight that hostile clients
-    get; "seconds"; or a number from the rounds' records, like "gamma" or "certified-10".
+    """A claim of a paper, for `corymb results`. It holds if the measure of `rule`, minus that of `than` if given, is
+    between `least` and `most`.
     """
 
     paper: str
+    """The claim in words."""
     rule: str
+    """The label of a rule."""
     than: str | None = None
+    """The label of a rule to compare with."""
     measure: str = "accuracy"
+    """"accuracy" in percent; "hostile", the mean share of the weight that hostile clients get; "seconds" per run; or
+    a number in the records of rounds, such as "gamma" or "certified-10"."""
     least: float | None = None
+    """The lower bound."""
     most: float | None = None
+    """The upper bound."""
 
     @model_validator(mode="after")
     def _check(self) -> Claim:
         if self.least is None and self.most is None:
-            raise ValueError("a claim needs least, most, or both")
+            raise ValueError("a claim has no bounds; set least, most, or both")
         return self

@@ -1,1 +1,1 @@
-"""Where clients run: in this process, in Flower's simulation, online or not."""
+"""Grids that run simulated clients, in this process or in Flower's simulation, and simulate their availability."""

@@ -1,4 +1,4 @@
-"""Any Flower app folder, unmodified, on a LocalGrid."""
+"""Run an unmodified Flower app folder on a LocalGrid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from corymb.strategies.core.registry import import_reference
 
 
 class FlowerApp(NamedTuple):
-    """What a Flower app folder holds; `config` is flat, nested keys dotted."""
+    """A loaded Flower app; `config` is its run config, flat, with dotted keys."""
 
     server_app: ServerApp
     client_app: ClientApp
@@ -25,9 +25,9 @@ class FlowerApp(NamedTuple):
 
 
 def load_app(folder: Path) -> FlowerApp:
-    """The app in `folder`. It is put on the import path for the rest of the process, as Flower does.
+    """Load the app in `folder`. Adds the folder to `sys.path` for the rest of the process, as Flower does.
 
-    Raises `ValueError` when there is no app, or a component is missing or cannot be imported.
+    Raises `ValueError` if the folder has no app, or if a component is missing or cannot be imported.
     """
     project = folder / "pyproject.toml"
     if not project.is_file():
@@ -38,7 +38,7 @@ def load_app(folder: Path) -> FlowerApp:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"The file {project} is not valid TOML: {error}.") from None
     if not isinstance(app, dict):
-        raise ValueError(f"The file {project} has no table [tool.flwr.app]; it describes no Flower app.")
+        raise ValueError(f"The file {project} has no table [tool.flwr.app]; give the folder of a Flower app.")
     components = app.get("components", {})
     if str(folder.resolve()) not in sys.path:
         sys.path.insert(0, str(folder.resolve()))
@@ -52,11 +52,12 @@ def load_app(folder: Path) -> FlowerApp:
 def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any]) -> None:
     """Run `app` on `nodes` clients, with `changes` to its config.
 
-    Raises `ValueError` for a change to a key that the app does not have, as `flwr run` refuses it.
+    Raises `ValueError` for a change to a key that the config does not have, which `flwr run` also rejects, and if
+    every client fails.
     """
     if unknown := changes.keys() - app.config.keys():
-        has = ", ".join(sorted(app.config)) or "nothing"
-        raise ValueError(f"The app has no config key {min(unknown)!r}; [tool.flwr.app.config] holds {has}.")
+        known = ", ".join(sorted(app.config)) or "no keys"
+        raise ValueError(f"The app has no config key {min(unknown)!r}; [tool.flwr.app.config] has {known}.")
     grid = LocalGrid(app.client_app, nodes, run_config={**app.config, **changes})
     app.server_app(grid=grid, context=grid.server_context())
     grid.require_answers()

@@ -1,4 +1,4 @@
-"""Which nodes are online, on any grid: a process says so round by round, and who is offline answers with an error."""
+"""Simulated availability of the nodes of any grid: per round, some nodes are offline and reply with an error."""
 
 from __future__ import annotations
 
@@ -21,64 +21,70 @@ POLL_SECONDS = 0.1
 
 
 def with_availability(grid: Grid, participation: Participation) -> AvailabilityGrid:
-    """`grid`, whose nodes are online as `participation` says: its i-th client is the grid's i-th node.
+    """Return `grid` with nodes that are online as `participation` decides; client i is the i-th node of the grid.
 
-    The process moves one step with each push that trains. A node that is offline answers with the error that a
-    SuperLink gives for it, so that Flower's strategies need not know, and rules know the whole population.
+    Each push of training messages advances the process by one step. The grid answers for an offline node with the
+    error that a SuperLink sends, so that Flower's strategies work unchanged and rules still know all nodes.
     """
     kind = StreamingAvailabilityGrid if isinstance(grid, StreamingGrid) else AvailabilityGrid
     return kind(grid, participation)
 
 
 class AvailabilityGrid(WrappedGrid):
-    """See `with_availability`."""
+    """A grid whose nodes are online or offline by a `participation` process; see `with_availability`."""
 
     def __init__(self, grid: Grid, participation: Participation) -> None:
         super().__init__(grid)
         self._participation = participation
         self._rows = {node_id: row for row, node_id in enumerate(grid.get_node_ids())}
-        self._online: Online | None = None  # before the first push
-        self._has_trained = False  # a push since then
-        self._offline: dict[str, Message] = {}  # messages to nodes that are
+        self._online: Online | None = None  # None before the first push
+        self._has_trained = False  # whether a push has trained since the first step of the process
+        self._offline: dict[str, Message] = {}  # messages to offline nodes, by message id, until they are pulled
         self._numbers = count(1)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Send `messages` to the nodes that are online. A push that trains begins a round of participation."""
+        """Send `messages` to the nodes that are online, and return the ids of all messages.
+
+        A push with training messages begins a new round of participation.
+        """
         messages = list(messages)
         trains = any(message.metadata.message_type.startswith("train") for message in messages)
         if self._online is None or (trains and self._has_trained):
             self._online = self._participation.step()
         self._has_trained = self._has_trained or trains
         rows = [self._rows.get(message.metadata.dst_node_id) for message in messages]
-        online = [row is None or bool(self._online[row]) for row in rows]  # whom nobody knows the grid refuses
-        sent = [message for message, here in zip(messages, online, strict=True) if here]
-        taken = set(self._grid.push_messages(sent)) if sent else set()
-        for message, here in zip(messages, online, strict=True):
-            if not here:
+        is_online = [row is None or bool(self._online[row]) for row in rows]  # the grid handles unknown nodes
+        sent = [message for message, online in zip(messages, is_online, strict=True) if online]
+        accepted = set(self._grid.push_messages(sent)) if sent else set()
+        for message, online in zip(messages, is_online, strict=True):
+            if not online:
                 stamp(message, f"offline-{next(self._numbers)}")
                 self._offline[message.metadata.message_id] = message
         ids = [message.metadata.message_id for message in messages]
-        return [message_id for message_id in ids if message_id in taken or message_id in self._offline]
+        return [message_id for message_id in ids if message_id in accepted or message_id in self._offline]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to `message_ids` that are here."""
-        offline, others = self._divided(message_ids)
+        """Return the replies to `message_ids` that have arrived."""
+        offline, others = self._split(message_ids)
         return [reply for _, reply in offline] + (list(self._grid.pull_messages(others)) if others else [])
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push `messages` and wait for their replies, `timeout` seconds at most (None: for ever); in their order."""
+        """Push `messages`, wait for their replies, and return them in the order of the messages.
+
+        Waits at most `timeout` seconds; None means without limit.
+        """
         deadline = time.monotonic() + (inf if timeout is None else timeout)
         ids = self.push_messages(messages)
         replies: dict[str, Message] = {}
         while len(replies) < len(ids) and time.monotonic() < deadline:
-            found = self.pull_messages([message_id for message_id in ids if message_id not in replies])
-            replies |= {reply.metadata.reply_to_message_id: reply for reply in found}
-            if not found:
+            arrived = self.pull_messages([message_id for message_id in ids if message_id not in replies])
+            replies |= {reply.metadata.reply_to_message_id: reply for reply in arrived}
+            if not arrived:
                 time.sleep(POLL_SECONDS)
         return [replies[message_id] for message_id in ids if message_id in replies]
 
-    def _divided(self, message_ids: Iterable[str]) -> tuple[list[tuple[str, Message]], list[str]]:
-        """The replies of nodes that are offline, with the ids of the messages, and the ids of all others."""
+    def _split(self, message_ids: Iterable[str]) -> tuple[list[tuple[str, Message]], list[str]]:
+        """Return (message id, error reply) for the messages to offline nodes, and the ids of all other messages."""
         offline, others = [], []
         for message_id in message_ids:
             message = self._offline.pop(message_id, None)
@@ -90,12 +96,12 @@ class AvailabilityGrid(WrappedGrid):
 
 
 class StreamingAvailabilityGrid(AvailabilityGrid):
-    """See `with_availability`: around a grid that streams."""
+    """An `AvailabilityGrid` around a `StreamingGrid`."""
 
     _grid: Any
 
     def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
-        """See `StreamingGrid`; who is offline answers first."""
-        offline, others = self._divided(message_ids)
+        """See `StreamingGrid`; the error replies of offline nodes come first."""
+        offline, others = self._split(message_ids)
         yield from offline
         yield from self._grid.stream(others)

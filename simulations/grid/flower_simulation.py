@@ -1,4 +1,4 @@
-"""A run in Flower's own simulation: `flwr run` on a SuperLink of its own, with Ray under it."""
+"""Run an app in Flower's own simulation: `flwr run` on a private SuperLink, with Ray as the backend."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ import tomli_w
 from corymb.server import RoundRecord
 from corymb.server.journal import committed
 
-START_SECONDS = 60.0
+START_SECONDS = 60.0  # timeout for the SuperLink to listen
 
 
 def require_ray() -> None:
-    """Raise `ValueError` where Ray is missing."""
+    """Raise `ValueError` if Ray is not installed."""
     if find_spec("ray") is None:
-        raise ValueError("engine = 'ray' needs Flower's simulation; install it with: pip install 'flwr[simulation]'.")
+        raise ValueError("engine = 'ray' needs Flower's simulation; run pip install 'flwr[simulation]'.")
 
 
 @dataclass(frozen=True)
 class FlowerRun:
-    """A run for Flower's simulation: where its components are, its run config, and what its nodes take of Ray."""
+    """A run in Flower's simulation.
 
-    server_app: str  # "module:name"
+    `server_app` and `client_app` are "module:name", `config` is the run config, and `cpus` and `gpus` are what Ray
+    reserves for each running node.
+    """
+
+    server_app: str
     client_app: str
     config: Mapping[str, str | int]
     nodes: int
@@ -45,11 +49,11 @@ class FlowerRun:
 
 
 def simulate(run: FlowerRun, folder: Path, rounds: int, on_round: Callable[[RoundRecord], None] | None = None) -> None:
-    """Run it for so many `rounds`; its server keeps a journal in `folder`.
+    """Run `run` for `rounds` rounds, and call `on_round` for each; its server writes a journal to `folder`.
 
-    The environment's RAY_ADDRESS names a cluster to join; without it Ray starts on this machine.
+    If the environment variable RAY_ADDRESS is set, the run joins that Ray cluster; else Ray starts on this machine.
 
-    Raises `ValueError` with the end of Flower's log when it ends before its last round.
+    Raises `ValueError` with the end of Flower's log if the run ends before its last round.
     """
     require_ray()
     with tempfile.TemporaryDirectory(prefix="corymb-") as name:
@@ -59,33 +63,34 @@ def simulate(run: FlowerRun, folder: Path, rounds: int, on_round: Callable[[Roun
         resources = (
             f"num-supernodes={run.nodes} client-resources-num-cpus={run.cpus} client-resources-num-gpus={run.gpus}"
         )
-        with _ends_on_signals(), _superlink(home) as environment, (home / "run.log").open("wb") as log:
+        with _exit_on_signals(), _superlink(home) as environment, (home / "run.log").open("wb") as log:
             command = [_command("flwr"), "run", str(home / "app"), "--stream", "--federation-config", resources]
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-            reached = _follow(process, folder, on_round)
-        if reached < rounds:
+            last_round = _follow(process, folder, on_round)
+        if last_round < rounds:
             tail = "\n".join((home / "run.log").read_text(errors="replace").splitlines()[-30:])
             raise ValueError(
-                f"Flower's simulation ended after round {reached} of {rounds}; the end of its log:\n{tail}"
+                f"Flower's simulation ended after round {last_round} of {rounds}. The end of its log:\n{tail}"
             )
 
 
 def _follow(process: subprocess.Popen[bytes], folder: Path, on_round: Callable[[RoundRecord], None] | None) -> int:
-    """Call `on_round` for the rounds that come into the journal, until the process ends; the last of them."""
-    reached = 0
+    """Call `on_round` for each round committed to the journal until the process ends; return the last round."""
+    last_round = 0
     ended = False
     while not ended:
-        ended = process.poll() is not None  # asked first, so that the last rounds are not missed
-        for record in committed(folder, reached):
-            reached = record.round
+        ended = process.poll() is not None  # polled before reading, so that the last rounds are read
+        for record in committed(folder, last_round):
+            last_round = record.round
             if on_round is not None:
                 on_round(record)
         if not ended:
             time.sleep(1)
-    return reached
+    return last_round
 
 
-def _write_app(place: Path, run: FlowerRun) -> None:
+def _write_app(folder: Path, run: FlowerRun) -> None:
+    """Write the pyproject.toml of a Flower app that has the components and config of `run`."""
     app = {
         "project": {"name": "experiment", "version": "1.0.0", "requires-python": ">=3.11", "dependencies": []},
         "build-system": {"requires": ["hatchling"], "build-backend": "hatchling.build"},
@@ -99,12 +104,12 @@ def _write_app(place: Path, run: FlowerRun) -> None:
             }
         },
     }
-    (place / "pyproject.toml").write_text(tomli_w.dumps(app))
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(app))
 
 
 @contextmanager
 def _superlink(home: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink that nobody else uses; the environment in which `flwr` finds it."""
+    """Run a private SuperLink on a free port; yield the environment in which `flwr` finds it."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -112,7 +117,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
     environment = os.environ | {
-        # Where Flower looks for its commands, and Python for a model of the user's.
+        # Flower finds its commands on PATH, and Python finds the user's modules on PYTHONPATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": os.pathsep.join([os.getcwd(), *filter(None, sys.path)]),
         "FLWR_HOME": str(home),
@@ -134,7 +139,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.2)
         yield environment
     finally:
-        process.terminate()  # where there is no /proc, what it has started is left to it
+        process.terminate()  # without /proc, the SuperLink has to end its own children
         end_all(home)
         process.wait()
 
@@ -146,16 +151,17 @@ def _listens(port: int) -> bool:
 
 
 def _command(name: str) -> str:
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else which(name)
-    if found is None:
-        raise ValueError(f"Flower's command {name!r} is not found; install flwr in the environment that runs corymb.")
-    return found
+    """Return the path of Flower's command `name`: beside this Python, else on PATH."""
+    beside_python = Path(sys.executable).parent / name
+    path = str(beside_python) if beside_python.exists() else which(name)
+    if path is None:
+        raise ValueError(f"Flower's command {name!r} was not found; install flwr in the environment that runs corymb.")
+    return path
 
 
 @contextmanager
-def _ends_on_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that it ends what it has started first."""
+def _exit_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `SystemExit`, so that this process first ends the processes that it started."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -172,22 +178,23 @@ def _ends_on_signals() -> Iterator[None]:
 
 
 def end_all(home: Path) -> None:
-    """End every process with this FLWR_HOME, politely at first: Flower starts some in sessions of their own."""
+    """Send SIGTERM, then SIGKILL, to every process with this FLWR_HOME; Flower starts some in their own sessions."""
     deadline = time.monotonic() + 10
-    while (left := _processes_of(home)) and time.monotonic() < deadline:
-        _signal(left, signal.SIGTERM)
+    while (running := _processes_of(home)) and time.monotonic() < deadline:
+        _signal(running, signal.SIGTERM)
         time.sleep(0.5)
     _signal(_processes_of(home), signal.SIGKILL)
 
 
 def _processes_of(home: Path) -> list[int]:
+    """Return the ids of all processes with this FLWR_HOME in their environment; empty without /proc."""
     marker = f"FLWR_HOME={home}".encode()
-    found = []
+    processes = []
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
-        with suppress(OSError):  # it has ended, or is not ours
+        with suppress(OSError):  # the process has ended, or belongs to another user
             if entry.name.isdigit() and marker in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-    return found
+                processes.append(int(entry.name))
+    return processes
 
 
 def _signal(processes: list[int], number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""A federation in one process: a Flower grid that runs its clients when their replies are asked for."""
+"""A Flower grid in one process, which runs a client when its reply is pulled."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ FIRST_NODE_ID = 1000
 
 
 class LocalGrid(Grid):
-    """Delivers messages to `client_app` in this process: no Ray, no sockets, nothing serialised.
+    """A grid that delivers messages to `client_app` in this process, without Ray, sockets or serialisation.
 
-    `nodes` is how many there are, or their names. Node `i` has `partition-id = i` and `num-partitions` in its node
-    config, as in Flower's simulation, and a Context whose state lasts for the run; `node_config(i)` says what its
-    node config has besides. A client runs when its reply is pulled, so a strategy that pulls one id at a time holds
-    one reply at a time. An app that `TrainsTogether` trains all clients of a push in one call.
+    `nodes` is the number of nodes, or their names. Node `i` has `partition-id = i` and `num-partitions` in its node
+    config, as in Flower's simulation, together with the entries of `node_config(i)`. Its Context keeps its state for
+    the whole run. A client runs when its reply is pulled, so a strategy that pulls one id at a time needs memory for
+    one reply. An app that `TrainsTogether` trains all clients of a push in one call.
+
+    `answered` is the number of replies; `failures` counts the exceptions of the app by their text.
     """
 
-    is_complete = True  # nobody joins later, so nobody need be waited for
+    is_complete = True  # no node joins later, so a server need not wait for more
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class LocalGrid(Grid):
     ) -> None:
         names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
-            raise ValueError("A federation of 0 nodes cannot run; give at least one.")
+            raise ValueError("A grid of 0 nodes cannot run; give at least one node.")
         inside_task(RUN_ID, SERVER_ID)
         self._app = client_app
         self._names = names
@@ -50,52 +52,52 @@ class LocalGrid(Grid):
         self._run_config: UserConfig = dict(run_config or {})
         self._node_config = node_config
         self._contexts: dict[int, Context] = {}
-        self._waiting: dict[str, Message] = {}  # no client has begun with these
-        self._begun: dict[str, Message] = {}  # those whose clients train together
-        self._answers: Answers = iter(())  # of these, by their numbers in `_ids`
-        self._ids: list[str] = []
-        self._ready: dict[str, Message] = {}  # their replies that nobody has pulled yet
+        self._waiting: dict[str, Message] = {}  # by message id: messages whose clients have not started
+        self._begun: dict[str, Message] = {}  # messages whose clients train together and have not replied yet
+        self._answers: Answers = iter(())  # replies to the begun messages; an index refers to `_begun_ids`
+        self._begun_ids: list[str] = []
+        self._ready: dict[str, Message] = {}  # replies to begun messages that have not been pulled yet
         self._numbers = count(1)
         self._run = empty_run(RUN_ID)
-        self.answered = 0  # messages
-        self.failures: Counter[str] = Counter()  # exceptions of the app; each is logged once
+        self.answered = 0
+        self.failures: Counter[str] = Counter()  # each different text is logged once
 
     def set_run(self, run: Any) -> None:
-        """Take `run` as this grid's."""
+        """Set the run of this grid."""
         self._run = run
 
     @property
     def run(self) -> Any:
-        """The run, as Flower describes one."""
+        """The run, as Flower's `Run`."""
         return self._run
 
     def server_context(self) -> Context:
-        """The Context that a ServerApp gets."""
+        """Return a Context for a ServerApp."""
         return Context(RUN_ID, SERVER_ID, {}, RecordDict(), dict(self._run_config))
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """A message; Flower deprecates this in favour of the constructor."""
+        """Return a new message; Flower deprecates this method in favour of the constructor."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
-        """The ids of all nodes."""
+        """Return the ids of all nodes."""
         return [FIRST_NODE_ID + row for row in range(len(self._names))]
 
     def get_nodes(self) -> list[Any]:
-        """All nodes."""
+        """Return all nodes."""
         if not self._nodes:
             self._nodes = [node_info(FIRST_NODE_ID + row, name) for row, name in enumerate(self._names)]
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue `messages` and return their ids."""
+        """Queue `messages` and return their ids. Raises `ValueError` for an unknown node."""
         ids = []
         for message in messages:
             node_id = message.metadata.dst_node_id
             if not 0 <= node_id - FIRST_NODE_ID < len(self._names):
-                raise ValueError(f"Node {node_id} is not in this grid of {len(self._names)} nodes.")
+                raise ValueError(f"Node {node_id} does not exist in this grid of {len(self._names)} nodes.")
             message_id = f"message-{next(self._numbers)}"
             stamp(message, message_id)
             self._waiting[message_id] = message
@@ -103,87 +105,90 @@ class LocalGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Run the clients that `message_ids` were sent to; their replies. Each is given out once."""
-        return [reply for message_id in message_ids for reply in self._pulled(message_id)]
+        """Run the clients that `message_ids` were sent to and return their replies. Each reply is returned once."""
+        return [reply for message_id in message_ids for reply in self._pull(message_id)]
 
     def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
-        """See `StreamingGrid`: clients that train by themselves come first, then the others as they finish."""
+        """See `StreamingGrid`: clients that run one by one reply first, then those that train together."""
         wanted = [message_id for message_id in message_ids if message_id in self._waiting]
-        self._begin_together()
+        self._start_training()
         together = {message_id for message_id in wanted if message_id in self._begun}
         try:
             for message_id in wanted:
                 if message_id not in together:
-                    yield message_id, self._answer(self._waiting.pop(message_id))
+                    yield message_id, self._run_client(self._waiting.pop(message_id))
             while together:
-                message_id = self._next_begun()
+                message_id = self._receive_next()
                 if message_id in together:
                     together.discard(message_id)
                     yield message_id, self._ready.pop(message_id)
-        finally:  # who is not waited for any more is not answered
+        finally:  # drop the messages and replies that the caller no longer waits for
             for message_id in wanted:
-                for kept in (self._waiting, self._begun, self._ready):
-                    kept.pop(message_id, None)
+                for queue in (self._waiting, self._begun, self._ready):
+                    queue.pop(message_id, None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push `messages` and pull all replies; a client in process is never late."""
+        """Push `messages` and return all replies; `timeout` has no effect, as the clients run in this process."""
         return self.pull_messages(self.push_messages(messages))
 
     def require_answers(self) -> None:
-        """Raise `ValueError` when clients were asked and the app raised at every one."""
+        """Raise `ValueError` if clients ran and the app raised an exception at every one."""
         if self.failures and not self.answered:
             reason, times = self.failures.most_common(1)[0]
-            raise ValueError(f"Every client failed, {times} times with: {' '.join(reason.split())}")
+            raise ValueError(
+                f"Every client failed; the most frequent error ({times} times): {' '.join(reason.split())}"
+            )
 
-    def _pulled(self, message_id: str) -> Iterator[Message]:
-        if message_id in self._waiting and self._trains(message_id):
-            self._begin_together()
+    def _pull(self, message_id: str) -> Iterator[Message]:
+        if message_id in self._waiting and self._is_training(message_id):
+            self._start_training()
         while message_id in self._begun:
-            self._next_begun()
+            self._receive_next()
         if message_id in self._ready:
             yield self._ready.pop(message_id)
         elif message_id in self._waiting:
-            yield self._answer(self._waiting.pop(message_id))
+            yield self._run_client(self._waiting.pop(message_id))
 
-    def _trains(self, message_id: str) -> bool:
+    def _is_training(self, message_id: str) -> bool:
         return self._waiting[message_id].metadata.message_type.startswith("train")
 
-    def _begin_together(self) -> None:
-        """Have an app that can do so train all who wait."""
-        ids = [message_id for message_id in self._waiting if self._trains(message_id)]
+    def _start_training(self) -> None:
+        """Start the training of all waiting messages together, if the app can do that."""
+        ids = [message_id for message_id in self._waiting if self._is_training(message_id)]
         if not ids or not isinstance(self._app, TrainsTogether):
             return
-        while self._begun:  # of an earlier push; a strategy may still ask for them
-            self._next_begun()
-        self._ids = ids
+        while self._begun:  # replies to an earlier push, which a strategy may still pull
+            self._receive_next()
+        self._begun_ids = ids
         self._begun = {message_id: self._waiting.pop(message_id) for message_id in ids}
         self._answers = self._app.train_together(
             [(message, self._context(message.metadata.dst_node_id)) for message in self._begun.values()]
         )
 
-    def _next_begun(self) -> str:
-        """Wait for one more reply of those that are trained together; the id that it answers."""
-        number, reply = next(self._answers)
-        message_id = self._ids[number]
-        if message_id in self._begun:  # else nobody waits for it any more
-            self._ready[message_id] = self._checked(self._begun.pop(message_id), reply)
+    def _receive_next(self) -> str:
+        """Wait for the next reply of the clients that train together; return the id of its message."""
+        index, reply = next(self._answers)
+        message_id = self._begun_ids[index]
+        if message_id in self._begun:  # else the message was dropped
+            self._ready[message_id] = self._finish(self._begun.pop(message_id), reply)
         return message_id
 
-    def _answer(self, message: Message) -> Message:
+    def _run_client(self, message: Message) -> Message:
+        """Run the client that `message` was sent to and return its reply."""
         context = self._context(message.metadata.dst_node_id)
         reply: Message | Exception
         try:
-            reply = self._app(_delivered(message), context)
+            reply = self._app(_copy(message), context)
         except Exception as error:
             reply = error
         if context.state:
             self._contexts[context.node_id] = context
-        return self._checked(message, reply)
+        return self._finish(message, reply)
 
-    def _checked(self, message: Message, reply: Message | Exception) -> Message:
-        """A client's `reply`, or the error reply that a node sends when its app has raised."""
+    def _finish(self, message: Message, reply: Message | Exception) -> Message:
+        """Return `reply` with an id, or, for an exception of the app, the error reply that a node sends."""
         if not isinstance(reply, (Message, Exception)):
-            reply = TypeError(f"The client app returned a {type(reply).__name__}, not a Message.")
+            reply = TypeError(f"The client app returned a {type(reply).__name__}; return a Message.")
         if isinstance(reply, Message):
             self.answered += 1
             stamp(reply, f"reply-{message.metadata.message_id}")
@@ -191,12 +196,12 @@ class LocalGrid(Grid):
         reason = f"{type(reply).__name__}: {reply}"
         if reason not in self.failures:
             name = self._names[message.metadata.dst_node_id - FIRST_NODE_ID]
-            log.warning("The client app raised at %s", name, exc_info=reply)
+            log.warning("The client app raised an exception at client %s.", name, exc_info=reply)
         self.failures[reason] += 1
         return quick_reply(message, error=Error(CLIENT_APP_RAISED, reason))
 
     def _context(self, node_id: int) -> Context:
-        """The node's Context: the one that holds its state, or a new one. 100,000 that hold nothing are not kept."""
+        """Return the node's Context. Only Contexts with state are stored, so that idle nodes need no memory."""
         if node_id in self._contexts:
             return self._contexts[node_id]
         row = node_id - FIRST_NODE_ID
@@ -204,10 +209,10 @@ class LocalGrid(Grid):
         return Context(RUN_ID, node_id, config, RecordDict(), self._run_config.copy())
 
 
-def _delivered(message: Message) -> Message:
-    """`message` as its receiver's own: many share one content, and an app may take records apart."""
+def _copy(message: Message) -> Message:
+    """Return `message` with its own records: messages may share one content, and an app may change its records."""
     content = message.content.copy()
     for name, record in content.items():
         content[name] = record.copy()
-    delivered: Message = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]  # as grids do
-    return delivered
+    copied: Message = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]  # as grids do
+    return copied

@@ -1,4 +1,4 @@
-"""A grid around another one, which does all that is not said otherwise."""
+"""A base class for grids that wrap another grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from corymb.protocol.grids import CompleteGrid
 
 
 class WrappedGrid(Grid):
-    """Everything as `grid` does it."""
+    """A grid that delegates every call to `grid`; subclasses override what they change."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -23,36 +23,36 @@ class WrappedGrid(Grid):
         return isinstance(self._grid, CompleteGrid) and self._grid.is_complete
 
     def set_run(self, run: Any) -> None:
-        """Take `run` as this grid's."""
+        """Set the run of this grid."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """The run, as Flower describes one."""
+        """The run, as Flower's `Run`."""
         return self._grid.run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """A message; Flower deprecates this in favour of the constructor."""
+        """Return a new message; Flower deprecates this method in favour of the constructor."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The ids of all nodes."""
+        """Return the ids of all nodes."""
         return self._grid.get_node_ids()
 
     def get_nodes(self) -> Iterable[Any]:
-        """All nodes."""
+        """Return all nodes."""
         return self._grid.get_nodes()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send `messages`; their ids."""
+        """Send `messages` and return their ids."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to `message_ids` that are here."""
+        """Return the replies to `message_ids` that have arrived."""
         return self._grid.pull_messages(message_ids)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Push `messages` and wait for their replies, `timeout` seconds at most (None: for ever)."""
+        """Push `messages` and return their replies; waits at most `timeout` seconds, None without limit."""
         return self._grid.send_and_receive(messages, timeout=timeout)

@@ -1,1 +1,1 @@
-"""Runs, and what they leave: journals, tables, pictures, reports, what papers claim."""
+"""Run experiments and write their results: journals, tables, plots, reports, and the claims of papers."""

@@ -1,4 +1,4 @@
-"""What papers claim, beside what was measured here: a table for the documentation."""
+"""Compare the claims of papers with the measurements of runs, in a Markdown table for the documentation."""
 
 from __future__ import annotations
 
@@ -17,42 +17,46 @@ BEGIN, END = "<!-- corymb results: begin -->", "<!-- corymb results: end -->"
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim with the values of its rule, and of the rule it is compared with, one per seed."""
+    """A claim with its measured `values`, one per seed, and those of the rule it is compared with, if any."""
 
     claim: Claim
     values: list[float]
     others: list[float] | None = None
 
     @property
-    def found(self) -> float:
-        """What lies within the claim's bounds, or not: the mean, or the mean difference."""
+    def result(self) -> float:
+        """The mean over seeds, or the difference of the two means, which the claim bounds."""
         return float(np.mean(self.values)) - (float(np.mean(self.others)) if self.others else 0.0)
 
     @property
     def holds(self) -> bool:
-        """Whether it does."""
+        """Whether the result is within the bounds of the claim."""
         low, high = self.claim.least, self.claim.most
-        return (low is None or self.found >= low) and (high is None or self.found <= high)
+        return (low is None or self.result >= low) and (high is None or self.result <= high)
 
 
 def findings(resolved: Resolved, runs: list[FinishedRun]) -> list[Finding]:
-    """Every claim of an experiment, measured in `runs`. Raises `ValueError` for a measure that no round recorded."""
+    """Measure every claim of an experiment in `runs`. Raises `ValueError` for a measure that no round recorded."""
     experiment = resolved.experiment
     hostile = {seed: resolved.hostile_names(seed) for seed in experiment.seeds}
-    found = []
+    measurements = []
     for claim in experiment.claims:
-        mine, others = (
+        values, others = (
             [measured(claim.measure, run, experiment, hostile[run.seed]) for run in runs if run.rule == rule]
             for rule in (claim.rule, claim.than)
         )
-        if not mine or (claim.than and not others):
-            raise ValueError(f"There are no runs of {claim.rule!r} and {claim.than!r} to compare.")
-        found.append(Finding(claim, mine, others or None))
-    return found
+        if not values or (claim.than and not others):
+            raise ValueError(f"A claim compares {claim.rule!r} and {claim.than!r}, and one of them has no runs.")
+        measurements.append(Finding(claim, values, others or None))
+    return measurements
 
 
 def measured(measure: str, run: FinishedRun, experiment: Experiment, hostile: set[str]) -> float:
-    """One number of a run; see `Claim`. Numbers of rounds are means over the last rounds that have them."""
+    """Return the value of a `measure` in one run; see `Claim`.
+
+    A number in the records of rounds is averaged over the last `evaluate.last` rounds, where it is recorded. Raises
+    `ValueError` for a measure that no round recorded.
+    """
     if measure == "accuracy":
         return 100 * run.final_accuracy
     if measure == "seconds":
@@ -64,28 +68,28 @@ def measured(measure: str, run: FinishedRun, experiment: Experiment, hostile: se
             if (total := sum(v.weight or 0.0 for v in record.admitted))
         ]
         if not shares:
-            raise ValueError(f"{run.rule!r} recorded no weights, so there is no share of the hostile clients.")
+            raise ValueError(f"The rule {run.rule!r} recorded no weights, so it has no measure 'hostile'.")
         return float(np.mean(shares))
-    newest = experiment.rounds - experiment.evaluate.last
-    numbers = [{**record.server, **record.notes} for record in run.records if record.round > newest]
+    skipped = experiment.rounds - experiment.evaluate.last
+    numbers = [{**record.server, **record.notes} for record in run.records if record.round > skipped]
     values = [row[measure] for row in numbers if measure in row]
     if not values:
-        known = sorted(set().union(*numbers)) or ["none"]
-        raise ValueError(f"No round of {run.rule!r} recorded {measure!r}; there are {', '.join(known)}.")
+        recorded = sorted(set().union(*numbers)) or ["none"]
+        raise ValueError(f"No round of {run.rule!r} recorded {measure!r}; it recorded {', '.join(recorded)}.")
     return float(np.mean(values)) * (100 if measure.startswith("certified-") else 1)
 
 
-def table(found: dict[str, tuple[Experiment, list[Finding]]]) -> str:
-    """A Markdown table of findings by the experiment's name."""
+def table(results: dict[str, tuple[Experiment, list[Finding]]]) -> str:
+    """Return a Markdown table of `results`, which are findings by the name of their experiment."""
     lines = [
         f"Made by `corymb results` on {date.today().isoformat()}; mean ± standard deviation over seeds.",
         "",
         "| claim | measured | bar | held |",
         "|---|---|---|---|",
     ]
-    for name, (experiment, some) in found.items():
+    for name, (experiment, rows) in results.items():
         lines.append(f"| **`{name}`**: {experiment.setting}, {len(experiment.seeds)} seeds | | | |")
-        lines += [_row(finding) for finding in some]
+        lines += [_row(finding) for finding in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -93,21 +97,21 @@ def _row(finding: Finding) -> str:
     claim = finding.claim
     text = f"{claim.rule} {_numbers(claim.measure, finding.values)}"
     if claim.than and finding.others:
-        text += f", {claim.than} {_numbers(claim.measure, finding.others)}: {finding.found:+.2f}"
+        text += f", {claim.than} {_numbers(claim.measure, finding.others)}: {finding.result:+.2f}"
     bounds = [f"≥ {claim.least:g}"] if claim.least is not None else []
     bounds += [f"≤ {claim.most:g}"] if claim.most is not None else []
     return f"| {claim.paper} | {text} | {', '.join(bounds)} | {'yes' if finding.holds else '**no**'} |"
 
 
 def _numbers(measure: str, values: list[float]) -> str:
-    points = measure == "accuracy" or measure.startswith("certified-")
-    name, digits = ("" if measure == "accuracy" else f"{measure} "), 2 if points else 3
+    is_percent = measure == "accuracy" or measure.startswith("certified-")
+    name, digits = ("" if measure == "accuracy" else f"{measure} "), 2 if is_percent else 3
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return f"{name}{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def put_into(document: str, text: str) -> str:
-    """`document` with `text` between its markers; at its end, with markers, where it has none."""
+    """Return `document` with `text` between its markers; without markers, append them and the text."""
     before, begin, rest = document.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -1,4 +1,4 @@
-"""What `corymb simulate`, `corymb compare` and `corymb results` do."""
+"""The commands `corymb simulate`, `corymb compare` and `corymb results`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from corymb.simulations.grid.app_folder import load_app, run_app
 from corymb.simulations.results.claims import findings, put_into, table
 from corymb.simulations.results.folder import (
     FinishedRun,
+    check_replaceable,
     collect,
     is_finished,
     prepare,
-    require_free,
     scores,
     write,
 )
@@ -39,18 +39,22 @@ def simulate_experiments(
     console: Console,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run the experiments in `paths`; print the table and write the folder of each."""
+    """Run the experiments in `paths`, print their rankings, and write their results.
+
+    `changes` are "key=value" from the command line, `extra` further changes as a table. The results go to `out`, or
+    to `out`/NAME if there are several experiments; without `out`, to runs/NAME.
+    """
     settings = dict(map(parse_change, changes)) | dict(extra or {})
     experiments = [read(path, settings) for path in paths]
     if len({experiment.name for experiment in experiments}) < len(experiments):
-        raise ValueError("Two of the experiments have the same name, so they would share a folder; run one at a time.")
+        raise ValueError("Two experiments have the same name and would share a folder; run them one at a time.")
     folders = [
         out if out and len(experiments) == 1 else (out or Path("runs")) / experiment.name for experiment in experiments
     ]
     plans = [(resolve(experiment), folder) for experiment, folder in zip(experiments, folders, strict=True)]
     reports = [
         (resolved.experiment.name, _ranking(runs), write_report(resolved, runs, folder))
-        for (resolved, folder), runs in zip(plans, _carried_out(plans, jobs, console), strict=True)
+        for (resolved, folder), runs in zip(plans, _run_plans(plans, jobs, console), strict=True)
     ]
     for name, ranking, report in reports:
         if len(reports) > 1:
@@ -59,11 +63,11 @@ def simulate_experiments(
         console.print(f"Report: {report}", soft_wrap=True, markup=False)
 
 
-def _carried_out(plans: list[Plan], jobs: int, console: Console) -> Iterator[list[FinishedRun]]:
-    """The runs of each plan, whose folder is written as soon as they are over."""
+def _run_plans(plans: list[Plan], jobs: int, console: Console) -> Iterator[list[FinishedRun]]:
+    """Run each plan, write its folder as soon as its last run ends, and yield its runs."""
     for _, folder in plans:
-        require_free(folder)
-    for _, folder in plans:  # no mistake is left to be found: earlier results make way
+        check_replaceable(folder)
+    for _, folder in plans:  # earlier results are deleted only after all checks
         prepare(folder)
     with closing(run_all(plans, console, jobs)) as finished:
         for (resolved, folder), runs in zip(plans, finished, strict=True):
@@ -72,7 +76,7 @@ def _carried_out(plans: list[Plan], jobs: int, console: Console) -> Iterator[lis
 
 
 def _ranking(runs: list[FinishedRun]) -> Table:
-    """The rules of an experiment, best first."""
+    """Return a table of the rules of an experiment, best first."""
     results = scores(runs)
     best = max(results, key=lambda rule: results[rule][0])
     ranking = Table(box=None, pad_edge=False, header_style="bold")
@@ -87,39 +91,41 @@ def _ranking(runs: list[FinishedRun]) -> Table:
 def measure_claims(
     names: list[str], data: Path | None, out: Path, document: Path | None, jobs: int, console: Console
 ) -> None:
-    """Run the shipped experiments called `names` (default: all that make claims), and tell what held.
+    """Run the shipped experiments called `names` (default: all with claims), and print which claims hold.
 
-    An experiment whose results are already in `out`, with the same settings, is not run again.
+    An experiment with results of the same settings in `out` is not run again. `document` also gets the table.
     """
-    found = {}
+    results = {}
     for name in names or shipped():
         experiment = read(Path(name))
         if experiment.claims:
             if experiment.data.source != DIGITS:
                 if data is None:
-                    console.print(f"{name}: needs {experiment.data.source}; give the folder it is in with --data.")
+                    console.print(
+                        f"{name}: skipped; give the folder that contains {experiment.data.source} with --data."
+                    )
                     continue
                 experiment = read(Path(name), {"data.source": str(data / experiment.data.source)})
             resolved = resolve(experiment)
-            found[name] = (experiment, findings(resolved, _runs(resolved, out / name, jobs, console)))
-    text = table(found)
+            results[name] = (experiment, findings(resolved, _runs(resolved, out / name, jobs, console)))
+    text = table(results)
     if document is not None:
         document.write_text(put_into(document.read_text() if document.exists() else "", text))
     console.print(text, markup=False, soft_wrap=True)
 
 
 def _runs(resolved: Resolved, folder: Path, jobs: int, console: Console) -> list[FinishedRun]:
-    """The runs of an experiment in `folder`, made where they are not there."""
+    """Return the runs of an experiment from `folder`; run it first if the folder does not have its results."""
     experiment = resolved.experiment
     if is_finished(experiment, folder):
         return collect(experiment, folder)
     console.print(f"{experiment.name}: {experiment.setting}", markup=False)
-    (runs,) = _carried_out([(resolved, folder)], jobs, console)
+    (runs,) = _run_plans([(resolved, folder)], jobs, console)
     return runs
 
 
 def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console) -> None:
-    """Run the Flower app in `folder` on a LocalGrid; its own log says what happens."""
+    """Run the Flower app in `folder` on a LocalGrid; progress is in Flower's log."""
     app = load_app(folder)
     logging.getLogger("flwr").setLevel(logging.INFO)
     started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: read from the journals, written as JSON lines, TOML and safetensors."""
+"""The results folder of an experiment: read runs from their journals, write JSON lines, TOML and safetensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ FILES = {
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run."""
+    """A finished run of one rule with one seed.
+
+    `final_accuracy` is the mean test accuracy in the last `evaluate.last` rounds; `wall_seconds` is the total time.
+    """
 
     rule: str
     seed: int
@@ -39,63 +42,65 @@ class FinishedRun:
 
     @property
     def curve(self) -> tuple[list[int], list[float]]:
-        """The rounds that were tested, and the test accuracy after each."""
+        """The rounds with a test, and the test accuracy after each."""
         tested = [record for record in self.records if "accuracy" in record.server]
         return [record.round for record in tested], [record.server["accuracy"] for record in tested]
 
 
 def journal_folder(folder: Path, rule: RuleSettings, seed: int) -> Path:
-    """Where a run keeps its journal."""
+    """Return the folder of a run's journal."""
     return folder / "journals" / f"{rule.slug}-seed{seed}"
 
 
 def collect(experiment: Experiment, folder: Path) -> list[FinishedRun]:
-    """The runs in `folder`, rule by rule."""
+    """Read the runs in `folder`, ordered by rule, then by seed."""
     return [collect_run(experiment, folder, rule, seed) for rule in experiment.rules for seed in experiment.seeds]
 
 
 def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: int) -> FinishedRun:
-    """The run of `rule` with `seed`, from its journal."""
+    """Read the run of `rule` with `seed` from its journal."""
     with closing(Journal(journal_folder(folder, rule, seed), durable=False)) as journal:
         records = list(journal.rounds())
         digest = journal.model_sha256()
-    newest = experiment.rounds - experiment.evaluate.last
+    skipped = experiment.rounds - experiment.evaluate.last
     tested = [r.server["accuracy"] for r in records if "accuracy" in r.server]
-    last = [r.server["accuracy"] for r in records if "accuracy" in r.server and r.round > newest]
+    last = [r.server["accuracy"] for r in records if "accuracy" in r.server and r.round > skipped]
     final = float(np.mean(last or tested[-1:]))
     return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest)
 
 
-def require_free(folder: Path) -> None:
-    """Raise `ValueError` for a folder that holds other things than results, or is none."""
+def check_replaceable(folder: Path) -> None:
+    """Raise `ValueError` if `folder` is a file, or has files that are not results of an experiment."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"There is a file at {folder}; give a folder with --out.")
     names = {path.name for path in folder.iterdir()}
-    others = names - FILES
-    if names and "journals" not in names:  # a run begins with them
-        others = names
-    if others:
-        raise ValueError(f"The folder {folder} holds {min(others)}, which is no result; give another with --out.")
+    foreign = names - FILES
+    if names and "journals" not in names:  # every run creates it first, so these files are not results
+        foreign = names
+    if foreign:
+        raise ValueError(
+            f"The folder {folder} contains {min(foreign)}, which is not a result of Corymb; give another with --out."
+        )
 
 
 def prepare(folder: Path) -> None:
-    """Make `folder`, without the results of an earlier run in it. Raises `ValueError` as `require_free` does."""
-    require_free(folder)
+    """Create `folder`, empty; results in it are deleted. Raises `ValueError` as `check_replaceable` does."""
+    check_replaceable(folder)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
 def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None:
-    """Write everything but the pictures: config, rounds, clients, summary, and the model of the best run."""
+    """Write all files of `folder` but plots and report: config, rounds, clients, summary and the best model."""
     (folder / "config.toml").write_text(_config(experiment))
     _write_lines(folder / "rounds.jsonl", (_round_row(run, record) for run in runs for record in run.records))
     _write_lines(
         folder / "clients.jsonl",
         (
-            {"rule": run.rule, "seed": run.seed, "round": record.round} | _without_gaps(vars(verdict))
+            {"rule": run.rule, "seed": run.seed, "round": record.round} | _drop_empty(vars(verdict))
             for run in runs
             for record in run.records
             for verdict in record.verdicts
@@ -126,16 +131,16 @@ def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None
 
 
 def is_finished(experiment: Experiment, folder: Path) -> bool:
-    """Whether `folder` has the results of this very experiment, whatever is claimed of it."""
+    """Return whether `folder` has results of `experiment`; settings without effect on results are ignored."""
     config = folder / "config.toml"
     if not ((folder / SUMMARY).exists() and config.exists()):
         return False
     try:
-        before = Experiment.model_validate(tomllib.loads(config.read_text()))
-    except ValueError:  # written when experiments had other settings
+        stored = Experiment.model_validate(tomllib.loads(config.read_text()))
+    except ValueError:  # written by a version with other settings
         return False
-    beside = {"claims", "setting", "engine", "ray"}  # what has no effect on results
-    return before.model_dump(exclude=beside) == experiment.model_dump(exclude=beside)
+    ignored = {"claims", "setting", "engine", "ray"}  # these have no effect on results
+    return stored.model_dump(exclude=ignored) == experiment.model_dump(exclude=ignored)
 
 
 def _config(experiment: Experiment) -> str:
@@ -154,10 +159,10 @@ def _round_row(run: FinishedRun, record: RoundRecord) -> dict[str, Any]:
         "server": record.server,
         "notes": record.notes,
     }
-    return _without_gaps(row)
+    return _drop_empty(row)
 
 
-def _without_gaps(row: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_empty(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value not in (None, "", {})}
 
 
@@ -167,7 +172,7 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def scores(runs: list[FinishedRun]) -> dict[str, tuple[float, float]]:
-    """Each rule's final accuracy over its seeds: mean, and standard deviation (0 for one seed)."""
+    """Return each rule's mean final accuracy over seeds, and its standard deviation (0 for one seed)."""
     by_rule: dict[str, list[float]] = {}
     for run in runs:
         by_rule.setdefault(run.rule, []).append(run.final_accuracy)

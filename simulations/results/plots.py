@@ -1,4 +1,4 @@
-"""The pictures of an experiment."""
+"""The plots of an experiment."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ STYLE: Any = {
 }
 
 
-SHOWN = 300  # clients of whom a picture shows each by itself
+MAX_BARS = 300  # clients in the plot of labels
 
 
 def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[str, str]:
-    """Draw every picture into `folder`: `{file name: caption}`. `scenario` is that of the first seed."""
+    """Draw all plots into `folder` and return `{file name: caption}`. `scenario` is that of the first seed."""
     seed = runs[0].seed
-    firsts = [run for run in runs if run.seed == seed]
-    pictures: dict[str, tuple[str, Callable[[], Figure]]] = {
+    first_runs = [run for run in runs if run.seed == seed]
+    plots: dict[str, tuple[str, Callable[[], Figure]]] = {
         "accuracy.png": (
-            "Test accuracy per round: mean over seeds, band from least to most",
+            "Test accuracy per round: mean over seeds, band from minimum to maximum",
             lambda: accuracy(runs),
         ),
         "participation.png": (
-            f"Who took part in each round (seed {seed})",
-            lambda: participation(firsts[0], scenario),
+            f"Clients that took part in each round (seed {seed})",
+            lambda: participation(first_runs[0], scenario),
         ),
         "weights.png": (
-            f"How much each client counted (seed {seed}, share of the round's largest)",
-            lambda: weights(firsts, scenario),
+            f"Weight of each client relative to the largest of the round (seed {seed})",
+            lambda: weights(first_runs, scenario),
         ),
-        "labels.png": (f"What each client has: examples per class (seed {seed})", lambda: labels(scenario)),
+        "labels.png": (f"Examples per class of each client (seed {seed})", lambda: labels(scenario)),
     }
     with mpl.rc_context(STYLE):
-        for name, (_, draw) in pictures.items():
+        for name, (_, draw) in plots.items():
             draw().savefig(folder / name, dpi=120)
-    return {name: caption for name, (caption, _) in pictures.items()}
+    return {name: caption for name, (caption, _) in plots.items()}
 
 
 def accuracy(runs: list[FinishedRun]) -> Figure:
-    """A curve per rule with the band of its seeds."""
+    """Plot the accuracy of each rule: the mean over seeds, and a band from minimum to maximum."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for rule in dict.fromkeys(run.rule for run in runs):
@@ -64,7 +64,7 @@ def accuracy(runs: list[FinishedRun]) -> Figure:
         low, high = _smooth(values.min(axis=0)), _smooth(values.max(axis=0))
         axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     points = len(runs[0].curve[0])
-    smoothed = f", mean of {_window(points)} neighbours" if _window(points) > 1 else ""
+    smoothed = f", moving mean of {_window(points)} tests" if _window(points) > 1 else ""
     axes.set(xlabel="round", ylabel=f"test accuracy{smoothed}", xlim=(1, None))
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right")
@@ -72,7 +72,7 @@ def accuracy(runs: list[FinishedRun]) -> Figure:
 
 
 def participation(run: FinishedRun, scenario: Scenario) -> Figure:
-    """A dot per client and round."""
+    """Plot which clients took part in each round, with one cell per client and round."""
     rows = {name: row for row, name in enumerate(scenario.names)}
     took_part = np.zeros((len(rows), len(run.records)))
     for column, record in enumerate(run.records):
@@ -86,38 +86,38 @@ def participation(run: FinishedRun, scenario: Scenario) -> Figure:
 
 
 def weights(runs: list[FinishedRun], scenario: Scenario) -> Figure:
-    """A heat map per rule that gives weights; one that works on each coordinate by itself has none to show."""
+    """Plot a heat map of client weights for each rule that has them; coordinate-wise rules have none."""
     maps = {run.rule: _weight_map(run, scenario) for run in runs}
-    maps = {rule: shown for rule, shown in maps.items() if not np.isnan(shown).all()}
+    maps = {rule: matrix for rule, matrix in maps.items() if not np.isnan(matrix).all()}
     figure = Figure(figsize=(8, 2.1 * max(1, len(maps)) + 0.4), layout="constrained")
     if not maps:
-        figure.text(0.5, 0.5, "No rule of this experiment gives weights.", ha="center", color="grey")
+        figure.text(0.5, 0.5, "No rule of this experiment assigns weights to clients.", ha="center", color="grey")
         return figure
-    every: NDArray[np.object_] = figure.subplots(len(maps), 1, sharex=True, squeeze=False)
-    for axes, (rule, shown) in zip(every[:, 0], maps.items(), strict=True):
+    panels: NDArray[np.object_] = figure.subplots(len(maps), 1, sharex=True, squeeze=False)
+    for axes, (rule, matrix) in zip(panels[:, 0], maps.items(), strict=True):
         axes.set(title=rule, ylabel="client")
-        image = axes.imshow(shown, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=_extent(shown))
+        image = axes.imshow(matrix, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=_extent(matrix))
         figure.colorbar(image, ax=axes, shrink=0.8)
-    every[-1, 0].set_xlabel("round")
+    panels[-1, 0].set_xlabel("round")
     return figure
 
 
 def _weight_map(run: FinishedRun, scenario: Scenario) -> NDArray[np.float64]:
-    """Each client's weight in each round `[N, rounds]` as a share of the round's largest; NaN where there is none."""
+    """Return client weights `[N, rounds]` divided by the round's largest absolute weight; NaN without a weight."""
     rows = {name: row for row, name in enumerate(scenario.names)}
-    shown = np.full((len(rows), len(run.records)), np.nan)
+    matrix = np.full((len(rows), len(run.records)), np.nan)
     for column, record in enumerate(run.records):
-        known = {v.node: v.weight for v in record.admitted if v.weight is not None}
-        largest = max(map(abs, known.values()), default=0)
-        for node, weight in known.items():
-            shown[rows[node], column] = weight / largest if largest else 0
-    return shown
+        by_node = {v.node: v.weight for v in record.admitted if v.weight is not None}
+        largest = max(map(abs, by_node.values()), default=0)
+        for node, weight in by_node.items():
+            matrix[rows[node], column] = weight / largest if largest else 0
+    return matrix
 
 
 def labels(scenario: Scenario) -> Figure:
-    """A stacked bar for each of the first clients."""
-    sizes = scenario.population.sizes[:SHOWN]
-    counts = scenario.labels[:SHOWN] * sizes[:, None]
+    """Plot a stacked bar of examples per class for each of the first clients."""
+    sizes = scenario.population.sizes[:MAX_BARS]
+    counts = scenario.labels[:MAX_BARS] * sizes[:, None]
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     bottom = np.zeros(len(sizes))
@@ -154,7 +154,7 @@ def _window(points: int) -> int:
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A moving mean over a fiftieth of the points, so that 2,000 rounds make a curve and not a cloud."""
+    """Return the moving mean over a fiftieth of the points, so that long curves stay readable."""
     window = _window(len(values))
     padded = np.concatenate([np.full(window // 2, values[0]), values, np.full(window - 1 - window // 2, values[-1])])
     return np.convolve(padded, np.ones(window) / window, mode="valid")

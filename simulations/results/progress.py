@@ -1,4 +1,4 @@
-"""How far every run is, in numbers that all processes share, and as bars."""
+"""The progress of all runs, in memory that their processes share, and its progress bars."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from corymb.server import RoundRecord
 
 
 class Board:
-    """Plain shared numbers, so that nobody waits for anybody: a lock might go with a process that dies."""
+    """The progress of each run, in shared memory. It has no locks, as a process that dies would keep its lock."""
 
     def __init__(self, runs: int, context: Any = multiprocessing) -> None:
         self._rounds = context.RawArray("i", runs)
-        self._accuracy = context.RawArray("d", [nan] * runs)  # when it was last tested, after a round of
+        self._accuracy = context.RawArray("d", [nan] * runs)  # of the last test, and its number of clients
         self._clients = context.RawArray("i", runs)
-        self._over = context.RawValue("b", 0)
+        self._stopped = context.RawValue("b", 0)
 
-    def tell(self, number: int, record: RoundRecord) -> None:
-        """Note a round of a run. Raises `CancelledError` when all is over."""
-        self.require_more()
+    def update(self, number: int, record: RoundRecord) -> None:
+        """Record a round of run `number`. Raises `CancelledError` after `stop`."""
+        self.check_running()
         self._rounds[number] = record.round
         if "accuracy" in record.server:
             self._accuracy[number], self._clients[number] = record.server["accuracy"], len(record.admitted)
 
-    def look(self, number: int) -> tuple[int, str]:
-        """The rounds of a run, and what was measured last."""
+    def read(self, number: int) -> tuple[int, str]:
+        """Return the rounds that run `number` has finished, and a text on its last test."""
         accuracy = self._accuracy[number]
         measured = "" if isnan(accuracy) else f"accuracy {accuracy:.3f}, {self._clients[number]} clients"
         return self._rounds[number], measured
 
-    def end(self) -> None:
-        """Have all runs end with the round that they are in."""
-        self._over.value = 1
+    def stop(self) -> None:
+        """Stop all runs after their current round."""
+        self._stopped.value = 1
 
-    def require_more(self) -> None:
-        """Raise `CancelledError` when all is over."""
-        if self._over.value:
-            raise CancelledError("The other runs have been given up.")
+    def check_running(self) -> None:
+        """Raise `CancelledError` after `stop`."""
+        if self._stopped.value:
+            raise CancelledError("The run was stopped, as another run failed or was cancelled.")
 
 
 @contextmanager
 def progress(titles: Sequence[tuple[str, int]], board: Board, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar for each run with its title and rounds; what it gives moves the bar of a number to where the run is."""
+    """Show a bar for each of `titles` (title, number of rounds); yield a function that updates the bar of a run."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -63,7 +63,7 @@ def progress(titles: Sequence[tuple[str, int]], board: Board, console: Console) 
         tasks = [bars.add_task(escape(title), total=rounds, measured="", start=False) for title, rounds in titles]
 
         def show(number: int) -> None:
-            rounds, measured = board.look(number)
+            rounds, measured = board.read(number)
             if rounds:
                 bars.start_task(tasks[number])
                 bars.update(tasks[number], completed=rounds, measured=measured)

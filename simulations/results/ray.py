@@ -1,6 +1,6 @@
-"""A run of an experiment in Flower's own simulation: `flwr run`, with Ray under it.
+"""Run an experiment in Flower's own simulation: `flwr run`, with Ray as the backend.
 
-Flower starts `server` and `client` in processes of its own; they find the experiment in the run config.
+Flower starts `server` and `client` in its own processes; these read the experiment from the run config.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ client = ClientApp()
 
 
 def run_with_ray(resolved: Resolved, rule: int, seed: int, folder: Path, on_round: OnRound | None = None) -> None:
-    """Run the experiment's rule number `rule` with `seed`; the journal in `folder` is its record."""
+    """Run the rule with index `rule` of the experiment with `seed`, and write its journal to `folder`."""
     experiment = resolved.experiment
     config: dict[str, str | int] = {
         "experiment": experiment.model_dump_json(),
@@ -45,9 +45,9 @@ def run_with_ray(resolved: Resolved, rule: int, seed: int, folder: Path, on_roun
 
 @cache
 def _run(text: str, rule: int, seed: int, folder: str) -> tuple[Run, Resolved]:
-    """Once in each process."""
+    """Prepare the run, once in each process."""
     if Path(folder).is_dir():
-        os.chdir(folder)  # where the user stood: paths in an experiment may be relative
+        os.chdir(folder)  # paths in an experiment are relative to the user's folder
     torch.set_num_threads(1)
     resolved = resolve(Experiment.model_validate_json(text))
     return Run(resolved, resolved.experiment.rules[rule], seed), resolved
@@ -57,19 +57,20 @@ def _run(text: str, rule: int, seed: int, folder: str) -> tuple[Run, Resolved]:
 def _clients(text: str, rule: int, seed: int, folder: str) -> Client:
     _, resolved = _run(text, rule, seed, folder)
     key = resolved.key(resolved.experiment.rules[rule], seed)
-    return clients_of(resolved, key).__enter__()  # for as long as the process lives
+    return clients_of(resolved, key).__enter__()  # the context stays open until the process ends
 
 
-def _named(context: Context) -> tuple[str, int, int, str]:
+def _run_key(context: Context) -> tuple[str, int, int, str]:
+    """Return the arguments of `_run` from the run config."""
     config = context.run_config
     return str(config["experiment"]), int(config["rule"]), int(config["seed"]), str(config["folder"])
 
 
 @server.main()
 def _serve(grid: Grid, context: Context) -> None:
-    run, _ = _run(*_named(context))
-    named = NamedGrid(grid, run.scenario.names)
-    run.serve(with_availability(named, run.participation), Path(str(context.run_config["journal"])))
+    run, _ = _run(*_run_key(context))
+    named_grid = NamedGrid(grid, run.scenario.names)
+    run.serve(with_availability(named_grid, run.participation), Path(str(context.run_config["journal"])))
 
 
 @client.query()
@@ -79,18 +80,18 @@ def _query(message: Message, context: Context) -> Message:
 
 @client.train()
 def _train(message: Message, context: Context) -> Message:
-    return _answered(message, context)
+    return _reply(message, context)
 
 
 @client.evaluate()
 def _evaluate(message: Message, context: Context) -> Message:
-    return _answered(message, context)
+    return _reply(message, context)
 
 
-def _answered(message: Message, context: Context) -> Message:
-    """The reply of the experiment's own client, which sees the configs that it sees on a `LocalGrid`."""
-    named = _named(context)
-    run, _ = _run(*named)
-    own = run.node_config(int(context.node_config["partition-id"]))
-    seen = Context(context.run_id, context.node_id, context.node_config | own, context.state, run.settings.flat())
-    return _clients(*named)(message, seen)
+def _reply(message: Message, context: Context) -> Message:
+    """Return the reply of the experiment's client, which gets the same configs as on a `LocalGrid`."""
+    key = _run_key(context)
+    run, _ = _run(*key)
+    extra = run.node_config(int(context.node_config["partition-id"]))
+    local = Context(context.run_id, context.node_id, context.node_config | extra, context.state, run.settings.flat())
+    return _clients(*key)(message, local)

@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens offline."""
+"""The report of an experiment: one HTML file that opens offline."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from corymb.simulations.results.plots import draw_all
 
 
 def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> Path:
-    """Draw the pictures into `folder` and write `report.html` with everything in it."""
+    """Draw the plots into `folder`, and write and return `report.html`, which embeds them."""
     experiment, scenario = resolved.experiment, resolved.first
-    pictures = draw_all(runs, scenario, folder)
+    plots = draw_all(runs, scenario, folder)
     results = scores(runs)
     best = max(results, key=lambda rule: results[rule][0])
     environment = Environment(
@@ -38,9 +38,9 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
             }
             for rule in sorted(experiment.rules, key=lambda rule: -results[rule.title][0])
         ],
-        pictures=[
+        plots=[
             {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}
-            for name, caption in pictures.items()
+            for name, caption in plots.items()
         ],
         runs=runs,
         config=(folder / "config.toml").read_text(),

@@ -1,4 +1,4 @@
-"""One run of an experiment: one rule on the clients of one seed, from the first model to the journal."""
+"""One run of an experiment: one rule on the clients of one seed, from the initial model to the journal."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ OnRound = Callable[[RoundRecord], None]
 
 @contextmanager
 def clients_of(resolved: Resolved, key: Key, workers: int = 1) -> Iterator[Client]:
-    """The clients of one scenario as one app, hostile ones among them; what trains them ends with the context.
+    """Yield the client app of one scenario, with its hostile clients; the training engine closes with the context.
 
-    An engine may use `workers` processes.
+    The engine may use up to `workers` processes.
     """
     experiment, scenario, (seed, attacks) = resolved.experiment, resolved.scenarios[key], key
     population = scenario.population.in_order()
 
     def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
-        mine = TensorDataset(*population.examples(int(context.node_config["partition-id"])))
-        return mine, mine
+        examples = TensorDataset(*population.examples(int(context.node_config["partition-id"])))
+        return examples, examples
 
     app: Client = make_client_app(resolved.model, data)
     engine = None
@@ -60,7 +60,7 @@ def clients_of(resolved: Resolved, key: Key, workers: int = 1) -> Iterator[Clien
     if experiment.model.random_start:
         app = with_random_start(app, resolved.model, seed)
     if scenario.hostile and attacks:
-        app = experiment.attack.around(app, scenario.hostile, seed)
+        app = experiment.attack.wrap(app, scenario.hostile, seed)
     try:
         yield app
     finally:
@@ -69,8 +69,9 @@ def clients_of(resolved: Resolved, key: Key, workers: int = 1) -> Iterator[Clien
 
 
 class Run:
-    """`rule` with `seed`. The partition, the participation and the first model depend on the seed only, so that all
-    rules meet the same.
+    """A run of `rule` with `seed`.
+
+    The partition, the participation and the initial model depend only on the seed, so all rules get the same ones.
     """
 
     def __init__(self, resolved: Resolved, rule: ExperimentRule, seed: int) -> None:
@@ -80,42 +81,45 @@ class Run:
         self.settings = resolved.experiment.train_for(rule).model_copy(update={"seed": seed})
 
     def node_config(self, client: int) -> dict[str, Any]:
-        """What a client's node config says besides its partition."""
-        known = {} if self._probabilities is None else {"participation": float(self._probabilities[client])}
+        """Return the entries of a client's node config besides its partition."""
+        config = {} if self._probabilities is None else {"participation": float(self._probabilities[client])}
         experiment = self._resolved.experiment
         is_target = experiment.target.examples and self.scenario.names[client] == TARGET
-        return known | (experiment.target_train().flat() if is_target else {})
+        return config | (experiment.target_train().flat() if is_target else {})
 
     def on_this_machine(self, clients: Client, folder: Path, on_round: OnRound | None = None) -> None:
-        """Run all rounds with `clients` in this process; the journal in `folder` is their record."""
+        """Run all rounds with `clients` in this process, and write the journal to `folder`."""
         grid = LocalGrid(clients, self.scenario.names, run_config=self.settings.flat(), node_config=self.node_config)
         self.serve(with_availability(grid, self.participation), folder, on_round)
 
     def serve(self, grid: Grid, folder: Path, on_round: OnRound | None = None) -> None:
-        """Run all rounds over `grid`. Test accuracy and loss are the server's metrics."""
+        """Run all rounds over `grid`, write the journal to `folder`, and call `on_round` after each round.
+
+        The server's metrics are the test accuracy and loss.
+        """
         experiment, scenario = self._resolved.experiment, self.scenario
         torch.manual_seed(self._seed)
         module = self._resolved.model()
         rule = self._rule.make()
-        tested = self._proxy(scenario.test) if isinstance(rule, VotingRule) else None
+        voting_test = self._proxy(scenario.test) if isinstance(rule, VotingRule) else None
 
         def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if server_round % experiment.evaluate.every and server_round != experiment.rounds:
                 return None
-            if tested is not None and isinstance(rule, VotingRule):
-                return _vote(rule, strategy.state.memory, tested, experiment.evaluate.budgets)
+            if voting_test is not None and isinstance(rule, VotingRule):
+                return _voting_metrics(rule, strategy.state.memory, voting_test, experiment.evaluate.budgets)
             module.load_state_dict(to_state(arrays))
             test = TensorDataset(scenario.test.inputs, scenario.test.targets)
             metrics: dict[str, Any] = evaluate(module, evaluation_batches(test), TrainSettings())
             del metrics["seconds"]
             return MetricRecord(metrics)
 
-        def look(record: RoundRecord) -> None:
-            watched.look(record)
+        def after_round(record: RoundRecord) -> None:
+            failures.check(record)
             if on_round is not None:
                 on_round(record)
 
-        watched = _Watched()
+        failures = _FailureCheck()
         with closing(Journal(folder, durable=False)) as journal:
             strategy = FlowerStrategy(
                 rule,
@@ -127,47 +131,52 @@ class Run:
                 min_available_nodes=1,
                 seed=self._seed,
                 journal=journal,
-                on_round=look,
+                on_round=after_round,
                 buffers=[entry.name for entry in self._resolved.layout.buffers],
             )
             initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
-            # Clients run while their replies are pulled: no clock may decide who counts.
+            # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
             strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
-        watched.end()
+        failures.warn_if_untrained()
 
     def _proxy(self, examples: Examples) -> Proxy:
+        """Return `examples` with a new module, without drawing from the random numbers of the run."""
         with torch.random.fork_rng(devices=[]):
             return Proxy(self._resolved.model().eval(), examples.inputs, examples.targets)
 
 
-class _Watched:
-    """Ends a run in which nothing but errors comes from the clients: at once, not after the last round."""
+class _FailureCheck:
+    """Stops a run as soon as all clients fail, and warns if a finished run has admitted no reply."""
 
     def __init__(self) -> None:
         self._codes: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
 
-    def look(self, record: RoundRecord) -> None:
-        """Raise `ValueError` when clients were asked and every one that could be reached failed."""
-        came = [verdict for verdict in record.verdicts if verdict.code != Code.OFFLINE]
-        self._codes.update(verdict.code for verdict in came)
-        self._reasons.update(v.reason.removeprefix(f"{v.node}: ") for v in came if v.code != ADMITTED)
+    def check(self, record: RoundRecord) -> None:
+        """Raise `ValueError` if every client that was online so far has replied with an error."""
+        verdicts = [verdict for verdict in record.verdicts if verdict.code != Code.OFFLINE]
+        self._codes.update(verdict.code for verdict in verdicts)
+        self._reasons.update(v.reason.removeprefix(f"{v.node}: ") for v in verdicts if v.code != ADMITTED)
         if self._codes.keys() == {Code.ERROR}:
             reason, times = self._reasons.most_common(1)[0]
-            raise ValueError(f"Every client failed, {times} times with: {reason}")
+            raise ValueError(f"Every client failed; the most frequent error ({times} times): {reason}")
 
-    def end(self) -> None:
-        """Warn when nothing has been learnt, as a table of results would not show it."""
+    def warn_if_untrained(self) -> None:
+        """Log a warning if no reply was admitted, which the table of results would not show."""
         if self._reasons and ADMITTED not in self._codes:
             reason, times = self._reasons.most_common(1)[0]
-            log.warning("Not one reply was admitted, so the model is the one at the start; %d times: %s", times, reason)
+            log.warning(
+                "No reply was admitted, so the model is untrained; the most frequent reason (%d times): %s",
+                times,
+                reason,
+            )
 
 
-def _vote(rule: VotingRule, memory: Any, tested: Proxy, budgets: list[int]) -> MetricRecord | None:
-    """The accuracy of what the voters elect, plain and certified."""
+def _voting_metrics(rule: VotingRule, memory: Any, test: Proxy, budgets: list[int]) -> MetricRecord | None:
+    """Return the accuracy of the elected classes, and the certified accuracy per budget; None without voters."""
     if memory.models is None:
         return None
-    election = rule.vote(memory, tested)
-    accuracy = float((election.classes == tested.labels).double().mean())
-    certified = {f"certified-{budget}": certified_accuracy(election, tested.labels, budget) for budget in budgets}
+    election = rule.vote(memory, test)
+    accuracy = float((election.classes == test.labels).double().mean())
+    certified = {f"certified-{budget}": certified_accuracy(election, test.labels, budget) for budget in budgets}
     return MetricRecord({"accuracy": accuracy, **certified})

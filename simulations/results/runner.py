@@ -1,4 +1,4 @@
-"""All runs of one experiment or several, each experiment resolved once, with a progress bar for each run."""
+"""Run all runs of one or several experiments, one by one or in parallel, with a progress bar for each run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from corymb.simulations.results.progress import Board, progress
 from corymb.simulations.results.ray import run_with_ray
 from corymb.simulations.results.run import OnRound, Run, clients_of
 
-OFTEN = 0.2  # seconds between two looks at the runs of other processes
+POLL_SECONDS = 0.2  # between two updates of the progress bars of other processes
 
-Plan = tuple[Resolved, Path]  # what is run, and the folder for its results
+Plan = tuple[Resolved, Path]  # an experiment, and the folder for its results
 
 
-class Ticket(NamedTuple):
-    """One run: which plan's, a rule and a seed, and its number among all runs."""
+class PlannedRun(NamedTuple):
+    """A run to do: the index of its plan, its rule and seed, and its number among all runs."""
 
     plan: int
     rule: ExperimentRule
@@ -43,79 +43,86 @@ class Ticket(NamedTuple):
     number: int
 
 
-class Tickets:
-    """The runs of `plans` in the order in which results show them; they run seed by seed, as clients are made once."""
+class Schedule:
+    """The runs of `plans`. `shown[i]` are those of plan `i` in the order of results: by rule, then by seed."""
 
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.plans = plans
         numbers = count()
         self.shown = [
             [
-                Ticket(place, rule, seed, next(numbers))
+                PlannedRun(plan, rule, seed, next(numbers))
                 for rule in resolved.experiment.rules
                 for seed in resolved.experiment.seeds
             ]
-            for place, (resolved, _) in enumerate(plans)
+            for plan, (resolved, _) in enumerate(plans)
         ]
 
     def titles(self) -> list[tuple[str, int]]:
-        """What each run's bar is called, and its rounds."""
-        named = len(self.plans) > 1
+        """Return the title of each run's progress bar, and its number of rounds."""
+        with_name = len(self.plans) > 1
         experiments = [resolved.experiment for resolved, _ in self.plans]
         return [
-            (f"{experiments[t.plan].name} " * named + f"{t.rule.title} seed {t.seed}", experiments[t.plan].rounds)
-            for mine in self.shown
-            for t in mine
+            (
+                f"{experiments[run.plan].name} " * with_name + f"{run.rule.title} seed {run.seed}",
+                experiments[run.plan].rounds,
+            )
+            for runs in self.shown
+            for run in runs
         ]
 
-    def in_order(self, place: int) -> list[Ticket]:
-        """The runs of one plan, those that meet the same clients after one another."""
-        resolved, _ = self.plans[place]
-        return sorted(self.shown[place], key=lambda ticket: resolved.key(ticket.rule, ticket.seed))
+    def in_order(self, plan: int) -> list[PlannedRun]:
+        """Return the runs of a plan in the order of execution: by scenario, so that each client app is made once."""
+        resolved, _ = self.plans[plan]
+        return sorted(self.shown[plan], key=lambda run: resolved.key(run.rule, run.seed))
 
 
 def run_all(plans: Sequence[Plan], console: Console, jobs: int = 1) -> Generator[list[FinishedRun], None, None]:
-    """The runs of each of `plans`, every rule with every seed, as soon as the last of them is over.
+    """Run every rule with every seed of each of `plans`, and yield the runs of a plan when its last run ends.
 
-    With `jobs` above one, so many run at a time in processes of their own; closing this ends them. Raises
-    `ChildProcessError` when one of them dies.
+    With `jobs` above 1, that many runs are executed in parallel, each in its own process; closing the generator ends
+    them. Raises `ChildProcessError` if a process dies.
     """
-    tickets = Tickets(plans)
+    schedule = Schedule(plans)
     if jobs > 1:
-        yield from _in_processes(tickets, console, jobs)
+        yield from _run_in_processes(schedule, console, jobs)
         return
-    board = Board(sum(map(len, tickets.shown)))
-    with progress(tickets.titles(), board, console) as show, _quietly(), Clients(cores()) as clients:
+    board = Board(sum(map(len, schedule.shown)))
+    with progress(schedule.titles(), board, console) as show, _quiet_single_thread(), Clients(cores()) as clients:
 
-        def tell(number: int, record: RoundRecord) -> None:
-            board.tell(number, record)
+        def on_round(number: int, record: RoundRecord) -> None:
+            board.update(number, record)
             show(number)
 
-        for place, mine in enumerate(tickets.shown):
+        for plan, runs in enumerate(schedule.shown):
             finished = {
-                t.number: _run(plans[place], t, clients, partial(tell, t.number)) for t in tickets.in_order(place)
+                run.number: _run(plans[plan], run, clients, partial(on_round, run.number))
+                for run in schedule.in_order(plan)
             }
-            yield [finished[ticket.number] for ticket in mine]
+            yield [finished[run.number] for run in runs]
 
 
 class Clients:
-    """The clients of one scenario, kept for as long as runs meet the same; their engine has so many `workers`."""
+    """A cache of one client app, reused while consecutive runs have the same scenario.
+
+    Its training engine may use up to `workers` processes.
+    """
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._made: tuple[int, Key, Client] | None = None  # of which plan
+        self._cached: tuple[int, Key, Client] | None = None  # the index of the plan, the scenario, the app
         self._stack = ExitStack()
 
     def of(self, plan: int, resolved: Resolved, key: Key) -> Client:
-        """The clients of that scenario of a plan."""
-        if self._made is None or self._made[:2] != (plan, key):
+        """Return the client app of the scenario `key` of a plan."""
+        if self._cached is None or self._cached[:2] != (plan, key):
             self.close()
-            self._made = (plan, key, self._stack.enter_context(clients_of(resolved, key, self._workers)))
-        return self._made[2]
+            self._cached = (plan, key, self._stack.enter_context(clients_of(resolved, key, self._workers)))
+        return self._cached[2]
 
     def close(self) -> None:
-        """End what trains them."""
-        self._made = None
+        """Close the training engine."""
+        self._cached = None
         self._stack.close()
 
     def __enter__(self) -> Clients:
@@ -125,24 +132,28 @@ class Clients:
         self.close()
 
 
-def _run(plan: Plan, ticket: Ticket, clients: Clients, tell: OnRound) -> FinishedRun:
-    (resolved, folder), rule, seed = plan, ticket.rule, ticket.seed
+def _run(plan: Plan, run: PlannedRun, clients: Clients, on_round: OnRound) -> FinishedRun:
+    """Execute `run`, whose journal goes into the folder of `plan`, and return its results."""
+    (resolved, folder), rule, seed = plan, run.rule, run.seed
     experiment, journal = resolved.experiment, journal_folder(folder, rule, seed)
     if experiment.engine == "ray":
-        run_with_ray(resolved, experiment.rules.index(rule), seed, journal, tell)
+        run_with_ray(resolved, experiment.rules.index(rule), seed, journal, on_round)
     else:
-        app = clients.of(ticket.plan, resolved, resolved.key(rule, seed))
-        Run(resolved, rule, seed).on_this_machine(app, journal, tell)
+        app = clients.of(run.plan, resolved, resolved.key(rule, seed))
+        Run(resolved, rule, seed).on_this_machine(app, journal, on_round)
     return collect_run(experiment, folder, rule, seed)
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """One thread, as small models run slower on several and sums differ with their number; the bars say the rest."""
+def _quiet_single_thread() -> Iterator[None]:
+    """Use one thread in torch and log warnings only.
+
+    Small models run slower on several threads, and sums round differently with their number.
+    """
     logging.getLogger("flwr").setLevel(logging.WARNING)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()  # half a million objects of the libraries, which Python's collector would look through again and again
+    gc.freeze()  # exclude half a million library objects from each garbage collection
     try:
         yield
     finally:
@@ -150,61 +161,64 @@ def _quietly() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _in_processes(tickets: Tickets, console: Console, jobs: int) -> Iterator[list[FinishedRun]]:
-    number = sum(map(len, tickets.shown))
-    # Forked from this one where that can be, they have the libraries and all that was resolved.
-    forks = can_fork()
-    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-    board = Board(number, context)
-    given: Any = list(tickets.plans)
-    if not forks:
-        given = [(resolved.experiment, folder) for resolved, folder in tickets.plans]
-    begin: Any = partial(_begin, board, given)
-    pool = ProcessPoolExecutor(min(jobs, number), context, begin)
+def _run_in_processes(schedule: Schedule, console: Console, jobs: int) -> Iterator[list[FinishedRun]]:
+    """See `run_all`, for `jobs` above 1."""
+    total = sum(map(len, schedule.shown))
+    # Forked processes share the imported libraries and the resolved experiments with this one.
+    is_forked = can_fork()
+    context: Any = multiprocessing.get_context("fork" if is_forked else "spawn")
+    board = Board(total, context)
+    plans: Any = list(schedule.plans)
+    if not is_forked:
+        plans = [(resolved.experiment, folder) for resolved, folder in schedule.plans]
+    initializer: Any = partial(_init_worker, board, plans)
+    pool = ProcessPoolExecutor(min(jobs, total), context, initializer)
     try:
         futures: dict[int, Future[FinishedRun]] = {
-            ticket.number: pool.submit(_run_here, ticket)
-            for place in range(len(tickets.plans))
-            for ticket in tickets.in_order(place)
+            run.number: pool.submit(_run_in_worker, run)
+            for plan in range(len(schedule.plans))
+            for run in schedule.in_order(plan)
         }
-        with progress(tickets.titles(), board, console) as show:  # its thread begins after the processes
-            for mine in tickets.shown:
-                waiting = {futures[ticket.number] for ticket in mine}
-                while waiting:
-                    done, waiting = wait(waiting, OFTEN, FIRST_COMPLETED)
-                    for each in range(number):
-                        show(each)
+        with progress(schedule.titles(), board, console) as show:  # after the fork, as it starts a thread
+            for runs in schedule.shown:
+                pending = {futures[run.number] for run in runs}
+                while pending:
+                    done, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                    for number in range(total):
+                        show(number)
                     for future in done:
                         future.result()
-                yield [futures[ticket.number].result() for ticket in mine]
+                yield [futures[run.number].result() for run in runs]
     except BrokenProcessPool:
-        message = "The process of a run has died, maybe for want of memory; have fewer run at a time (--jobs)."
+        message = "The process of a run died, possibly because memory ran out; reduce --jobs."
         raise ChildProcessError(message) from None
     finally:
-        board.end()
+        board.stop()
         pool.shutdown(cancel_futures=True)
 
 
-_board: Board  # in a process of ours
-_given: list[tuple[Resolved | Experiment, Path]]
+_board: Board  # these three are set in worker processes only
+_plans: list[tuple[Resolved | Experiment, Path]]
 _clients: Clients
 
 
-def _begin(board: Board, given: list[tuple[Resolved | Experiment, Path]]) -> None:
-    global _board, _given, _clients
-    _board, _given, _clients = board, given, Clients(workers=1)
+def _init_worker(board: Board, plans: list[tuple[Resolved | Experiment, Path]]) -> None:
+    """Set the globals of a worker process."""
+    global _board, _plans, _clients
+    _board, _plans, _clients = board, plans, Clients(workers=1)
 
 
-def _run_here(ticket: Ticket) -> FinishedRun:
-    _board.require_more()
-    found, folder = _given[ticket.plan]
-    if isinstance(found, Experiment):
-        found = resolve(found)
-        _given[ticket.plan] = (found, folder)
-    with _quietly():
-        return _run((found, folder), ticket, _clients, partial(_board.tell, ticket.number))
+def _run_in_worker(run: PlannedRun) -> FinishedRun:
+    """Execute `run` in a worker process, and resolve its experiment first if the process was spawned."""
+    _board.check_running()
+    experiment, folder = _plans[run.plan]
+    if isinstance(experiment, Experiment):
+        experiment = resolve(experiment)
+        _plans[run.plan] = (experiment, folder)
+    with _quiet_single_thread():
+        return _run((experiment, folder), run, _clients, partial(_board.update, run.number))
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,1 +1,1 @@
-"""What `corymb new` begins from, and the promises that every rule keeps."""
+"""The templates of `corymb new`, and the checks of `corymb.testing.check_rule`."""

@@ -1,4 +1,4 @@
-"""A folder to begin a rule of one's own in: `corymb new NAME`."""
+"""Create a package for a new rule: `corymb new rule NAME`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ KINDS = ("sighted", "blind")
 
 
 def new_rule(name: str, kind: str, parent: Path) -> Path:
-    """Make the folder `parent/name` with a rule, its entry point, its test and an experiment; the folder.
+    """Create and return the folder `parent/name` with a rule of `kind`, its entry point, a test and an experiment.
 
-    Raises `ValueError` for a name that is no Python name or is taken, or a folder that is there already.
+    Raises `ValueError` if the name is not a module name or is taken, the kind is unknown, or the folder exists.
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
-        raise ValueError(f"The name {name!r} cannot be a module's; use small letters, digits and underscores.")
+        raise ValueError(f"The name {name!r} is not a module name; use lower-case letters, digits and underscores.")
     if name in known_rules():
-        raise ValueError(f"There is a rule {name!r} already; choose another name.")
+        raise ValueError(f"A rule {name!r} exists already; choose another name.")
     if kind not in KINDS:
         raise ValueError(f"The kind {kind!r} is unknown; choose one of {', '.join(KINDS)}.")
     folder = parent / name
     if folder.exists():
-        raise ValueError(f"There is something at {folder} already; choose another name or folder.")
+        raise ValueError(f"The path {folder} exists already; choose another name or another folder (--out).")
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=templates, undefined=StrictUndefined, keep_trailing_newline=True)
     title = "".join(part.capitalize() for part in name.split("_"))

@@ -1,4 +1,4 @@
-"""What every rule promises, one function for each promise; `corymb.testing.check_rule` tries them all."""
+"""The requirements on rules, one check function for each; `corymb.testing.check_rule` runs them all."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from corymb.simulations.scaffold.fixtures import (
     CLIENTS,
-    alike,
     close,
+    equal_memories,
     first_model,
-    learnt,
+    learnt_vector,
     make_module,
     make_proxy,
     one_round,
@@ -29,108 +29,135 @@ from corymb.strategies import BlindRule, Layout, Outcome, Reply, Rule, SightedRu
 from corymb.strategies.core.rows import SingleRow
 from corymb.strategies.core.serialization import packed, unpacked
 
-FAR = 10.0  # times the longest honest update: beyond it a model was carried away
+MAX_MOVE = 10.0  # under attack, the model may move by this multiple of the longest honest update
 
 
-def it_is_a_frozen_record_of_its_settings(rule: Rule[Any]) -> None:
+def check_frozen_dataclass(rule: Rule[Any]) -> None:
+    """The rule is a frozen dataclass with a docstring."""
     kind = type(rule)
-    assert is_dataclass(kind), f"{kind.__name__} is no dataclass; write @dataclass(frozen=True) above it."
-    assert kind.__doc__, f"{kind.__name__} has no docstring; begin it with the author, the year and the idea."
+    assert is_dataclass(kind), f"{kind.__name__} is not a dataclass; decorate it with @dataclass(frozen=True)."
+    assert kind.__doc__, f"{kind.__name__} has no docstring; begin it with the authors, the year and the idea."
     try:
         rule.anything = 1  # type: ignore[attr-defined]
     except AttributeError:
         return
-    raise AssertionError(f"{kind.__name__} can be changed; write @dataclass(frozen=True) above it.")
+    raise AssertionError(f"{kind.__name__} is not frozen; decorate it with @dataclass(frozen=True).")
 
 
-def the_order_of_replies_does_not_matter(rule: Rule[Any]) -> None:
+def check_reply_order(rule: Rule[Any]) -> None:
+    """The order of the replies has no effect on the outcome."""
     origin = first_model()
     replies = replies_to(origin)
     one, two = one_round(rule, origin, list(replies)), one_round(rule, origin, [*replies[5:], *replies[:5][::-1]])
-    assert torch.equal(learnt(rule, one), learnt(rule, two)), f"{rule}: another order of replies, another model."
-    assert torch.equal(one.model.buffers, two.model.buffers), f"{rule}: another order of replies, other buffers."
-    assert one.weights == two.weights, f"{rule}: another order of replies, other weights."
-    assert alike(one.memory, two.memory), f"{rule}: another order of replies, another memory."
+    assert torch.equal(learnt_vector(rule, one), learnt_vector(rule, two)), (
+        f"{rule}: the model depends on the order of the replies."
+    )
+    assert torch.equal(one.model.buffers, two.model.buffers), f"{rule}: the buffers depend on the order of the replies."
+    assert one.weights == two.weights, f"{rule}: the weights depend on the order of the replies."
+    assert equal_memories(one.memory, two.memory), f"{rule}: the memory depends on the order of the replies."
 
 
-def how_a_model_is_cut_does_not_matter(rule: Rule[Any]) -> None:
+def check_model_parts(rule: Rule[Any]) -> None:
+    """The model does not depend on how replies are cut into parts."""
     origin = first_model()
     edges = [0, 3, 3, 20, origin.parameters.numel()]
     replies = replies_to(origin)
     cut = [with_parts(r, *(r.parts[0][a:b] for a, b in pairwise(edges))) for r in replies]
     one, two = one_round(rule, origin, replies), one_round(rule, origin, cut)
-    assert torch.equal(learnt(rule, one), learnt(rule, two)), f"{rule}: models cut into pieces give another model."
+    assert torch.equal(learnt_vector(rule, one), learnt_vector(rule, two)), (
+        f"{rule}: the model depends on the parts that replies are cut into."
+    )
 
 
-def an_empty_round_keeps_the_model(rule: Rule[Any]) -> None:
+def check_empty_round(rule: Rule[Any]) -> None:
+    """A round without replies keeps the model, unless the rule acts without replies."""
     origin = first_model()
     outcome = one_round(rule, origin, [])
     if isinstance(rule, SightedRule) and rule.acts_alone:
-        assert outcome.model.parameters.isfinite().all(), f"{rule}: an empty round gives a model that is not finite."
+        assert outcome.model.parameters.isfinite().all(), (
+            f"{rule}: after a round without replies, the model is not finite."
+        )
     else:
         assert outcome.model is origin, f"{rule}: a round without replies changes the model."
     assert not outcome.weights, f"{rule}: a round without replies has weights."
 
 
-def a_single_site_gets_its_model(rule: Rule[Any]) -> None:
+def check_single_reply(rule: Rule[Any]) -> None:
+    """If the rule is unanimous, a single reply is the next model; a voting rule keeps the old model."""
     origin = first_model()
     replies = replies_to(origin, clients=1)
     outcome = one_round(rule, origin, replies, known=())
     if rule.unanimous:
         expected = origin.parameters if isinstance(rule, VotingRule) else replies[0].parts[0]
-        found = outcome.model.parameters
-        assert close(found, expected), f"{rule}: a single site does not get its own model; is it unanimous?"
-    assert learnt(rule, outcome).isfinite().all(), f"{rule}: a single site makes a model that is not finite."
+        model = outcome.model.parameters
+        assert close(model, expected), (
+            f"{rule}: the next model differs from the only reply; if that is intended, declare unanimous = False."
+        )
+    assert learnt_vector(rule, outcome).isfinite().all(), f"{rule}: after a single reply, the model is not finite."
 
 
-def replies_that_agree_are_the_model(rule: Rule[Any]) -> None:
+def check_unanimous(rule: Rule[Any]) -> None:
+    """If the rule is unanimous and all replies are equal, the next model equals them."""
     if not rule.unanimous or isinstance(rule, VotingRule):
         return
     origin = first_model()
     same = [with_parts(r, *replies_to(origin)[0].parts) for r in replies_to(origin)]
-    found = one_round(rule, origin, list(same)).model.parameters
-    assert close(found, same[0].parts[0]), f"{rule}: all sites agree and the model is another; is it unanimous?"
+    model = one_round(rule, origin, list(same)).model.parameters
+    assert close(model, same[0].parts[0]), (
+        f"{rule}: all replies are equal, and the next model differs from them; if that is intended, declare "
+        "unanimous = False."
+    )
 
 
-def it_moves_and_scales_with_the_models(rule: Rule[Any]) -> None:
+def check_equivariance(rule: Rule[Any]) -> None:
+    """Shifting or scaling all models shifts or scales the outcome, if the rule declares so."""
     origin = first_model(torch.float64)
     replies = replies_to(origin)
-    plain = learnt(rule, one_round(rule, origin, list(replies)))
-    for declared, what, factor, offset in (
+    plain = learnt_vector(rule, one_round(rule, origin, list(replies)))
+    for declared, name, factor, offset in (
         (rule.shift_equivariant, "shift", 1.0, 0.75),
         (rule.scale_equivariant, "scale", 4.0, 0.0),
     ):
         if declared:
             moved = [with_parts(r, factor * r.parts[0] + offset) for r in replies]
             start = replace(origin, parameters=factor * origin.parameters + offset)
-            found = learnt(rule, one_round(rule, start, moved))
-            same = close(found, factor * plain + offset, 1e-9)
-            assert same, f"{rule}: it is not {what}-equivariant; declare it so."
+            vector = learnt_vector(rule, one_round(rule, start, moved))
+            same = close(vector, factor * plain + offset, 1e-9)
+            assert same, f"{rule}: it is not {name}-equivariant; declare {name}_equivariant = False."
 
 
-def zero_and_huge_counts_of_examples_are_harmless(rule: Rule[Any]) -> None:
+def check_example_counts(rule: Rule[Any]) -> None:
+    """Replies that report 0 or 2**53 examples give finite numbers."""
     origin = first_model()
     for examples in (0, 2**53):
-        for everybody in (True, False):
+        for all_replies in (True, False):
             replies = [
-                replace(r, report=replace(r.report, examples=examples if everybody or i == 3 else 5))
+                replace(r, report=replace(r.report, examples=examples if all_replies or i == 3 else 5))
                 for i, r in enumerate(replies_to(origin))
             ]
             outcome = one_round(rule, origin, replies)
-            assert learnt(rule, outcome).isfinite().all(), f"{rule}: sites with {examples} examples spoil the model."
-            assert all(map(isfinite, outcome.weights.values())), f"{rule}: {examples} examples give weights of NaN."
-            assert all(map(isfinite, outcome.notes.values())), f"{rule}: {examples} examples give notes of NaN."
+            assert learnt_vector(rule, outcome).isfinite().all(), (
+                f"{rule}: {examples} examples give a model that is not finite."
+            )
+            assert all(map(isfinite, outcome.weights.values())), (
+                f"{rule}: {examples} examples give weights that are not finite."
+            )
+            assert all(map(isfinite, outcome.notes.values())), (
+                f"{rule}: {examples} examples give notes that are not finite."
+            )
 
 
-def sites_that_stand_still_are_harmless(rule: Rule[Any]) -> None:
+def check_zero_updates(rule: Rule[Any]) -> None:
+    """Replies that equal the model that was sent give finite numbers."""
     origin = first_model()
-    still = [with_parts(r, origin.parameters.clone()) for r in replies_to(origin)]
-    for replies in (still, [*still[:3], *replies_to(origin)[3:]]):
+    unchanged = [with_parts(r, origin.parameters.clone()) for r in replies_to(origin)]
+    for replies in (unchanged, [*unchanged[:3], *replies_to(origin)[3:]]):
         outcome = one_round(rule, origin, list(replies))
-        assert learnt(rule, outcome).isfinite().all(), f"{rule}: sites that send the model back unchanged spoil it."
+        assert learnt_vector(rule, outcome).isfinite().all(), f"{rule}: zero updates give a model that is not finite."
 
 
-def inputs_are_left_as_they_were(rule: Rule[Any]) -> None:
+def check_inputs_unchanged(rule: Rule[Any]) -> None:
+    """The rule does not modify the models and the memory that are passed to it."""
     origin = first_model()
     replies = replies_to(origin)
     memory = one_round(rule, origin, list(replies)).memory
@@ -139,41 +166,45 @@ def inputs_are_left_as_they_were(rule: Rule[Any]) -> None:
     values = [origin.parameters, origin.buffers, *(r.parts[0] for r in replies), *(r.buffers for r in replies)]
     before = [value.clone() for value in values]
     one_round(rule, origin, list(replies), memory)
-    assert all(map(torch.equal, before, values)), f"{rule}: it changes the models that it is given."
-    assert alike(unpacked(rule.initial(), plain, tensors), memory), f"{rule}: it changes the memory that it is given."
+    assert all(map(torch.equal, before, values)), f"{rule}: it modifies the models that are passed to it."
+    assert equal_memories(unpacked(rule.initial(), plain, tensors), memory), (
+        f"{rule}: it modifies the memory that is passed to it."
+    )
 
 
-def the_servers_data_are_left_as_they_were(rule: Rule[Any]) -> None:
+def check_proxy_unchanged(rule: Rule[Any]) -> None:
+    """The rule does not modify the proxy data and the proxy module."""
     origin, proxy = first_model(), make_proxy()
     values = [proxy.inputs, proxy.labels, *proxy.module.state_dict().values()]
     before = [value.clone() for value in values]
     modes = [module.training for module in proxy.module.modules()]
     rule.aggregate(origin, replies_to(origin), rule.initial(), (), proxy)
-    assert all(map(torch.equal, before, values)), f"{rule}: it changes the server's data or module."
+    assert all(map(torch.equal, before, values)), f"{rule}: it modifies the proxy data or the proxy module."
     assert modes == [m.training for m in proxy.module.modules()], (
-        f"{rule}: it leaves the server's module in another mode"
+        f"{rule}: it changes the training mode of the proxy module."
     )
 
 
-def a_resumed_run_is_the_same(rule: Rule[Any]) -> None:
-    """Memory survives JSON and safetensors, and the rounds after it are equal bit for bit."""
+def check_resumed_run(rule: Rule[Any]) -> None:
+    """A run whose memory goes through JSON and safetensors after each round is bitwise equal to one without that."""
     outcomes = []
-    for rests in (False, True):
+    for is_resumed in (False, True):
         origin, memory = first_model(), rule.initial()
-        for number, came in enumerate((slice(None), slice(2, 7), slice(0, 9, 2), slice(4))):
-            outcome = one_round(rule, origin, replies_to(origin, number)[came], memory)
+        for number, selection in enumerate((slice(None), slice(2, 7), slice(0, 9, 2), slice(4))):
+            outcome = one_round(rule, origin, replies_to(origin, number)[selection], memory)
             origin, memory = outcome.model, outcome.memory
-            if rests:
+            if is_resumed:
                 plain, tensors = packed(memory)
                 stored = save({name: tensor.contiguous() for name, tensor in tensors.items()})
                 memory = unpacked(rule.initial(), json.loads(json.dumps(plain)), load(stored))
         outcomes.append(Outcome(origin, memory))
     one, two = outcomes
-    same = torch.equal(one.model.parameters, two.model.parameters) and alike(one.memory, two.memory)
-    assert same, f"{rule}: a run resumed from its stored memory is another run."
+    same = torch.equal(one.model.parameters, two.model.parameters) and equal_memories(one.memory, two.memory)
+    assert same, f"{rule}: a run that is resumed from stored memory differs from one that is not."
 
 
-def half_precision_is_read_and_kept(rule: Rule[Any]) -> None:
+def check_half_precision(rule: Rule[Any]) -> None:
+    """Replies in half precision are read exactly, and the model keeps its dtypes."""
     for dtype in (torch.float16, torch.bfloat16):
         state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in make_module().state_dict().items()}
         layout = Layout.of(state)
@@ -181,29 +212,39 @@ def half_precision_is_read_and_kept(rule: Rule[Any]) -> None:
         halves = [with_parts(r, r.parts[0].to(dtype)) for r in replies_to(origin)]
         singles = [with_parts(r, r.parts[0].float()) for r in halves]
         one, two = one_round(rule, origin, halves), one_round(rule, origin, singles)
-        assert torch.equal(learnt(rule, one), learnt(rule, two)), f"{rule}: {dtype} replies are not read exactly."
-        back = layout.restore(one.model)
-        kept = {name: tensor.dtype for name, tensor in back.items()} == {n: t.dtype for n, t in state.items()}
-        assert kept, f"{rule}: a model of {dtype} changes its dtypes."
-        assert torch.equal(back["1.num_batches_tracked"], state["1.num_batches_tracked"]), f"{rule}: integers change."
+        assert torch.equal(learnt_vector(rule, one), learnt_vector(rule, two)), (
+            f"{rule}: {dtype} replies and equal float32 replies give different models."
+        )
+        restored = layout.restore(one.model)
+        same = {name: tensor.dtype for name, tensor in restored.items()} == {n: t.dtype for n, t in state.items()}
+        assert same, f"{rule}: the dtypes of a {dtype} model change."
+        assert torch.equal(restored["1.num_batches_tracked"], state["1.num_batches_tracked"]), (
+            f"{rule}: integer buffers change."
+        )
 
 
-def hostile_replies_that_it_tolerates_do_not_carry_it_away(rule: Rule[Any]) -> None:
-    """Whoever they are, whatever their length, in the first round and in a later one."""
+def check_tolerated_attacks(rule: Rule[Any]) -> None:
+    """As many hostile replies as `tolerates` declares cannot move the model far.
+
+    The attacks differ in length and direction, in the numbers of the hostile clients, and in whether the round is the
+    first one.
+    """
     origin = first_model()
     honest = replies_to(origin)
     hostile = rule.tolerates(CLIENTS)
     if not hostile:
         return
     memory = one_round(rule, origin, replies_to(origin, 1)).memory
-    limit = FAR * max(1.0, *(float((r.parts[0] - origin.parameters).norm()) for r in honest))
+    limit = MAX_MOVE * max(1.0, *(float((r.parts[0] - origin.parameters).norm()) for r in honest))
     ones = torch.ones_like(origin.parameters)
     attacks: dict[str, Callable[[int, Tensor], Tensor]] = {
-        f"{length:g} away together": lambda i, model, length=length: origin.parameters + length * ones  # type: ignore[misc]
+        f"all shifted by {length:g}": lambda i, model, length=length: origin.parameters + length * ones  # type: ignore[misc]
         for length in (3, 30, 300, 1e4, 1e19)
     }
-    attacks["each elsewhere"] = lambda i, model: origin.parameters + 1e4 * (i + 1) * (model - origin.parameters)
-    attacks["backwards"] = lambda i, model: origin.parameters - 1e3 * (model - origin.parameters)
+    attacks["each shifted differently"] = lambda i, model: (
+        origin.parameters + 1e4 * (i + 1) * (model - origin.parameters)
+    )
+    attacks["updates reversed"] = lambda i, model: origin.parameters - 1e3 * (model - origin.parameters)
     for name, attack in attacks.items():
         for first, before in ((0, None), (CLIENTS - hostile, None), (2, memory)):
             rows = {(first + i) % CLIENTS for i in range(hostile)}
@@ -220,11 +261,14 @@ def hostile_replies_that_it_tolerates_do_not_carry_it_away(rule: Rule[Any]) -> N
             ]
             model = one_round(rule, origin, replies, before).model
             moved = float((model.parameters.double() - origin.parameters).norm())
-            who = f"{hostile} of {CLIENTS} replies, from number {first} on, {name},"
-            assert moved <= limit, f"{rule}: {who} move the model by {moved:g}."
-            assert float(model.buffers.abs().max()) <= 1e6, f"{rule}: {who} carry the buffers away."
+            replies_text = f"{hostile} hostile replies of {CLIENTS} ({name}, from reply {first} on)"
+            assert moved <= limit, (
+                f"{rule}: {replies_text} move the model by {moved:g}, more than {limit:g}; tolerates is too high."
+            )
+            assert float(model.buffers.abs().max()) <= 1e6, f"{rule}: {replies_text} move the buffers beyond 1e6."
 
 
-def it_serves_the_privacy_that_its_kind_can(rule: Rule[Any]) -> None:
+def check_privacy_modes(rule: Rule[Any]) -> None:
+    """Only a rule that sees no models declares the privacy mode "masked"."""
     masked = "masked" in rule.privacy_modes
-    assert masked <= isinstance(rule, BlindRule), f"{rule}: it looks at models, so it cannot serve masked runs."
+    assert masked <= isinstance(rule, BlindRule), f"{rule}: it sees models, so privacy_modes cannot contain 'masked'."

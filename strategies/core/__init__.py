@@ -1,1 +1,1 @@
-"""What all rules share: the kinds of rule, replies, models as vectors, sums, distances, memory at rest."""
+"""Code that all rules share: base classes, replies, models as flat vectors, sums, distances, storage of memory."""

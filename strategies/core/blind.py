@@ -1,4 +1,7 @@
-"""Rules that see no model, and the sum that grows as replies arrive, in memory that their number does not change."""
+"""Blind rules, which weigh replies without seeing any model, and the running weighted sum that they use.
+
+The sum grows as replies arrive. Its memory use does not depend on the number of replies.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ from corymb.strategies.core.reply import Reply, Report
 from corymb.strategies.core.rows import CHUNK, Rows
 from corymb.strategies.core.rule import M, Outcome, Rule
 
-STARTED = 3  # sums of whole blocks that may be under way elsewhere while further replies are read
-INCOMPLETE = 8  # blocks that wait for the rest of their clients
+MAX_PENDING = 3  # how many sums of whole blocks may run while the next replies are read
+MAX_INCOMPLETE = 8  # how many blocks may wait for the replies of their remaining clients
 
 
 class BlindRule(Rule[M]):
-    """Weighs a reply without seeing any model: it streams in constant memory and can sum under masks.
+    """A rule that weighs each reply by its report alone, without seeing any model.
 
-    The next model is `origin + scale * sum(weight * (reply - origin))`.
+    Replies are therefore summed as they arrive, in constant memory, and can be summed under masks (secure
+    aggregation). The next model is `origin + scale * sum(weight * (reply - origin))`.
     """
 
     kind = "blind"
@@ -31,14 +35,17 @@ class BlindRule(Rule[M]):
 
     @abstractmethod
     def weight(self, report: Report, memory: M) -> float:
-        """How much this reply counts; finite."""
+        """Return the weight of this reply, a finite number."""
 
     def scale(self, total: float, reports: Collection[Report], known: Collection[str], memory: M) -> float:
-        """What the sum is multiplied by; by default the weights, whose sum is `total`, are made to sum to one."""
+        """Return the factor of the weighted sum; `total` is the sum of the weights, `known` names all clients.
+
+        The default is `1 / total`, so that the weights sum to one, and 0 if `total` is 0.
+        """
         return 1 / total if total else 0.0
 
     def after(self, reports: Collection[Report], known: Collection[str], memory: M) -> M:
-        """The memory after a round in which `reports` took part."""
+        """Return the rule's memory after a round with these `reports`; by default `memory` is unchanged."""
         return memory
 
     @final
@@ -54,7 +61,7 @@ class BlindRule(Rule[M]):
             total.add(reply, weight)
             reports.append(reply.report)
             weights[reply.report.node] = weight
-            del reply  # so that the next one may take its memory
+            del reply  # frees its memory before the next reply is read
         known = known | weights.keys()
         scale = self.scale(total.weight, reports, known, memory)
         model = total.model(scale)
@@ -63,10 +70,11 @@ class BlindRule(Rule[M]):
 
 
 class WeightedSum:
-    """Sums `weight * (reply - origin)` over the replies that are added.
+    """A running sum of `weight * (reply - origin)` over the replies added so far.
 
-    Differences take the dtype of the origin and the sum is float64. Terms of 24 bits add up without rounding as long as
-    they lie within 29 bits of one another, so float32 models come out the same in any order of arrival.
+    Differences have the dtype of the origin; the sum is float64. Float32 terms have 24-bit mantissas, and float64
+    adds them without rounding as long as they lie within 29 bits of one another. So for float32 models the result
+    does not depend on the order of arrival.
     """
 
     def __init__(self, origin: Model) -> None:
@@ -75,47 +83,47 @@ class WeightedSum:
         self._buffers = torch.zeros(origin.buffers.numel(), dtype=torch.float64)
         self._weights: list[float] = []
         self._examples = 0
-        self._incomplete: dict[Rows, dict[int, float]] = {}  # the weights of the rows that came, by row
-        self._started: deque[Callable[[], None]] = deque()  # sums in the order of the blocks
+        self._incomplete: dict[Rows, dict[int, float]] = {}  # per block: the weights added so far, by row number
+        self._pending: deque[Callable[[], None]] = deque()  # each waits for the sum of one block; oldest first
 
     def add(self, reply: Reply, weight: float) -> None:
-        """Add one reply with `weight`."""
+        """Add one reply with this `weight`."""
         self._examples += reply.report.examples
         if reply.buffers.numel():
             self._buffers.add_(reply.buffers.double(), alpha=reply.report.examples)
         self._weights.append(weight)
         weights = self._incomplete.setdefault(reply.rows, {})
         weights[reply.row] = weights.get(reply.row, 0.0) + weight
-        if len(weights) == reply.rows.count:  # a block is summed at once, so that their order leaves no trace
-            self._sum(reply.rows)
-        elif len(self._incomplete) > INCOMPLETE:  # some of their clients were turned away
-            self._sum(next(iter(self._incomplete)))
+        if len(weights) == reply.rows.count:  # sum a block as a whole: the order of its replies must not matter
+            self._add_block(reply.rows)
+        elif len(self._incomplete) > MAX_INCOMPLETE:  # the oldest block lacks replies that the door rejected
+            self._add_block(next(iter(self._incomplete)))
 
-    def _sum(self, rows: Rows) -> None:
-        came = self._incomplete.pop(rows)
-        weights = torch.tensor([came.get(row, 0.0) for row in range(rows.count)], dtype=torch.float64)
-        self._started.append(rows.add_to(self._total, weights, self._origin.parameters))
-        if len(self._started) > STARTED:
-            self._started.popleft()()
+    def _add_block(self, rows: Rows) -> None:
+        weight_of = self._incomplete.pop(rows)
+        weights = torch.tensor([weight_of.get(row, 0.0) for row in range(rows.count)], dtype=torch.float64)
+        self._pending.append(rows.add_to(self._total, weights, self._origin.parameters))
+        if len(self._pending) > MAX_PENDING:
+            self._pending.popleft()()
 
     @property
     def weight(self) -> float:
-        """The sum of the weights, exactly rounded, so that the order of arrival does not matter."""
+        """The sum of the weights. `fsum` rounds it correctly, so it does not depend on the order of arrival."""
         return fsum(self._weights)
 
     def model(self, scale: float) -> Model:
-        """`origin + scale * sum`, with buffers averaged by size; the origin itself when nothing came."""
+        """Return `origin + scale * sum`, with buffers averaged by examples; the origin if no reply was added."""
         if not self._weights:
             return self._origin
         for rows in list(self._incomplete):
-            self._sum(rows)
-        while self._started:
-            self._started.popleft()()
-        moved = torch.empty_like(self._origin.parameters)
-        pieces = zip(*(t.split(CHUNK) for t in (moved, self._origin.parameters, self._total)), strict=True)
-        for result, origin, total in pieces:
+            self._add_block(rows)
+        while self._pending:
+            self._pending.popleft()()
+        parameters = torch.empty_like(self._origin.parameters)
+        chunks = zip(*(t.split(CHUNK) for t in (parameters, self._origin.parameters, self._total)), strict=True)
+        for result, origin, total in chunks:
             result.copy_(total.mul_(scale).add_(origin))
         buffers = self._origin.buffers
         if self._examples:
             buffers = (self._buffers / self._examples).to(buffers.dtype)
-        return self._origin.moved(moved, buffers)
+        return self._origin.moved(parameters, buffers)

@@ -1,4 +1,4 @@
-"""A memory of one update per site."""
+"""A store of one update per client, for rules that remember past updates."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Updates:
-    """The update of each site that was heard: `rows [n, P]`, one per name in `nodes`, which are in order."""
+    """One update per client that has replied: `rows [n, P]`, one row per name in `nodes`, sorted by name."""
 
     nodes: tuple[str, ...] = ()
     rows: Tensor | None = None
 
     def of(self, nodes: Sequence[str], like: Tensor) -> Tensor:
-        """The updates of `nodes`, zero for those not heard; `[K, P]`, as `like [K, P]`."""
-        found = torch.zeros_like(like)
-        place = {node: row for row, node in enumerate(self.nodes)}
+        """Return the updates of `nodes`, `[K, P]`, with the dtype of `like [K, P]`; zero for clients without one."""
+        updates = torch.zeros_like(like)
+        row_of = {node: row for row, node in enumerate(self.nodes)}
         for index, node in enumerate(nodes):
-            if node in place and self.rows is not None:
-                found[index] = self.rows[place[node]]
-        return found
+            if node in row_of and self.rows is not None:
+                updates[index] = self.rows[row_of[node]]
+        return updates
 
     def replaced(self, nodes: Sequence[str], rows: Tensor) -> Updates:
-        """With `rows [K, P]` for `nodes`."""
-        kept = {} if self.rows is None else dict(zip(self.nodes, self.rows, strict=True))
-        kept |= dict(zip(nodes, rows, strict=True))
-        if not kept:
+        """Return a copy in which `rows [K, P]` are the updates of `nodes`."""
+        row_of = {} if self.rows is None else dict(zip(self.nodes, self.rows, strict=True))
+        row_of |= dict(zip(nodes, rows, strict=True))
+        if not row_of:
             return self
-        names = sorted(kept)
-        return Updates(tuple(names), torch.stack([kept[name] for name in names]))
+        names = sorted(row_of)
+        return Updates(tuple(names), torch.stack([row_of[name] for name in names]))
 
     def total(self, like: Tensor) -> Tensor:
-        """The sum of all, `[P]` float64; zeros as long as `like [P]` when there are none."""
+        """Return the sum of all updates, `[P]` float64; zeros of the length of `like [P]` if there are no updates."""
         if self.rows is None:
             return torch.zeros_like(like, dtype=torch.float64)
         return self.rows.sum(dim=0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The replies of one round side by side: what a sighted rule is given."""
+"""All replies of one round together: the input of a sighted rule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from corymb.strategies.core.geometry import COLUMNS
+from corymb.strategies.core.geometry import BLOCK_SIZE
 from corymb.strategies.core.layout import Entry, Layout, Model
 from corymb.strategies.core.proxy import Proxy
 from corymb.strategies.core.reply import Reply
@@ -17,12 +17,14 @@ from corymb.strategies.core.round_models import RoundModels
 
 @dataclass(frozen=True)
 class Cohort:
-    """The replies of one round side by side, in the order of the nodes' names.
+    """All replies of one round, in the order of the node names.
 
-    `models [K, P]` in the dtype of `origin [P]`; `examples [K]` float64, `metrics {name: [K]}` float64 with NaN where a
-    site did not send one. `layout` cuts vectors into layers; `known` names all sites of the federation; `steps
-    {node: [S, P]}` are the updates of single batches of the sites that sent them; `buffers [B]` are the float buffers
-    that the round began with and `site_buffers [K, B]` the sites'.
+    `origin [P]` is the model that the round began with, and `models [K, P]` are the clients' models, in its dtype.
+    `examples [K]` float64 are the numbers of training examples. `metrics {name: [K]}` are float64, with NaN for a
+    client that did not send the metric. `layout` cuts vectors into layers. `known` names all clients of the
+    federation, absent ones included. `steps {node: [S, P]}` are the updates of single batches, for the clients that
+    sent them. `buffers [B]` are the float buffers that the round began with, and `site_buffers [K, B]` those of the
+    clients.
     """
 
     origin: Tensor
@@ -39,7 +41,7 @@ class Cohort:
 
     @classmethod
     def of(cls, origin: Model, replies: list[Reply], known: tuple[str, ...] = (), proxy: Proxy | None = None) -> Cohort:
-        """Gather `replies`, in order, around the round's `origin`; empties the list."""
+        """Return the cohort of `replies`, in their order, with the round's `origin`. Empties the list `replies`."""
         reports = [reply.report for reply in replies]
         steps = {reply.report.node: reply.steps for reply in replies if reply.steps is not None}
         site_buffers = [reply.buffers for reply in replies]
@@ -63,51 +65,54 @@ class Cohort:
 
     @property
     def models(self) -> Tensor:
-        """All models, `[K, P]`. Those of a simulation are written out for it; `mixed` and `distances` need not."""
+        """All models, `[K, P]`. In a simulation this copies every model; `mixed` and `distances` avoid the copy."""
         return self.round_models.matrix()
 
     @property
     def proxy(self) -> Proxy:
-        """The server's own data and model. Raises `ValueError` where there are none; see `Rule.needs_proxy`."""
+        """The server's proxy data and module. Raises `ValueError` if there are none; see `Rule.needs_proxy`."""
         if self._proxy is None:
-            raise ValueError("This rule needs proxy data at the server and there are none; give a proxy.")
+            raise ValueError("This rule needs proxy data, but the server has none; set `proxy`.")
         return self._proxy
 
     @property
     def shares(self) -> Tensor:
-        """Each site's share of the examples, `[K]`; equal where nobody has any."""
+        """Each client's share of the examples, `[K]`; equal shares if all clients report 0 examples."""
         total = self.examples.sum()
         return self.examples / total if total > 0 else torch.full_like(self.examples, 1 / len(self.nodes))
 
     def mixed(self, weights: Tensor, centre: Tensor | None = None) -> Tensor:
-        """`centre + sum_k weights[k] * (models[k] - centre)`, `[P]`, around the origin unless a `centre [P]` is given.
+        """Return `centre + sum_k weights[k] * (models[k] - centre)`, `[P]`; the default `centre [P]` is the origin.
 
-        For `weights [K]` that sum to one it is the weighted mean of the models.
+        For `weights [K]` that sum to one this is the weighted mean of the models.
         """
         return self.round_models.mixed(self.origin if centre is None else centre, weights)
 
     def distances(self, centre: Tensor) -> Tensor:
-        """The distance of each model from `centre [P]`, `[K]` float64."""
+        """Return the Euclidean distance of each model from `centre [P]`, `[K]` float64."""
         return self.round_models.distances(centre)
 
     def by_columns(self, work: Callable[[Tensor], Tensor]) -> Tensor:
-        """`work(models [K, p]) -> [p]` on blocks of coordinates, put together as `[P]`; scratch memory stays small."""
-        width = max(1, COLUMNS // len(self.nodes))
+        """Apply `work(models [K, p]) -> [p]` to blocks of coordinates and return the joined results, `[P]`.
+
+        The blocks are small, so `work` needs little scratch memory.
+        """
+        width = max(1, BLOCK_SIZE // len(self.nodes))
         return torch.cat([work(block) for block in self.models.split(width, dim=1)])
 
     def by_layer(self, work: Callable[[Cohort], Tensor]) -> Tensor:
-        """`work(cohort of one layer) -> [p]` for every layer, put together as `[P]`.
+        """Apply `work(cohort of one layer) -> [p]` to every layer and return the joined results, `[P]`.
 
-        A layer is one tensor of the model: the part's `origin`, `models` and `steps` are views of it.
+        A layer is one tensor of the model. The `origin`, `models` and `steps` of its cohort are views of this one's.
         """
-        return torch.cat([work(self._part(entry)) for entry in self.layout.parameters])
+        return torch.cat([work(self._layer(entry)) for entry in self.layout.parameters])
 
-    def _part(self, entry: Entry) -> Cohort:
-        piece = slice(entry.start, entry.stop)
+    def _layer(self, entry: Entry) -> Cohort:
+        columns = slice(entry.start, entry.stop)
         return replace(
             self,
-            origin=self.origin[piece],
-            round_models=RoundModels.of_matrix(self.models[:, piece]),
+            origin=self.origin[columns],
+            round_models=RoundModels.of_matrix(self.models[:, columns]),
             layout=Layout((replace(entry, start=0, stop=entry.stop - entry.start),)),
-            steps={node: steps[:, piece] for node, steps in self.steps.items()},
+            steps={node: steps[:, columns] for node, steps in self.steps.items()},
         )

@@ -1,4 +1,4 @@
-"""A model as one flat vector: which entries of a state dict are parameters, and how to put them back."""
+"""Models as flat vectors: which entries of a state dict are parameters, and how to restore the state dict."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from math import prod
 import torch
 from torch import Tensor
 
-# BatchNorm's statistics: the only float buffers that a bare state dict lets us recognise, by their names.
-STATISTICS = ("running_mean", "running_var")
+# BatchNorm's statistics: the only float buffers that can be recognised by their names, without the module.
+BATCH_NORM_STATISTICS = ("running_mean", "running_var")
 
 
 class Role(StrEnum):
-    """What an entry of a state dict is, and so how it is aggregated."""
+    """The role of an entry of a state dict, which decides how the entry is aggregated."""
 
-    PARAMETER = "parameter"  # met by rules
-    BUFFER = "buffer"  # float: averaged by the machine, never by a rule
-    INTEGER = "integer"  # integer or bool: the server's value is kept, bit for bit
+    PARAMETER = "parameter"  # aggregated by the rule
+    BUFFER = "buffer"  # float buffer: aggregated by the library, not by the rule
+    INTEGER = "integer"  # integer or bool: the server keeps its own value
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a state dict; `start:stop` is its place in the flat vector of its role."""
+    """One entry of a state dict. `start:stop` is its range in the flat vector of its role."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,53 +38,53 @@ class Entry:
 
 @dataclass(frozen=True)
 class Model:
-    """A model taken apart: `parameters [P]`, float `buffers [B]`, and `integers` by name.
+    """A model, split by role: flat `parameters [P]`, flat float `buffers [B]`, and `integers` by name.
 
-    Without a `layout` it is one layer called "".
+    A model without a `layout` counts as a single layer called "".
     """
 
     parameters: Tensor
     buffers: Tensor = field(default_factory=lambda: torch.zeros(0))
     integers: Mapping[str, Tensor] = field(default_factory=dict)
-    nonnegative: Tensor | None = None  # bool [B]: buffers that are variances
+    nonnegative: Tensor | None = None  # bool [B]: True for buffers that are variances
     layout: Layout | None = None
 
     def moved(self, parameters: Tensor, buffers: Tensor) -> Model:
-        """This model with other `parameters` and `buffers`; variances are clamped at zero."""
+        """Return this model with new `parameters` and `buffers`; negative variances are set to zero."""
         if self.nonnegative is not None:
             buffers = torch.where(self.nonnegative, buffers.clamp(min=0), buffers)
         return replace(self, parameters=parameters, buffers=buffers)
 
     @property
     def layers(self) -> Layout:
-        """Its layout, or that of a single layer."""
+        """The model's layout, or the layout of a single layer if it has none."""
         return self.layout or Layout.of({"": self.parameters})
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes, dtypes and roles of a state dict, in its order.
+    """Names, shapes, dtypes and roles of the entries of a state dict, in its order.
 
-    The flat vector is float32, or float64 when a parameter is float64.
+    The flat vector of parameters is float64 if any parameter is float64, else float32.
     """
 
     entries: tuple[Entry, ...]
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor], buffers: Collection[str] | None = None) -> Layout:
-        """The layout of `state`; `buffers` names its float buffers (default: BatchNorm's statistics).
+        """Return the layout of `state`. `buffers` names its float buffers (default: BatchNorm's statistics).
 
-        Raises `TypeError` for a dtype that is neither real nor integer.
+        Raises `TypeError` for a complex dtype.
         """
         entries = []
         ends = dict.fromkeys(Role, 0)
         for name, tensor in state.items():
             if tensor.is_complex():
                 raise TypeError(
-                    f"Tensor {name!r} has dtype {tensor.dtype}; rules average real numbers, so send its parts."
+                    f"Tensor {name!r} has dtype {tensor.dtype}; send its real and imaginary parts as two tensors."
                 )
-            last = name.rpartition(".")[2]
-            is_buffer = name in buffers if buffers is not None else last in STATISTICS
+            local_name = name.rpartition(".")[2]
+            is_buffer = name in buffers if buffers is not None else local_name in BATCH_NORM_STATISTICS
             role = Role.INTEGER if not tensor.is_floating_point() else Role.BUFFER if is_buffer else Role.PARAMETER
             start, ends[role] = ends[role], ends[role] + tensor.numel()
             entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, role, start, ends[role]))
@@ -92,26 +92,26 @@ class Layout:
 
     @classmethod
     def of_module(cls, module: torch.nn.Module) -> Layout:
-        """The layout of a module's state dict; what is no parameter of the module is a buffer."""
+        """Return the layout of a module's state dict. Entries that are not parameters of the module are buffers."""
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         state = module.state_dict()
         return cls.of(state, buffers=state.keys() - parameters)
 
     @cached_property
     def parameters(self) -> tuple[Entry, ...]:
-        """The trainable entries."""
+        """The entries that are parameters."""
         return tuple(entry for entry in self.entries if entry.role is Role.PARAMETER)
 
     @cached_property
     def buffers(self) -> tuple[Entry, ...]:
-        """The float buffers."""
+        """The entries that are float buffers."""
         return tuple(entry for entry in self.entries if entry.role is Role.BUFFER)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the flat vector."""
-        wide = any(entry.dtype == torch.float64 for entry in self.parameters)
-        return torch.float64 if wide else torch.float32
+        has_float64 = any(entry.dtype == torch.float64 for entry in self.parameters)
+        return torch.float64 if has_float64 else torch.float32
 
     @cached_property
     def num_parameters(self) -> int:
@@ -119,7 +119,7 @@ class Layout:
         return self.parameters[-1].stop if self.parameters else 0
 
     def flatten(self, state: Mapping[str, Tensor]) -> Model:
-        """Take `state` (of this layout) apart; the result never shares memory with it."""
+        """Return `state`, which must have this layout, as a model. The result shares no memory with `state`."""
         variances = [torch.full((prod(entry.shape),), entry.name.endswith("running_var")) for entry in self.buffers]
         return Model(
             joined(self.parts(state), self.dtype, copy=True),
@@ -130,31 +130,31 @@ class Layout:
         )
 
     def vector(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The parameters of `state` as one vector: the memory that they lie in, if that is one piece, or a copy."""
+        """Return the parameters of `state` as one vector: a view if they are contiguous in memory, else a copy."""
         parts = self.parts(state)
-        if _are_one(parts) and parts[0].dtype == self.dtype:
+        if _are_contiguous(parts) and parts[0].dtype == self.dtype:
             return parts[0].as_strided((self.num_parameters,), (1,))
         return joined(parts, self.dtype)
 
     def parts(self, state: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """The parameters of `state` as flat pieces in order, in their own dtypes and memory."""
+        """Return the parameters of `state` as flat tensors in order, in their own dtypes; views where possible."""
         return tuple(state[entry.name].reshape(-1) for entry in self.parameters)
 
     def buffers_of(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The float buffers of `state` as one vector `[B]`."""
+        """Return the float buffers of `state` as one vector `[B]`."""
         return joined([state[entry.name].reshape(-1) for entry in self.buffers], self.dtype, copy=True)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """Views of `vector [..., P]`, one per parameter: `{name: [..., *shape]}`."""
+        """Return views of `vector [..., P]`, one per parameter: `{name: [..., *shape]}`."""
         return {
             entry.name: vector[..., entry.start : entry.stop].reshape(*vector.shape[:-1], *entry.shape)
             for entry in self.parameters
         }
 
     def restore(self, model: Model) -> dict[str, Tensor]:
-        """The state dict that `flatten` took apart: names, shapes and dtypes as they were.
+        """Return the state dict of `model`, with the names, shapes and dtypes of this layout; inverts `flatten`.
 
-        Parameters of the vector's own dtype are views of it, not copies.
+        Parameters that have the dtype of the flat vector are views of it, not copies.
         """
         vectors = {Role.PARAMETER: model.parameters, Role.BUFFER: model.buffers}
         return {
@@ -165,18 +165,18 @@ class Layout:
         }
 
 
-def _are_one(parts: tuple[Tensor, ...]) -> bool:
-    """Whether the flat `parts` lie one after another in memory, as `Layout.restore` has them."""
+def _are_contiguous(parts: tuple[Tensor, ...]) -> bool:
+    """Return whether the flat `parts` follow one another in memory, as in a state dict from `Layout.restore`."""
 
-    def follows(part: Tensor, other: Tensor) -> bool:
-        is_near = other.storage_offset() == part.storage_offset() + part.numel() and other.dtype == part.dtype
-        return is_near and other.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+    def is_next(part: Tensor, other: Tensor) -> bool:
+        is_adjacent = other.storage_offset() == part.storage_offset() + part.numel() and other.dtype == part.dtype
+        return is_adjacent and other.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
 
-    return bool(parts) and all(part.is_contiguous() for part in parts) and all(starmap(follows, pairwise(parts)))
+    return bool(parts) and all(part.is_contiguous() for part in parts) and all(starmap(is_next, pairwise(parts)))
 
 
 def joined(parts: Sequence[Tensor], dtype: torch.dtype, copy: bool = False) -> Tensor:
-    """The flat `parts` as one vector of `dtype`; a single part of that dtype is not copied unless asked."""
+    """Return the flat `parts` as one vector of `dtype`. A single part of that dtype is copied only with `copy`."""
     if not parts:
         return torch.zeros(0, dtype=dtype)
     converted = [part.detach().to(dtype) for part in parts]

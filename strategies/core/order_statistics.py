@@ -1,7 +1,7 @@
-"""Order statistics of every coordinate at once.
+"""Order statistics of each coordinate over the models of a round.
 
-numpy sorts many short rows that lie in one piece with the vector instructions of the processor, many times as fast as
-it, or torch, sorts columns. So blocks of coordinates are turned on their side first.
+numpy sorts short contiguous rows with vector instructions, many times as fast as numpy or torch sort columns. So the
+functions transpose blocks of coordinates before they sort.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUMBERS = 1 << 18  # in a block: a megabyte
+BLOCK_SIZE = 1 << 18  # numbers in a block: 1 MiB of float32
 
 
 def middle(models: Tensor, first: int, last: int) -> Tensor:
-    """The mean of the values of ranks `first` to `last`, from 0 and both included, in each column of `models [K, P]`.
+    """Return the mean of the values of ranks `first` to `last` in each column of `models [K, P]`, `[P]` float64.
 
-    `[P]` float64. Medians and trimmed means are such.
+    Ranks start at 0; both ends are included. Medians and trimmed means are special cases.
     """
     clients, width = models.shape
     result = np.empty(width)
     weights = np.full(last + 1 - first, 1 / (last + 1 - first))
     columns = models.numpy()
-    size = max(1, NUMBERS // clients)
+    size = max(1, BLOCK_SIZE // clients)
 
-    def work(start: int) -> None:
-        piece = slice(start, start + size)
-        rows = np.array(columns[:, piece].T, order="C")
+    def process_block(start: int) -> None:
+        block = slice(start, start + size)
+        rows = np.array(columns[:, block].T, order="C")
         rows.sort(axis=1)
-        middle = rows[:, first : last + 1].astype(np.float64)
-        np.matmul(middle, weights, out=result[piece])  # twice as fast as a mean along short rows
+        selected = rows[:, first : last + 1].astype(np.float64)
+        np.matmul(selected, weights, out=result[block])  # twice as fast as a mean along short rows
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(work, range(0, width, size)))
+        list(threads.map(process_block, range(0, width, size)))
     return torch.from_numpy(result)
 
 
 def median(models: Tensor) -> Tensor:
-    """The median of each column of `models [K, P]`, `[P]` float64; of an even number, the mean of the middle two."""
+    """Return the median of each column of `models [K, P]`, `[P]` float64; for even K, the mean of the middle two."""
     return middle(models, (len(models) - 1) // 2, len(models) // 2)

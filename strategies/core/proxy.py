@@ -1,4 +1,4 @@
-"""The server's own examples, and the module that is learnt: what rules try models on before they are sent."""
+"""The server's proxy data and module, with which rules evaluate and train models."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.func import functional_call
 from corymb.strategies.core.layout import Layout, Model
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-ROWS = 1024  # examples that are scored at a time
+EVALUATION_BATCH = 1024  # examples per forward pass
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """Examples that the server holds itself: `inputs [N, ...]`, and `targets [N]` where they are labelled.
+    """Proxy data, examples that the server itself holds: `inputs [N, ...]`, and `targets [N]` if they are labelled.
 
-    `module` gives the architecture only; models come as vectors of its `layout` (see `Layout.of_module`).
-    `loss(outputs, targets)` is a mean over examples.
+    `module` gives the architecture only; models are passed as vectors of its `layout` (see `Layout.of_module`).
+    `loss(outputs, targets)` returns the mean over the examples.
     """
 
     module: nn.Module
@@ -32,33 +32,40 @@ class Proxy:
 
     def __post_init__(self) -> None:
         if not len(self.inputs):
-            raise ValueError("The proxy data hold 0 examples; give some, or choose a rule that needs none.")
+            raise ValueError("The proxy data hold 0 examples; give at least 1, or choose a rule without proxy data.")
         if self.targets is not None and len(self.targets) != len(self.inputs):
-            raise ValueError(f"The proxy data have {len(self.inputs)} inputs for {len(self.targets)} targets.")
+            raise ValueError(
+                f"The proxy data have {len(self.inputs)} inputs but {len(self.targets)} targets; "
+                "give one target per input."
+            )
         names = dict(self.module.named_parameters(remove_duplicate=False))
         if shared := names.keys() - dict(self.module.named_parameters()).keys():
-            raise ValueError(f"The proxy's module uses {min(shared)!r} under two names; proxy data need one for each.")
+            raise ValueError(
+                f"The proxy's module shares the parameter {min(shared)!r} between layers; remove the weight sharing."
+            )
 
     @cached_property
     def layout(self) -> Layout:
-        """How the module's state dict is laid out as vectors."""
+        """The layout of the module's state dict."""
         return Layout.of_module(self.module)
 
     @property
     def labels(self) -> Tensor:
-        """The targets. Raises `ValueError` for data without."""
+        """The targets. Raises `ValueError` if the proxy data are unlabelled."""
         if self.targets is None:
-            raise ValueError("This rule needs labelled proxy data and they have no targets; give targets.")
+            raise ValueError(
+                "This rule needs labelled proxy data, but these have no targets; give one target per input."
+            )
         return self.targets
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The rows of all examples in batches of `size`, in order."""
+        """Yield the row numbers of all examples, in order, in batches of `size`."""
         yield from batches_of(torch.arange(len(self.inputs)), size)
 
     def outputs(self, parameters: Tensor, buffers: Tensor, rows: Tensor | None = None) -> Tensor:
-        """What the model `parameters [P]`, `buffers [B]` says of the examples at `rows`, in evaluation mode.
+        """Return the outputs of a model (`parameters [P]`, `buffers [B]`) on the examples at `rows` (default: all).
 
-        Differentiable in `parameters`.
+        The module is in evaluation mode. The result is differentiable in `parameters`.
         """
         with self._mode(statistics=False):
             inputs = self.inputs if rows is None else self.inputs[rows]
@@ -66,28 +73,28 @@ class Proxy:
 
     @torch.no_grad()
     def scores(self, parameters: Tensor, buffers: Tensor) -> Tensor:
-        """`outputs` of all examples, a block of rows at a time; `[N, C]`."""
-        return torch.cat([self.outputs(parameters, buffers, rows) for rows in self.batches(ROWS)])
+        """Return the `outputs` for all examples, `[N, C]`, without gradients and in batches."""
+        return torch.cat([self.outputs(parameters, buffers, rows) for rows in self.batches(EVALUATION_BATCH)])
 
     def ballots(self, models: Tensor, buffers: Tensor) -> Tensor:
-        """The scores of each of `models [V, P]` with its `buffers [V, B]`, `[V, N, C]`."""
+        """Return the scores of each of `models [V, P]` with its `buffers [V, B]`, `[V, N, C]`."""
         return torch.stack([self.scores(*voter) for voter in zip(models, buffers, strict=True)])
 
     def accuracy(self, parameters: Tensor, buffers: Tensor) -> float:
-        """The share of examples whose highest score is the target's."""
+        """Return the share of examples whose highest score is that of their target."""
         return float((self.scores(parameters, buffers).argmax(dim=1) == self.labels).double().mean())
 
     @torch.no_grad()
     def loss_of(self, parameters: Tensor, buffers: Tensor) -> float:
-        """The mean loss over all examples."""
+        """Return the mean loss over all examples."""
         return float(self.loss(self.scores(parameters, buffers), self.labels))
 
     def session(self, buffers: Tensor) -> Session:
-        """Train models on these examples; BatchNorm's statistics begin at `buffers` and move along."""
+        """Return a session that trains models on these examples; BatchNorm's statistics start at `buffers [B]`."""
         return Session(self, self._buffers(buffers))
 
     def refreshed(self, parameters: Tensor, buffers: Tensor) -> Tensor:
-        """`buffers [B]` with BatchNorm's statistics estimated anew, for `parameters`, on these examples."""
+        """Return `buffers [B]` with BatchNorm's statistics re-estimated for `parameters`, on these examples."""
         norms = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if not norms:
             return buffers
@@ -98,9 +105,9 @@ class Proxy:
                 state[name].zero_()
         try:
             for norm in norms:
-                norm.momentum = None  # a plain mean over the batches
+                norm.momentum = None  # the statistics are then plain means over the batches
             with torch.no_grad(), self._mode(statistics=True):
-                for rows in self.batches(ROWS):
+                for rows in self.batches(EVALUATION_BATCH):
                     self._call(parameters, state, self.inputs[rows])
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -108,11 +115,11 @@ class Proxy:
         return self.layout.buffers_of(state)
 
     def _buffers(self, buffers: Tensor) -> dict[str, Tensor]:
-        """The module's buffers by name, the float ones from `buffers [B]`; copies."""
-        integers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        floats = Model(torch.zeros(self.layout.num_parameters), buffers, integers)
-        state = self.layout.restore(floats) if buffers.numel() else integers
-        return {name: state[name].clone() for name in integers if name in state}
+        """Return copies of the module's buffers by name; the float ones have the values of `buffers [B]`."""
+        module_buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        model = Model(torch.zeros(self.layout.num_parameters), buffers, module_buffers)
+        state = self.layout.restore(model) if buffers.numel() else module_buffers
+        return {name: state[name].clone() for name in module_buffers if name in state}
 
     def _call(self, parameters: Tensor, buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
         layout = self.layout
@@ -123,7 +130,11 @@ class Proxy:
 
     @contextmanager
     def _mode(self, statistics: bool) -> Iterator[None]:
-        """Evaluation mode, but for BatchNorm's own `statistics`; dropout stays off, so nothing is random."""
+        """Put the module in evaluation mode for the duration of a `with` block.
+
+        With `statistics`, BatchNorm layers are in training mode, so that they update their statistics. Dropout is
+        always off, so the outputs are deterministic.
+        """
         modes = {module: module.training for module in self.module.modules()}
         self.module.eval()
         for module in self.module.modules():
@@ -137,7 +148,7 @@ class Proxy:
 
 
 def batches_of(rows: Tensor, size: int) -> list[Tensor]:
-    """`rows` in batches of `size`; a last one of a single row, too few for BatchNorm, joins the one before."""
+    """Return `rows` in batches of `size`; a last batch of one row, too small for BatchNorm, joins the one before."""
     batches = list(rows.split(size))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
@@ -145,7 +156,7 @@ def batches_of(rows: Tensor, size: int) -> list[Tensor]:
 
 
 class Session:
-    """Training on the proxy data. BatchNorm's statistics move as the batches pass."""
+    """A training session on the proxy data. Each training batch updates BatchNorm's statistics."""
 
     def __init__(self, proxy: Proxy, buffers: dict[str, Tensor]) -> None:
         self._proxy = proxy
@@ -154,9 +165,9 @@ class Session:
     def loss(
         self, parameters: Tensor, rows: Tensor, targets: Tensor | None = None, temperature: Tensor | float = 1.0
     ) -> Tensor:
-        """The loss at `rows`, differentiable in `parameters [P]`.
+        """Return the mean loss on the examples at `rows`, differentiable in `parameters [P]`.
 
-        `targets` of the rows may take the place of their own; outputs are multiplied by `temperature`.
+        `targets` replace the examples' own targets. The outputs are multiplied by `temperature`.
         """
         with self._proxy._mode(statistics=True):
             outputs = self._proxy._call(parameters, self._state, self._proxy.inputs[rows])
@@ -164,14 +175,17 @@ class Session:
 
     @property
     def buffers(self) -> Tensor:
-        """The float buffers now, `[B]`."""
+        """The current float buffers, `[B]`."""
         return self._proxy.layout.buffers_of(self._state)
 
     def fit(
         self, parameters: Tensor, rows: Tensor, targets: Tensor, *, epochs: int, batch_size: int, learning_rate: float,
         momentum: float = 0.9, seed: int = 0,
     ) -> Tensor:  # fmt: skip
-        """`parameters [P]` after SGD on the examples at `rows [n]` with `targets [n]`, shuffled by `seed`."""
+        """Return `parameters [P]` after SGD on the examples at `rows [n]` with `targets [n]`.
+
+        `seed` determines the order of the examples in each epoch.
+        """
         vector = parameters.clone().requires_grad_()
         optimizer = torch.optim.SGD([vector], lr=learning_rate, momentum=momentum)
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What settings may name: an entry of our own table, one that an installed package adds, or `module:name`."""
+"""Registries of objects that settings name: built-in ones, those of installed packages, and "module:name"."""
 
 from __future__ import annotations
 
@@ -12,51 +12,54 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Things called `what` by name: those in `table`, then those in the entry-point `group` of installed packages."""
+    """Objects by name: those in `table`, then those that installed packages add in the entry-point `group`.
 
-    def __init__(self, what: str, table: Mapping[str, T], group: str) -> None:
-        self._what, self._table, self._group = what, table, group
+    `label` is the word for such an object in error messages, for example "rule".
+    """
+
+    def __init__(self, label: str, table: Mapping[str, T], group: str) -> None:
+        self._label, self._table, self._group = label, table, group
 
     def names(self) -> list[str]:
-        """Every known name, our own first."""
+        """Return all known names, the built-in ones first."""
         return list(dict.fromkeys([*self._table, *entry_points(group=self._group).names]))
 
     def find(self, name: str) -> T:
-        """What is called `name`, or what the reference `module:name` refers to.
+        """Return the object called `name`, or the object at the reference "module:name".
 
-        Raises `ValueError` for an unknown name, listing the known ones, and where an import fails.
+        Raises `ValueError` for an unknown name (the message lists the known ones) and if an import fails.
         """
         if name in self._table:
             return self._table[name]
         if ":" in name:
-            found: T = import_reference(name, self._what)
-            return found
+            imported: T = import_reference(name, self._label)
+            return imported
         if name not in self.names():
-            raise ValueError(unknown(self._what, name, self.names()))
+            raise ValueError(unknown(f"Unknown {self._label}", name, self.names()))
         try:
             loaded: T = entry_points(group=self._group)[name].load()
-        except Exception as error:  # another package's code runs here
-            raise ValueError(f"The {self._what} {name!r} cannot be loaded: {type(error).__name__}: {error}.") from error
+        except Exception as error:  # the other package's code may raise anything
+            raise ValueError(f"Cannot load the {self._label} {name!r}: {type(error).__name__}: {error}.") from error
         return loaded
 
 
-def import_reference(reference: str, what: str) -> Any:
-    """What `reference`, "module:name", refers to; `what` says in errors what it should be.
+def import_reference(reference: str, label: str) -> Any:
+    """Return the object at `reference`, "module:name"; `label` is the word for the object in error messages.
 
-    Raises `ValueError` when it cannot be imported; the author's own exception is its cause.
+    Raises `ValueError` if it cannot be imported, with the original exception as the cause.
     """
     module, _, name = reference.partition(":")
     if not module or not name:
-        raise ValueError(f"The {what} {reference!r} is no reference; write 'module:name'.")
+        raise ValueError(f"The {label} {reference!r} is not a reference; write it as 'module:name'.")
     try:
         return getattr(import_module(module), name)
-    except Exception as error:  # its own code runs here
+    except Exception as error:  # the imported code may raise anything
         problem = f"{type(error).__name__}: {error}".removesuffix(".")
-        raise ValueError(f"The {what} {reference!r} cannot be imported ({problem}).") from error
+        raise ValueError(f"The {label} {reference!r} cannot be imported ({problem}).") from error
 
 
-def unknown(what: str, name: object, known: list[str]) -> str:
-    """One sentence for a `name` that is not among the `known` ones, with the nearest if one is near."""
-    near = get_close_matches(str(name), known, 1)
-    suggestion = f"; did you mean {near[0]!r}?" if near else "."
-    return f"There is no {what} {name!r}{suggestion} The known ones are {', '.join(sorted(known))}."
+def unknown(problem: str, name: object, known: list[str]) -> str:
+    """Return an error message: `problem` with `name`, the most similar known name (if any) and all `known` names."""
+    closest = get_close_matches(str(name), known, 1)
+    suggestion = f" Did you mean {closest[0]!r}?" if closest else ""
+    return f"{problem} {name!r}.{suggestion} Known names: {', '.join(sorted(known))}."

@@ -1,4 +1,4 @@
-"""One site's reply to a round, and what it reports of itself."""
+"""One client's reply in a round, and the report that comes with it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from torch import Tensor
 from corymb.strategies.core.layout import joined
 from corymb.strategies.core.rows import Rows, SingleRow
 
-MOST_CLASSES = 10_000  # that a report is believed to have
+MAX_CLASSES = 10_000  # counts that a client reports for classes with this or a higher number are ignored
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one reply says about itself: all that a blind rule may look at.
+    """The scalar part of one reply. A blind rule sees nothing else of the reply.
 
-    `node` is the site's persistent name, `examples` the number that it trained on (>= 0), `metrics` its finite scalars.
+    `node` is the client's persistent name, `examples` the number of examples that it trained on (>= 0), and `metrics`
+    its metrics by name, all finite.
     """
 
     node: str
@@ -26,13 +27,13 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-CLASS = "examples-of-class-"  # of the metrics in which a site may say how many it has of each
+CLASS = "examples-of-class-"  # prefix of the metrics with a client's number of examples per class
 
 
 def class_counts(report: Report) -> Tensor:
-    """How many examples of each class the site reports, `[C]` float64; empty where it does not say."""
-    named = {name.removeprefix(CLASS): value for name, value in report.metrics.items() if name.startswith(CLASS)}
-    counts = {int(c): value for c, value in named.items() if c.isdecimal() and int(c) < MOST_CLASSES}
+    """Return the reported number of examples of each class, `[C]` float64; empty if the client reports none."""
+    reported = {name.removeprefix(CLASS): value for name, value in report.metrics.items() if name.startswith(CLASS)}
+    counts = {int(c): value for c, value in reported.items() if c.isdecimal() and int(c) < MAX_CLASSES}
     return torch.tensor([counts.get(c, 0.0) for c in range(max(counts, default=-1) + 1)], dtype=torch.float64)
 
 
@@ -41,10 +42,10 @@ NO_BUFFERS = torch.zeros(0)
 
 @dataclass(frozen=True)
 class Reply:
-    """An admitted reply: finite, and of the layout of the round's model.
+    """A reply that passed the door: all values are finite, and it has the layout of the round's model.
 
-    Its parameters are row number `row` of `rows`. `buffers [B]` are the float buffers, `steps [S, P]` the updates of
-    its single batches where it sent them.
+    Its parameters are row number `row` of `rows`. `buffers [B]` are its float buffers. `steps [S, P]` are the updates
+    of its single batches, if the client sent them.
     """
 
     report: Report
@@ -62,14 +63,14 @@ class Reply:
         metrics: Mapping[str, float] | None = None,
         buffers: Tensor = NO_BUFFERS,
     ) -> Reply:
-        """A reply whose parameters are `vector [P]`, and its float buffers `buffers [B]`."""
+        """Return a reply with the parameters `vector [P]` and the float buffers `buffers [B]`."""
         return cls(Report(node, examples, metrics or {}), SingleRow((vector,)), buffers=buffers)
 
     @property
     def parts(self) -> Sequence[Tensor]:
-        """The parameters as flat pieces in the layout's order, P numbers together."""
+        """The parameters as flat tensors in the layout's order, P numbers in total."""
         return self.rows.pieces(self.row)
 
     def vector(self, dtype: torch.dtype) -> Tensor:
-        """The parameters as one vector `[P]`; not a copy where they are one already."""
+        """Return the parameters as one vector `[P]` of `dtype`, without a copy if they already are such a vector."""
         return joined(self.parts, dtype)

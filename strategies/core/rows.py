@@ -1,6 +1,7 @@
-"""Models that answer for themselves: one arrived reply, a matrix of replies, or a block of clients trained together.
+"""`Rows`, the common interface of a single reply, a matrix of models, and a block of clients trained together.
 
-A rule asks rows for sums and distances, so a model is written out only where somebody needs its numbers.
+Rules use it to compute weighted sums and distances without copying the models. A model is copied only if a rule needs
+its values.
 """
 
 from __future__ import annotations
@@ -14,37 +15,41 @@ from torch import Tensor
 from corymb.strategies.core.geometry import norms
 from corymb.strategies.core.layout import joined
 
-CHUNK = 1 << 17  # numbers per step: scratch memory stays in the cache, and torch has work for all its threads
+CHUNK = 1 << 17  # numbers per step: the scratch buffer fits the cache, and torch can still use all of its threads
 
 
 class Rows(Protocol):
-    """K models of P parameters each; two `Rows` are the same only if they are the same object.
+    """K models of P parameters each, one per row. Two `Rows` are equal only if they are the same object.
 
-    A method may start work elsewhere and return at once: the result is there when the returned function is called.
+    Some methods return a function. Their work may still run in another process or thread then, and the function waits
+    until it is complete.
     """
 
     @property
     def count(self) -> int:
-        """K."""
+        """K, the number of models."""
 
     def add_to(self, total: Tensor, weights: Tensor, origin: Tensor) -> Callable[[], None]:
-        """Add `sum_k weights[k] * (row_k - origin)` to `total [P]` float64, for `weights [K]` float64.
+        """Start to add `sum_k weights[k] * (row_k - origin)` to `total [P]` float64, for `weights [K]` float64.
 
-        A row of weight 0 is not read.
+        Rows of weight 0 are not read.
         """
 
     def squared_distances(self, centre: Tensor) -> Callable[[], Tensor]:
-        """The squared distance of each row from `centre [P]`, `[K]` float64, right to 1e-5."""
+        """Start to compute the squared distance of each row from `centre [P]`, `[K]` float64.
+
+        The returned function returns the distances; their relative error is below 1e-5.
+        """
 
     def copy_to(self, targets: Sequence[tuple[int, Tensor]]) -> Callable[[], None]:
-        """Copy the rows with these numbers, each into its vector `[P]`."""
+        """Start to copy rows: each of `targets` is a row number and the vector `[P]` that receives the row."""
 
     def pieces(self, row: int) -> Sequence[Tensor]:
-        """One row as flat tensors in the layout's order, P numbers together."""
+        """Return one row as flat tensors in the layout's order, P numbers in total."""
 
 
 class SingleRow:
-    """The model of one reply that arrived, as flat `parts` of any float dtype in the layout's order."""
+    """The model of one reply, as flat `parts` of any float dtype in the layout's order."""
 
     count = 1
 
@@ -52,7 +57,7 @@ class SingleRow:
         self._parts = parts
 
     def add_to(self, total: Tensor, weights: Tensor, origin: Tensor) -> Callable[[], None]:
-        """See `Rows`; differences are taken in the dtype of `origin`."""
+        """See `Rows`. Differences have the dtype of `origin`."""
         scratch, weight = torch.empty(min(CHUNK, origin.numel()), dtype=origin.dtype), float(weights[0])
         start = 0
         for part in self._parts:
@@ -80,21 +85,21 @@ class SingleRow:
 
 
 class Matrix:
-    """Models that are written out, as the rows of `models [K, P]`."""
+    """Models in memory, as the rows of `models [K, P]`."""
 
     def __init__(self, models: Tensor) -> None:
         self.models = models
         self.count = len(models)
 
     def add_to(self, total: Tensor, weights: Tensor, origin: Tensor) -> Callable[[], None]:
-        """See `Rows`; differences are taken in float64."""
-        kept = weights.nonzero()[:, 0]
-        every, weights = len(kept) == self.count, weights[kept]
-        width = max(1, CHUNK // max(1, len(kept)))
+        """See `Rows`. Differences are float64."""
+        used = weights.nonzero()[:, 0]
+        uses_all, weights = len(used) == self.count, weights[used]
+        width = max(1, CHUNK // max(1, len(used)))
         for start in range(0, origin.numel(), width):
-            block = slice(start, start + width)
-            models = self.models[:, block] if every else self.models[kept, block]
-            total[block] += weights @ (models.double() - origin[block].double())
+            columns = slice(start, start + width)
+            models = self.models[:, columns] if uses_all else self.models[used, columns]
+            total[columns] += weights @ (models.double() - origin[columns].double())
         return _done
 
     def squared_distances(self, centre: Tensor) -> Callable[[], Tensor]:
@@ -114,4 +119,4 @@ class Matrix:
 
 
 def _done() -> None:
-    """All work was done before."""
+    """Do nothing: the work is already complete."""

@@ -1,4 +1,4 @@
-"""What every kind of rule is: settings in a frozen dataclass, memory as a value, one round as one call."""
+"""The base class of all rules: settings in a frozen dataclass, memory passed as a value, one call per round."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ M = TypeVar("M")  # memory: None, or a frozen dataclass of scalars, strings, tup
 
 @dataclass(frozen=True)
 class Outcome(Generic[M]):
-    """What a round becomes: the new model, the rule's new memory, and what the run's record keeps.
+    """The result of a round: the next model, the rule's next memory, and values for the journal.
 
-    `weights {node: weight}` mean the same for every rule: `next model = rest + sum_k weight_k * model_k`, where `rest`
-    does not depend on this round's replies. They need not sum to one. A rule that combines models otherwise has none.
-    `notes` are finite numbers by name, such as FedLAW's gamma.
+    `weights {node: weight}` have the same meaning for every rule: `next model = rest + sum_k weight_k * model_k`,
+    where `rest` does not depend on this round's replies. They need not sum to one. They are empty for a rule whose
+    next model is not of this form. `notes` are finite numbers by name, such as FedLAW's gamma.
     """
 
     model: Model
@@ -31,32 +31,33 @@ class Outcome(Generic[M]):
 
 @dataclass(frozen=True)
 class Rule(ABC, Generic[M]):
-    """A frozen dataclass whose fields are its settings; what changes over rounds is `memory`, a value.
+    """An aggregation rule: a frozen dataclass whose fields are the rule's settings.
 
-    What a rule declares, as class attributes and by `tolerates`, is measured by `corymb.testing.check_rule`.
+    The state that changes between rounds is `memory`, a value that the caller passes in and gets back. The class
+    attributes and `tolerates` declare properties of the rule; `corymb.testing.check_rule` tests them.
     """
 
     kind: ClassVar[str]
     privacy_modes: ClassVar[tuple[str, ...]] = ("clear",)
-    needs_proxy: ClassVar[bool] = False  # data of the server's own
-    unanimous: ClassVar[bool] = True  # where all replies agree, they are the next model
-    shift_equivariant: ClassVar[bool] = True  # moving the origin and all replies moves the next model as much
-    scale_equivariant: ClassVar[bool] = True  # multiplying them multiplies it
+    needs_proxy: ClassVar[bool] = False  # the rule needs proxy data at the server
+    unanimous: ClassVar[bool] = True  # if all replies are the same model, it is the next model
+    shift_equivariant: ClassVar[bool] = True  # a shift of the origin and all replies shifts the next model equally
+    scale_equivariant: ClassVar[bool] = True  # scaling the origin and all replies scales the next model equally
 
     def initial(self) -> M:
-        """The memory before the first round."""
-        return None  # type: ignore[return-value]  # right for every rule whose memory is None
+        """Return the memory before the first round."""
+        return None  # type: ignore[return-value]  # correct for every rule whose memory is None
 
     def tolerates(self, clients: int) -> int:
-        """How many of `clients` replies may be anything at all without carrying the model away."""
+        """Return how many of `clients` replies may be arbitrary without moving the model arbitrarily far."""
         return 0
 
     def wants_steps(self, node: str) -> bool:
-        """Whether the rule uses the updates of single batches, if `node` sends them."""
+        """Return whether the rule uses the updates of single batches from `node`."""
         return False
 
     def model_for(self, node: str, origin: Model, memory: M) -> Model:
-        """What `node` is sent to train on: the federation's model, unless a rule keeps several."""
+        """Return the model that `node` trains from: the global model, unless the rule keeps several models."""
         return origin
 
     @final
@@ -68,18 +69,18 @@ class Rule(ABC, Generic[M]):
         known: Collection[str] = (),
         proxy: Proxy | None = None,
     ) -> Outcome[M]:
-        """Turn the replies to `origin` into the next model.
+        """Aggregate the replies to `origin` into the next model.
 
-        `replies` may be empty, holds at most one reply per node and is read once. `known` names all sites of the
-        federation, absent ones included; `proxy` is the server's own data. Nothing that is passed in is changed.
-        Raises `ValueError` where a proxy is needed and missing.
+        `replies` may be empty, holds at most one reply per node and is read once. `known` names all clients of the
+        federation, absent ones included. `proxy` is the server's proxy data. The arguments are not modified.
+        Raises `ValueError` if the rule needs proxy data and `proxy` is None.
         """
         if self.needs_proxy and proxy is None:
-            raise ValueError(f"{type(self).__name__} needs proxy data at the server and there are none; give a proxy.")
+            raise ValueError(f"{type(self).__name__} needs proxy data, but the server has none; set `proxy`.")
         return self._aggregate(origin, replies, memory, frozenset(known), proxy)
 
     @abstractmethod
     def _aggregate(
         self, origin: Model, replies: Iterable[Reply], memory: M, known: frozenset[str], proxy: Proxy | None
     ) -> Outcome[M]:
-        """`aggregate`, written once for each kind of rule."""
+        """Do the work of `aggregate`. Each kind of rule (blind, sighted, voting) has its own implementation."""

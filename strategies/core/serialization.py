@@ -1,4 +1,4 @@
-"""A rule's memory at rest: JSON for scalars, names and tuples, tensors beside it. Never pickled."""
+"""Conversion of a rule's memory for storage: JSON for scalars, names and tuples, tensors beside it. No pickle."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from torch import Tensor
 
 M = TypeVar("M")
 Json = Any
-TENSOR = "$tensor"  # {"$tensor": name} stands for a tensor kept beside the JSON
+TENSOR = "$tensor"  # {"$tensor": name} in the JSON refers to a tensor stored beside it
 
 
 def packed(memory: object) -> tuple[Json, dict[str, Tensor]]:
-    """`memory` as JSON and tensors.
+    """Return `memory` as JSON and a dict of tensors; `unpacked` is the inverse.
 
-    Memory is None, a scalar, a string, a tensor, a set of strings, or a dataclass, tuple or string-keyed dict of these.
+    Memory is None, a scalar, a string, a tensor, a set of strings, or a dataclass, tuple or string-keyed dict of
+    these.
 
-    Raises `TypeError` for anything else.
+    Raises `TypeError` for a value of any other type.
     """
     tensors: dict[str, Tensor] = {}
 
-    def pack(value: object, place: str) -> Json:
+    def pack(value: object, path: str) -> Json:
         if isinstance(value, Tensor):
-            tensors[place] = value
-            return {TENSOR: place}
+            tensors[path] = value
+            return {TENSOR: path}
         if is_dataclass(value):
-            return {f.name: pack(getattr(value, f.name), _under(place, f.name)) for f in fields(value)}
+            return {f.name: pack(getattr(value, f.name), _joined_path(path, f.name)) for f in fields(value)}
         if isinstance(value, tuple):
-            return [pack(item, _under(place, str(index))) for index, item in enumerate(value)]
+            return [pack(item, _joined_path(path, str(index))) for index, item in enumerate(value)]
         if isinstance(value, dict):
-            return {name: pack(item, _under(place, name)) for name, item in value.items()}
+            return {name: pack(item, _joined_path(path, name)) for name, item in value.items()}
         if isinstance(value, frozenset):
             return sorted(value)
         if isinstance(value, (str, int, float, bool, type(None))):
             return value
-        where = f"Memory field {place!r}" if place else "A rule's memory"
-        raise TypeError(f"{where} is a {type(value).__name__}; keep scalars, strings, tensors, dataclasses and tuples.")
+        field = f"Memory field {path!r}" if path else "A rule's memory"
+        raise TypeError(f"{field} is a {type(value).__name__}; use scalars, strings, tensors, dataclasses or tuples.")
 
     return pack(memory, ""), tensors
 
 
 def unpacked(initial: M, plain: Json, tensors: Mapping[str, Tensor]) -> M:
-    """The memory that `packed` took apart; `initial` is the first memory and says of what types.
+    """Return the memory that `packed` converted to `plain` and `tensors`; `initial` is the rule's initial memory.
 
-    A dataclass comes back as one where the first memory has it, or the type of its field names it.
+    A JSON object becomes a dataclass if `initial` has a dataclass in this place, or if the type annotation of the
+    field names a dataclass.
     """
 
     def unpack(template: Any, value: Json) -> Any:
         if isinstance(value, dict):
             if value.keys() == {TENSOR}:
                 return tensors[value[TENSOR]]
-            if is_dataclass(template):  # or a class of them, for a field that was None at first
-                kind: Any = template if isinstance(template, type) else type(template)
-                kinds = _kinds(kind)
-                before = {name: None if kind is template else getattr(template, name) for name in value}
-                parts = {n: unpack(kinds[n] if before[n] is None else before[n], item) for n, item in value.items()}
-                return kind(**parts)
+            if is_dataclass(template):  # an instance, or a class for a field that is None in `initial`
+                cls: Any = template if isinstance(template, type) else type(template)
+                types = _dataclass_types(cls)
+                first = {name: None if cls is template else getattr(template, name) for name in value}
+                parts = {n: unpack(types[n] if first[n] is None else first[n], item) for n, item in value.items()}
+                return cls(**parts)
             return {n: unpack(template.get(n) if isinstance(template, dict) else None, v) for n, v in value.items()}
         if isinstance(value, list):
             if isinstance(template, frozenset):
@@ -70,12 +72,12 @@ def unpacked(initial: M, plain: Json, tensors: Mapping[str, Tensor]) -> M:
     return result
 
 
-def _kinds(kind: Any) -> dict[str, Any]:
-    """The dataclass that each field's type names, if it names one."""
-    hints = get_type_hints(kind)
-    found = {name: [c for c in (hint, *get_args(hint)) if isinstance(c, type)] for name, hint in hints.items()}
-    return {f.name: next(filter(is_dataclass, found[f.name]), None) for f in fields(kind)}
+def _dataclass_types(cls: Any) -> dict[str, Any]:
+    """Return, for each field of `cls`, the dataclass that its type annotation names, or None."""
+    hints = get_type_hints(cls)
+    classes = {name: [c for c in (hint, *get_args(hint)) if isinstance(c, type)] for name, hint in hints.items()}
+    return {f.name: next(filter(is_dataclass, classes[f.name]), None) for f in fields(cls)}
 
 
-def _under(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
+def _joined_path(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,4 +1,4 @@
-"""Server optimisers: how far to go in the direction that a rule points to."""
+"""Server optimisers: the step that the server takes from the old model towards the rule's result."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from corymb.strategies.core.yogi import Yogi
 
 @dataclass(frozen=True)
 class Moments:
-    """An optimiser's state between rounds: its tensors and numbers by name."""
+    """The state of a server optimiser between rounds: its tensors and numbers by name."""
 
     values: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ServerOptimizer:
-    """Reddi et al. 2021, FedOpt: any optimiser of torch on the pseudo-gradient `old model - new model`.
+    """Reddi et al. 2021, FedOpt: an optimiser of torch, applied to the pseudo-gradient `old model - new model`.
 
-    `optimizer` is a class of `torch.optim`, or "Yogi"; `options` are its own. FedAvgM is SGD with `{"momentum": 0.9}`,
-    FedAdam is Adam, FedAdagrad is Adagrad, FedYogi is Yogi. torch's Adam corrects its bias, the paper's does not.
-    Buffers are the rule's. A round that leaves the model as it was makes no step. The optimiser trusts the rule: what
-    a rule that is not robust lets through stays in the moments.
+    `optimizer` is the name of a class in `torch.optim`, or "Yogi"; `options` are its keyword arguments. FedAvgM is
+    SGD with `{"momentum": 0.9}`, FedAdam is Adam, FedAdagrad is Adagrad, FedYogi is Yogi. torch's Adam corrects its
+    bias, the Adam of the paper does not. Buffers are taken from the rule's result. A round that leaves the model
+    unchanged makes no step. The optimiser does not check the rule's result: if the rule is not robust, the effect of
+    a hostile update stays in the optimiser's state.
     """
 
     optimizer: str = "SGD"
@@ -40,20 +41,22 @@ class ServerOptimizer:
         try:
             vector = torch.zeros(1, requires_grad=True)
             vector.grad = torch.zeros(1)
-            self._made(vector).step()  # some want a closure, or another kind of gradient
-        except Exception as error:  # torch raises whatever it likes
-            raise ValueError(f"torch.optim cannot make {self.optimizer!r} with {self.options}: {error}.") from None
+            self._build(vector).step()  # fails for optimisers that need a closure or sparse gradients
+        except Exception as error:  # torch raises exceptions of many types
+            raise ValueError(
+                f"The server optimiser {self.optimizer!r} cannot be used with options {self.options}: {error}."
+            ) from None
 
     def initial(self) -> Moments:
-        """Before the first step."""
+        """Return the optimiser's state before the first step."""
         return Moments()
 
     def step(self, old: Model, new: Model, moments: Moments) -> tuple[Model, Moments]:
-        """The model after one step from `old` towards `new`, and the moments after it."""
+        """Return the model after one step from `old` towards `new`, and the optimiser's state after the step."""
         if new is old or torch.equal(new.parameters, old.parameters):
             return new, moments
         vector = old.parameters.clone().requires_grad_()
-        optimizer = self._made(vector)
+        optimizer = self._build(vector)
         if moments.values:
             state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in moments.values.items()}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
@@ -62,7 +65,7 @@ class ServerOptimizer:
         values = {name: v for name, v in optimizer.state[vector].items() if v is not None}
         return replace(new, parameters=vector.detach()), Moments(values)
 
-    def _made(self, vector: Tensor) -> torch.optim.Optimizer:
-        kind = Yogi if self.optimizer == "Yogi" else getattr(torch.optim, self.optimizer)
-        made: torch.optim.Optimizer = kind([vector], lr=self.learning_rate, **self.options)
-        return made
+    def _build(self, vector: Tensor) -> torch.optim.Optimizer:
+        optimizer_class = Yogi if self.optimizer == "Yogi" else getattr(torch.optim, self.optimizer)
+        optimizer: torch.optim.Optimizer = optimizer_class([vector], lr=self.learning_rate, **self.options)
+        return optimizer

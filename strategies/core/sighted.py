@@ -1,4 +1,4 @@
-"""Rules that see every model of the round at once."""
+"""Sighted rules, which see all models of a round together."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from corymb.strategies.core.rule import M, Outcome, Rule
 
 @dataclass(frozen=True)
 class Mix(Generic[M]):
-    """What a sighted rule makes of a cohort: the next parameters `vector [P]` and the rule's next `memory`.
+    """The result of a sighted rule for a cohort: the next parameters `vector [P]` and the rule's next `memory`.
 
-    For the record: `weights [K]`, the factor of each model in the vector, if the rule has such (see `Outcome`), and
-    `notes`, numbers by name; those that are not finite are left out.
+    `weights [K]` are the factors of the models in `vector`, if the rule has such factors (see `Outcome`), and `notes`
+    are numbers by name. Both are recorded in the journal. Notes that are not finite are dropped.
     """
 
     vector: Tensor
-    memory: M = None  # type: ignore[assignment]  # right for every rule whose memory is None
+    memory: M = None  # type: ignore[assignment]  # correct for every rule whose memory is None
     weights: Tensor | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
 class SightedRule(Rule[M]):
-    """Sees every model of the round at once.
+    """A rule that sees all models of the round together.
 
-    Float buffers never reach it: their "mean" is taken by size; a rule that withstands hostile models takes their
-    "median"; "proxy" estimates BatchNorm's statistics anew on the server's own data, where there are such data, for
-    rules whose models the sites' statistics do not fit.
+    The library, not the rule, aggregates the float buffers. The class attribute `buffers` selects how: "mean" weighs
+    them by examples, and "median" is for rules that withstand hostile models. "proxy" takes the mean and then, if the
+    server has proxy data, re-estimates BatchNorm's statistics on them; it is for rules whose next model does not fit
+    the clients' statistics.
     """
 
     kind = "sighted"
     buffers: ClassVar[Literal["mean", "median", "proxy"]] = "mean"
-    screens: ClassVar[bool] = True  # with proxy data: leaves out models whose outputs on them are not finite
-    acts_alone: ClassVar[bool] = False  # moves the model in a round without replies, too
+    screens: ClassVar[bool] = True  # if the rule needs proxy data: drop models with non-finite outputs on them
+    acts_alone: ClassVar[bool] = False  # the rule also changes the model in a round without replies
 
     @abstractmethod
     def mix(self, cohort: Cohort, memory: M) -> Mix[M]:
-        """The next parameters and memory. The cohort has at least one reply, unless `acts_alone`."""
+        """Return the next parameters and memory. The cohort has at least one reply, unless `acts_alone`."""
 
     @final
     def _aggregate(
@@ -58,18 +59,18 @@ class SightedRule(Rule[M]):
         del replies
         dropped: dict[str, float] = {}
         if self.needs_proxy and proxy is not None and self.screens:
-            sound = [reply for reply in ordered if _is_finite(reply, origin, proxy)]
-            if len(sound) < len(ordered):
-                dropped = {"dropped": len(ordered) - len(sound)}
-            ordered = sound
+            usable = [reply for reply in ordered if _has_finite_outputs(reply, origin, proxy)]
+            if len(usable) < len(ordered):
+                dropped = {"dropped": len(ordered) - len(usable)}
+            ordered = usable
         if not ordered and not self.acts_alone:
             return Outcome(origin, memory, notes=dropped)
         buffers = self._buffers(origin, ordered)
-        everyone = known.union(reply.report.node for reply in ordered)
-        cohort = Cohort.of(origin, ordered, tuple(sorted(everyone)), proxy)
+        all_nodes = known.union(reply.report.node for reply in ordered)
+        cohort = Cohort.of(origin, ordered, tuple(sorted(all_nodes)), proxy)
         mixed = self._checked(self.mix(cohort, memory), cohort)
         notes = {name: value for name, value in mixed.notes.items() if isfinite(value)} | dropped
-        if mixed.vector is origin.parameters:  # the rule chose to change nothing
+        if mixed.vector is origin.parameters:  # the rule leaves the model unchanged
             return Outcome(origin, mixed.memory, notes=notes)
         vector = mixed.vector.to(origin.parameters.dtype)
         if self.buffers == "proxy" and proxy is not None and cohort.nodes:
@@ -78,10 +79,10 @@ class SightedRule(Rule[M]):
         return Outcome(origin.moved(vector, buffers), mixed.memory, weights, notes)
 
     def _checked(self, mixed: object, cohort: Cohort) -> Mix[M]:
-        """What `mix` returned. Raises `TypeError` or `ValueError` for what is no mix of this cohort."""
+        """Return the result of `mix`. Raises `TypeError` for a wrong type and `ValueError` for a wrong shape."""
         if not isinstance(mixed, Mix):
-            kind = type(mixed).__name__
-            raise TypeError(f"{self}.mix returned a {kind}, not a Mix; write `return Mix(vector, memory)`.")
+            type_name = type(mixed).__name__
+            raise TypeError(f"{self}.mix returned a {type_name}, not a Mix; write `return Mix(vector, memory)`.")
         for name, value, shape in (
             ("vector", mixed.vector, cohort.origin.shape),
             ("weights", mixed.weights, cohort.examples.shape),
@@ -89,11 +90,11 @@ class SightedRule(Rule[M]):
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"{self}.mix returned {name} of type {type(value).__name__}; return a torch.Tensor.")
             if value is not None and value.shape != shape:
-                raise ValueError(f"{self}.mix returned {name} of shape {[*value.shape]}; it must be {[*shape]}.")
+                raise ValueError(f"{self}.mix returned {name} of shape {[*value.shape]}; return shape {[*shape]}.")
         return mixed
 
     def _buffers(self, origin: Model, replies: list[Reply]) -> Tensor:
-        """The float buffers `[B]` of a round."""
+        """Return the mean or median of the replies' float buffers, `[B]`."""
         if not replies:
             return origin.buffers
         rows = torch.stack([reply.buffers.double() for reply in replies])
@@ -107,7 +108,7 @@ class SightedRule(Rule[M]):
         return buffers.to(origin.buffers.dtype)
 
 
-def _is_finite(reply: Reply, origin: Model, proxy: Proxy) -> bool:
-    """Whether the reply's outputs on the proxy data are finite: a finite model may be too large to be used."""
+def _has_finite_outputs(reply: Reply, origin: Model, proxy: Proxy) -> bool:
+    """Return whether the model's outputs on the proxy data are finite. A model with huge parameters may overflow."""
     scores = proxy.scores(reply.vector(origin.parameters.dtype), reply.buffers)
     return bool(scores.isfinite().all())

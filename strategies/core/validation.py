@@ -1,4 +1,4 @@
-"""One-sentence errors for settings out of range."""
+"""Range checks of settings. Each check raises an error of one sentence that names the setting and its value."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ def at_least(bound: float, **settings: float) -> None:
     """Raise `ValueError` unless every setting is at least `bound`."""
     for name, value in settings.items():
         if not value >= bound:
-            raise ValueError(f"{name} = {value} is too small; give {bound} or more.")
+            raise ValueError(f"{name} is {value}; use at least {bound}.")
 
 
 def positive(**settings: float) -> None:
     """Raise `ValueError` unless every setting is positive and finite."""
     for name, value in settings.items():
         if not (value > 0 and isfinite(value)):
-            raise ValueError(f"{name} = {value} must be positive and finite.")
+            raise ValueError(f"{name} is {value}; use a positive and finite number.")
 
 
 def share(**settings: float) -> None:
     """Raise `ValueError` unless every setting lies in [0, 1]."""
     for name, value in settings.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} = {value} must lie in [0, 1].")
+            raise ValueError(f"{name} is {value}; use a number in [0, 1].")
 
 
 def one_of(choices: Collection[str], **settings: str) -> None:
     """Raise `ValueError` unless every setting is one of `choices`."""
     for name, value in settings.items():
         if value not in choices:
-            raise ValueError(f"{name} = {value!r} is unknown; choose one of {', '.join(choices)}.")
+            raise ValueError(f"{name} is {value!r}; use one of {', '.join(choices)}.")

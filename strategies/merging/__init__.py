@@ -1,1 +1,1 @@
-"""Rules that merge models: of different tasks, of different starts, or picked from many."""
+"""Rules that merge models: of different tasks, of different initial models, or selected from many."""

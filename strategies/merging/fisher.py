@@ -1,4 +1,4 @@
-"""Parameters weighed by how much a model's outputs depend on them."""
+"""Fisher merging: parameters weighted by how much the outputs of their model depend on them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from corymb.strategies.core.proxy import Proxy
 from corymb.strategies.core.sighted import Mix, SightedRule
 from corymb.strategies.core.validation import at_least, positive
 
-ENTRIES = 1 << 24  # of Jacobians at a time
+MAX_JACOBIAN_NUMBERS = 1 << 24  # numbers in the Jacobians that are computed at once
 
 
 @dataclass(frozen=True)
 class FisherMerging(SightedRule[None]):
-    """Matena & Raffel 2022, Fisher merging: each parameter is averaged by its Fisher information in each model.
+    """Matena & Raffel 2022, Fisher merging: averages each parameter, weighted by its Fisher information per model.
 
-    The diagonal Fishers are taken on the first `examples` of the server's proxy inputs, with the model's own
-    probabilities for labels, so none are needed. Sites are weighed by examples, over the length of their Fisher where
-    `normalise`. `floor` bounds the Fishers from below, so that a parameter that matters to no model is averaged.
+    The diagonal Fisher information is computed on the first `examples` of the server's proxy inputs. It uses the
+    model's own class probabilities, so the proxy data need no labels. Clients are weighted by examples; `normalise`
+    divides this weight by the norm of the client's Fisher information. `floor` is the least Fisher information of a
+    parameter, so that a parameter without effect in any model is averaged.
     """
 
     needs_proxy = True
@@ -39,16 +40,20 @@ class FisherMerging(SightedRule[None]):
         positive(floor=self.floor)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Merge by the Fishers of the round's models."""
+        """Merge the models, weighted by their Fisher information."""
         rows = torch.arange(min(self.examples, len(cohort.proxy.inputs)))
-        sites = zip(cohort.models, cohort.site_buffers, strict=True)
-        fishers = torch.stack([diagonal_fisher(cohort.proxy, *site, rows) for site in sites])
+        clients = zip(cohort.models, cohort.site_buffers, strict=True)
+        fishers = torch.stack([diagonal_fisher(cohort.proxy, *client, rows) for client in clients])
         merged = fisher_mean(cohort.models, fishers, cohort.shares, self.floor, self.normalise)
         return Mix(merged)
 
 
 def diagonal_fisher(proxy: Proxy, parameters: Tensor, buffers: Tensor, rows: Tensor | None = None) -> Tensor:
-    """The mean over examples and over the model's own classes of the squared gradient of the log-probability, `[P]`."""
+    """Return the diagonal Fisher information of a model on the examples at `rows` (default: all), `[P]` float64.
+
+    It is the squared gradient of the log-probability of a class, averaged over the examples and over the classes, by
+    the model's own class probabilities.
+    """
     rows = torch.arange(len(proxy.inputs)) if rows is None else rows
 
     def log_probabilities(vector: Tensor, row: Tensor) -> Tensor:
@@ -57,9 +62,9 @@ def diagonal_fisher(proxy: Proxy, parameters: Tensor, buffers: Tensor, rows: Ten
     jacobians = vmap(jacrev(log_probabilities), in_dims=(None, 0))
     total = torch.zeros_like(parameters, dtype=torch.float64)
     probabilities = torch.cat([proxy.outputs(parameters, buffers, part).softmax(dim=1) for part in rows.split(1024)])
-    size = max(1, ENTRIES // (parameters.numel() * probabilities.shape[1]))
-    for part, chances in zip(rows.split(size), probabilities.split(size), strict=True):
-        total += torch.einsum("nc,ncp->p", chances, jacobians(parameters, part).square()).double()
+    size = max(1, MAX_JACOBIAN_NUMBERS // (parameters.numel() * probabilities.shape[1]))
+    for part, class_weights in zip(rows.split(size), probabilities.split(size), strict=True):
+        total += torch.einsum("nc,ncp->p", class_weights, jacobians(parameters, part).square()).double()
     return total / len(rows)
 
 
@@ -71,15 +76,16 @@ def fisher_mean(
     normalise: bool = True,
     floor_first_only: bool = False,
 ) -> Tensor:
-    """`sum(weight * fisher * model) / sum(weight * fisher)` over `models [K, P]` with `fishers [K, P]`, `[P]` float64.
+    """Return `sum(weight * fisher * model) / sum(weight * fisher)`, `[P]` float64.
 
-    With `floor_first_only` a parameter that matters to no model keeps the first model's value.
+    The sums run over `models [K, P]` with `fishers [K, P]` and `weights [K]`. With `floor_first_only` the floor
+    applies to the first model only, and a parameter without effect in any model keeps the first model's value.
     """
     weights = weights.double()
-    if normalise:  # with the floor, or a model that is sure of everything would take all of the weight
+    if normalise:  # the floor keeps a model with a vanishing Fisher information from taking all of the weight
         weights = weights / fishers.double().clamp(min=floor).norm(dim=1)
     floored = fishers.double().clone()
-    chosen = slice(1) if floor_first_only else slice(None)
-    floored[chosen] = floored[chosen].clamp(min=floor)
+    floored_rows = slice(1) if floor_first_only else slice(None)
+    floored[floored_rows] = floored[floored_rows].clamp(min=floor)
     shares = weights[:, None] * floored
     return (shares * models.double()).sum(dim=0) / shares.sum(dim=0)

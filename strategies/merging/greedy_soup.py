@@ -1,4 +1,4 @@
-"""A soup of the models that improve it."""
+"""Greedy soup: the mean of those models that improve it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from corymb.strategies.core.validation import one_of
 
 @dataclass(frozen=True)
 class GreedySoup(SightedRule[None]):
-    """Wortsman et al. 2022, GreedySoup: add model after model, best first, and keep those that help.
+    """Wortsman et al. 2022, GreedySoup: adds models to the mean one by one, best first, and keeps those that help.
 
-    A model is kept when the mean with it scores better on the server's proxy data than the best mean so far;
-    `score` is "accuracy" or "loss" (the less the better). Equal scores are tried in the order of names. With
-    `mean`, the mean by examples is a candidate too. (A uniform soup is FedAvg with `by_examples = false`.)
+    A model is kept if the mean with it scores better on the server's proxy data than the best mean so far. `score` is
+    "accuracy" or "loss" (lower is better). Models with equal scores are tried in the order of their names. With
+    `mean`, the mean weighted by examples is also a candidate. (A uniform soup is FedAvg with `by_examples = false`.)
     """
 
     needs_proxy = True
@@ -34,19 +34,19 @@ class GreedySoup(SightedRule[None]):
         one_of(("accuracy", "loss"), score=self.score)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Candidates are rows of weights over the sites, and a soup is a mean of rows."""
+        """Build the soup: a mean of candidates, each of which is a row of weights of the clients' models."""
         candidates = list(torch.eye(len(cohort.nodes), dtype=torch.float64))
         if self.mean:
             candidates.append(cohort.shares)
         scores = [self._score(cohort, weights) for weights in candidates]
         order = sorted(range(len(candidates)), key=lambda index: -scores[index])
-        kept, best = [candidates[order[0]]], scores[order[0]]
+        ingredients, best = [candidates[order[0]]], scores[order[0]]
         for index in order[1:]:
-            score = self._score(cohort, torch.stack([*kept, candidates[index]]).mean(dim=0))
+            score = self._score(cohort, torch.stack([*ingredients, candidates[index]]).mean(dim=0))
             if score > best:
-                kept, best = [*kept, candidates[index]], score
-        weights = torch.stack(kept).mean(dim=0)
-        return Mix(cohort.mixed(weights), weights=weights, notes={"ingredients": len(kept)})
+                ingredients, best = [*ingredients, candidates[index]], score
+        weights = torch.stack(ingredients).mean(dim=0)
+        return Mix(cohort.mixed(weights), weights=weights, notes={"ingredients": len(ingredients)})
 
     def _score(self, cohort: Cohort, weights: Tensor) -> float:
         model = cohort.mixed(weights)

@@ -1,6 +1,6 @@
-"""Merging with all directions of the update made equally strong.
+"""Isotropic merging (Marczak et al. 2025): all directions of a merged update get the same singular value.
 
-Marczak et al. 2025. Matrices only: other tensors take the mean update.
+The rules apply this to matrices only. Other tensors take the mean update.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from corymb.strategies.core.validation import positive, share
 
 @dataclass(frozen=True)
 class IsoC(SightedRule[None]):
-    """Marczak et al. 2025, Iso-C: the sum of the updates, matrix by matrix, with its mean singular value for all.
+    """Marczak et al. 2025, Iso-C: adds up the updates of each matrix and sets all singular values to their mean.
 
-    `scale` multiplies the step and is tuned on validation data (0.1 to 3). Meant for merging many tasks.
+    `scale` multiplies the step; tune it on validation data (0.1 to 3). The rule is meant for models of many tasks.
     """
 
     unanimous = False
@@ -31,14 +31,15 @@ class IsoC(SightedRule[None]):
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Flatten the spectrum of each matrix."""
-        return Mix(cohort.by_layer(lambda layer: moved(layer, iso_c(updates(layer).sum(dim=0)), self.scale)))
+        return Mix(cohort.by_layer(lambda layer: stepped(layer, iso_c(layer_updates(layer).sum(dim=0)), self.scale)))
 
 
 @dataclass(frozen=True)
 class IsoCTS(SightedRule[None]):
-    """Marczak et al. 2025, Iso-CTS: as Iso-C, with room kept for directions that only one task has.
+    """Marczak et al. 2025, Iso-CTS: Iso-C, with a part of the rank reserved for the directions of single tasks.
 
-    About `common` of the rank goes to the sum's leading directions, the rest evenly to the tasks' own.
+    The leading directions of the sum get about the share `common` of the rank. The tasks get equal parts of the rest,
+    each for the leading directions of its own update.
     """
 
     unanimous = False
@@ -51,24 +52,26 @@ class IsoCTS(SightedRule[None]):
         share(common=self.common)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Flatten the common and the own directions of each matrix."""
-        return Mix(cohort.by_layer(lambda layer: moved(layer, iso_cts(updates(layer), self.common), self.scale)))
+        """Flatten the common and the task-specific directions of each matrix."""
+        return Mix(
+            cohort.by_layer(lambda layer: stepped(layer, iso_cts(layer_updates(layer), self.common), self.scale))
+        )
 
 
-def updates(layer: Cohort) -> Tensor:
-    """One layer's updates, `[K, *shape]` float64; two-dimensional for matrices only."""
+def layer_updates(layer: Cohort) -> Tensor:
+    """Return the updates of one layer, `[K, *shape]` float64, where `shape` is the shape of the layer's tensor."""
     (entry,) = layer.layout.parameters
     return (layer.models.double() - layer.origin.double()).reshape(-1, *entry.shape)
 
 
-def moved(layer: Cohort, step: Tensor | None, scale: float) -> Tensor:
-    """The layer moved by `scale * step`; by the mean update where there is none."""
-    step = updates(layer).mean(dim=0) if step is None else scale * step
+def stepped(layer: Cohort, step: Tensor | None, scale: float) -> Tensor:
+    """Return the layer's parameters after the step `scale * step`, or after the mean update if `step` is None."""
+    step = layer_updates(layer).mean(dim=0) if step is None else scale * step
     return (layer.origin.double() + step.reshape(-1)).to(layer.origin.dtype)
 
 
 def iso_c(total: Tensor) -> Tensor | None:
-    """`total [m, n]` with every singular value their mean; None for what is no matrix."""
+    """Return `total [m, n]` with every singular value replaced by their mean; None if `total` is not a matrix."""
     if total.dim() != 2:
         return None
     left, values, right = torch.linalg.svd(total, full_matrices=False)
@@ -77,30 +80,31 @@ def iso_c(total: Tensor) -> Tensor | None:
 
 
 def iso_cts(tasks: Tensor, common: float) -> Tensor | None:
-    """From the updates of tasks `[T, m, n]`; None for what are no matrices."""
+    """Return the Iso-CTS step for the updates `tasks [T, m, n]`; None if they are not matrices."""
     if tasks.dim() != 3:
         return None
-    kept, own = ranks(min(tasks.shape[1:]), len(tasks), common)
+    shared, own = ranks(min(tasks.shape[1:]), len(tasks), common)
     left, values, right = torch.linalg.svd(tasks.sum(dim=0), full_matrices=False)
-    left, values, right = left[:, :kept], values[:kept], right[:kept]
+    left, values, right = left[:, :shared], values[:shared], right[:shared]
     parts = []
     for task in tasks:
         u, s, v = torch.linalg.svd(task - left @ (left.T @ task), full_matrices=False)
         parts.append((u[:, :own], s[:own], v[:own]))
     lefts = torch.cat([*(u for u, _, _ in parts), left], dim=1)
     rights = torch.cat([*(v for _, _, v in parts), right])
-    strength = torch.cat([*(s for _, s, _ in parts), values]).mean()
-    return strength * _orthogonal(lefts) @ _orthogonal(rights)
+    mean_value = torch.cat([*(s for _, s, _ in parts), values]).mean()
+    return mean_value * _orthogonal(lefts) @ _orthogonal(rights)
 
 
 def ranks(rank: int, tasks: int, common: float) -> tuple[int, int]:
-    """How many directions are common, and how many each task's own; together all of `rank`."""
+    """Return the number of common directions and the number of each task's own directions; their total is `rank`."""
     least = int(common * rank)
     own = min(round((rank - least) / tasks), rank // tasks)
     return rank - own * tasks, own
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
+    """Return the orthogonal polar factor of `matrix`."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     polar: Tensor = left @ right
     return polar

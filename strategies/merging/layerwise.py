@@ -1,4 +1,4 @@
-"""Any sighted rule, tensor by tensor."""
+"""Any sighted rule, applied to each tensor of the model separately."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from corymb.strategies.core.sighted import Mix, SightedRule
 
 @dataclass(frozen=True)
 class Layerwise(SightedRule[None]):
-    """Layer by layer: a sighted rule without memory, used on each tensor of the model as if it were the whole."""
+    """Layer by layer: applies a sighted rule without memory to each tensor as if it were the whole model."""
 
     buffers = "median"
-    unanimous = False  # these depend on the rule
+    unanimous = False  # this and the next two depend on the inner rule
     shift_equivariant = False
     scale_equivariant = False
 
@@ -24,19 +24,19 @@ class Layerwise(SightedRule[None]):
 
     def __post_init__(self) -> None:
         if self.rule.initial() is not None or self.rule.needs_proxy:
-            raise ValueError(f"rule = {self.rule} keeps a memory or needs proxy data; layers need a rule without.")
+            raise ValueError(f"rule = {self.rule} keeps a memory or needs proxy data; use a rule that does neither.")
 
     def tolerates(self, clients: int) -> int:
-        """As the rule does."""
+        """Return the number that the inner rule tolerates."""
         return self.rule.tolerates(clients)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """The rule's result for every layer; its notes are those of the last."""
+        """Apply the rule to each layer. The notes are those of the last layer."""
         notes: dict[str, float] = {}
 
-        def of_layer(layer: Cohort) -> Tensor:
+        def mix_layer(layer: Cohort) -> Tensor:
             mixed = self.rule.mix(layer, None)
             notes.update(mixed.notes)
             return mixed.vector
 
-        return Mix(cohort.by_layer(of_layer), notes=notes)
+        return Mix(cohort.by_layer(mix_layer), notes=notes)

@@ -1,4 +1,4 @@
-"""A soup whose recipe is learned."""
+"""Learned soup: mixing weights learned on the server's proxy data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from corymb.strategies.core.validation import at_least, positive
 
 @dataclass(frozen=True)
 class LearnedSoup(SightedRule[None]):
-    """Wortsman et al. 2022, learned soup: softmax weights over models, learned on the server's proxy data.
+    """Wortsman et al. 2022, learned soup: learns softmax weights of the models on the server's proxy data.
 
-    Learned with a temperature of the outputs, by AdamW, from uniform weights; `by_layer` learns them for each
-    tensor of the model.
+    AdamW learns the weights together with a temperature of the outputs; the weights start uniform. `by_layer` learns
+    separate weights for each tensor of the model.
     """
 
     needs_proxy = True
@@ -35,7 +35,7 @@ class LearnedSoup(SightedRule[None]):
         at_least(1, epochs=self.epochs, batch_size=self.batch_size)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Minimise the proxy loss over the weights and the temperature."""
+        """Minimise the proxy loss over the weights and the temperature, then mix the models."""
         entries = cohort.layout.parameters if self.by_layer else ()
         logits = torch.zeros(max(1, len(entries)), len(cohort.nodes), dtype=torch.float64, requires_grad=True)
         temperature = torch.ones((), dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Units put into one order before models are merged."""
+"""Weight matching: hidden units are brought into the same order before models are merged."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from corymb.strategies.merging.permutation import layer_axes, match, permuted
 
 @dataclass(frozen=True)
 class WeightMatching(SightedRule[None]):
-    """Ainsworth et al. 2023, weight matching: reorder the units of each model as those of one, then merge.
+    """Ainsworth et al. 2023, weight matching: reorders the hidden units of each model to match one, then merges.
 
-    For sites that began from different initial models; from a common one there is nothing to gain. `reference` is
-    the "origin", or the "first" site by name. `then` is a sighted rule without memory that merges, by
-    default the mean by examples. BatchNorm's statistics need proxy data to follow.
+    Use it for clients that start from different initial models; with a common initial model there is nothing to gain.
+    `reference` is the model to match: "origin", or "first" for the first client by name. `then` is the sighted rule
+    without memory that merges the models (default: the mean weighted by examples). A model with BatchNorm needs proxy
+    data, on which its statistics are estimated again.
     """
 
     buffers = "proxy"
-    unanimous = False  # that depends on the rule that merges
-    scale_equivariant = False  # the order found may be another
+    unanimous = False  # this depends on the rule that merges
+    scale_equivariant = False  # another scale or shift may give other permutations
     shift_equivariant = False
 
     reference: str = "first"
@@ -35,12 +36,12 @@ class WeightMatching(SightedRule[None]):
     def __post_init__(self) -> None:
         one_of(("origin", "first"), reference=self.reference)
         if self.then is not None and (self.then.initial() is not None or self.then.needs_proxy):
-            raise ValueError(f"then = {self.then} keeps a memory or needs proxy data; matching takes a rule without.")
+            raise ValueError(f"then = {self.then} keeps a memory or needs proxy data; use a rule that does neither.")
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Match every model to the reference and merge them."""
+        """Match every model to the reference, then merge the models."""
         if cohort.buffers.numel():
-            _ = cohort.proxy  # without which the statistics would stay in the old order
+            _ = cohort.proxy  # raises without proxy data, as BatchNorm's statistics would keep the old order of units
         axes = layer_axes(cohort.layout)
         reference = cohort.origin if self.reference == "origin" else cohort.models[0]
         ordered = [

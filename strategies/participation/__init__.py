@@ -1,1 +1,1 @@
-"""Rules for sites that take part unevenly."""
+"""Rules for clients that take part unevenly."""

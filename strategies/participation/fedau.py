@@ -1,4 +1,4 @@
-"""Averaging that corrects for unknown participation."""
+"""FedAU: averaging that corrects for unknown participation probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from corymb.strategies.core.validation import at_least, positive
 
 @dataclass(frozen=True)
 class Attendance:
-    """Per known node: `closed` intervals, rounds in the `open` one, `mean` interval, last `examples` (0: unknown)."""
+    """The intervals between each node's participations, and its examples. All tensors have one entry per known node.
+
+    `closed` is the number of closed intervals, `open` the number of rounds in the current interval, `mean` the mean
+    length of an interval in rounds, and `examples` the last reported number of examples (0: unknown).
+    """
 
     nodes: tuple[str, ...] = ()
     closed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
@@ -27,32 +31,33 @@ class Attendance:
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        """Where each node stands."""
+        """The row of each node in the tensors."""
         return {node: row for row, node in enumerate(self.nodes)}
 
-    def joined_by(self, newcomers: Collection[str]) -> Attendance:
-        """With `newcomers` at the end, who have missed nothing yet and count once."""
-        more = len(newcomers)
+    def with_nodes(self, new_nodes: Collection[str]) -> Attendance:
+        """Return a copy with `new_nodes` at the end; each has no closed interval yet and a mean interval of 1."""
+        count = len(new_nodes)
         return Attendance(
-            (*self.nodes, *newcomers),
-            torch.cat([self.closed, self.closed.new_zeros(more)]),
-            torch.cat([self.open, self.open.new_zeros(more)]),
-            torch.cat([self.mean, self.mean.new_ones(more)]),
-            torch.cat([self.examples, self.examples.new_zeros(more)]),
+            (*self.nodes, *new_nodes),
+            torch.cat([self.closed, self.closed.new_zeros(count)]),
+            torch.cat([self.open, self.open.new_zeros(count)]),
+            torch.cat([self.mean, self.mean.new_ones(count)]),
+            torch.cat([self.examples, self.examples.new_zeros(count)]),
         )
 
 
 @dataclass(frozen=True)
 class FedAU(BlindRule[Attendance]):
-    """Wang & Ji 2024, FedAU (Algorithm 2): a site counts as many times as rounds pass between its visits.
+    """Wang & Ji 2024, FedAU (Algorithm 2): weighs a client by the mean number of rounds between its participations.
 
-    `cutoff` (K in the paper) closes an interval that has grown so long; None or 0 never does, 1 averages
-    over all sites. `population` (N) is the number of sites that the step is divided by, by default those that
-    the server knows. `server_rate` is the paper's global learning rate. `by_examples` aims at the
-    objective weighed by examples instead of by site; a site not heard yet is taken as an average one.
+    `cutoff` (K in the paper) closes an interval that reaches this number of rounds. With None or 0 only participation
+    closes an interval; with 1 the rule is the plain average over all clients. `population` (N) is the number of
+    clients that the step is divided by (default: the clients that the server knows). `server_rate` is the paper's
+    global learning rate. `by_examples` optimises the objective weighted by examples instead of by client; a client
+    that has not replied yet counts with the average number of examples.
     """
 
-    unanimous = False  # it steps by the population and the server's rate
+    unanimous = False  # the step is multiplied by `server_rate` and divided by the population
 
     cutoff: int | None = 50
     population: int | None = None
@@ -67,41 +72,47 @@ class FedAU(BlindRule[Attendance]):
         positive(server_rate=self.server_rate)
 
     def initial(self) -> Attendance:
-        """Nobody is known."""
+        """Return an empty record: no node is known."""
         return Attendance()
 
     def weight(self, report: Report, memory: Attendance) -> float:
-        """The mean interval between its visits before this round; one at its first."""
+        """Return the client's mean interval before this round (1 in its first).
+
+        With `by_examples` the interval is multiplied by the number of examples.
+        """
         row = memory.rows.get(report.node)
         interval = 1.0 if row is None else float(memory.mean[row])
         return interval * report.examples if self.by_examples else interval
 
     def scale(self, total: float, reports: Collection[Report], known: Collection[str], memory: Attendance) -> float:
-        """The server's rate over the population, absent sites included."""
+        """Return `server_rate` divided by the population, absent clients included."""
         population = float(self.population or len(known))
         if self.by_examples:
             sizes = dict(zip(memory.nodes, memory.examples.tolist(), strict=True))
             sizes |= {report.node: report.examples for report in reports}
-            heard = [size for size in sizes.values() if size]
-            population *= fsum(heard) / max(1, len(heard))
+            reported = [size for size in sizes.values() if size]
+            population *= fsum(reported) / max(1, len(reported))
         return self.server_rate / population if population else 0.0
 
     def after(self, reports: Collection[Report], known: Collection[str], memory: Attendance) -> Attendance:
-        """Every known site is one round older; who came, or waited for `cutoff` rounds, closes its interval."""
-        if newcomers := set(known) - memory.rows.keys():
-            memory = memory.joined_by(sorted(newcomers))
+        """Add one round to the interval of every known client.
+
+        An interval closes if its client took part in this round, or if it has reached `cutoff` rounds.
+        """
+        if new_nodes := set(known) - memory.rows.keys():
+            memory = memory.with_nodes(sorted(new_nodes))
         rows = [memory.rows[report.node] for report in reports]
-        came = torch.zeros(len(memory.nodes), dtype=torch.bool)
-        came[rows] = True
+        participated = torch.zeros(len(memory.nodes), dtype=torch.bool)
+        participated[rows] = True
         examples = memory.examples.clone()
         examples[rows] = torch.tensor([report.examples for report in reports], dtype=examples.dtype)
-        waited = memory.open + 1
-        closes = came if not self.cutoff else came | (waited == self.cutoff)
-        mean = (memory.closed * memory.mean + waited) / (memory.closed + 1)
+        length = memory.open + 1
+        closes = participated if not self.cutoff else participated | (length == self.cutoff)
+        mean = (memory.closed * memory.mean + length) / (memory.closed + 1)
         return Attendance(
             memory.nodes,
             memory.closed + closes,
-            torch.where(closes, 0, waited),
+            torch.where(closes, 0, length),
             torch.where(closes, mean, memory.mean),
             examples,
         )

@@ -1,4 +1,4 @@
-"""Averaging with the absent sites' variance taken out."""
+"""FedVARP: averaging without the variance that partial participation causes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from corymb.strategies.core.validation import positive
 
 @dataclass(frozen=True)
 class FedVARP(SightedRule[Updates]):
-    """Jhunjhunwala et al. 2022, FedVARP: participants correct the mean of every site's last update.
+    """Jhunjhunwala et al. 2022, FedVARP: the mean of all clients' last updates, corrected by the new updates.
 
-    Keeps one update per site, so its memory grows with the federation.
+    The rule stores one update per client, so its memory grows with the federation.
     """
 
     unanimous = False
@@ -27,14 +27,14 @@ class FedVARP(SightedRule[Updates]):
         positive(server_rate=self.server_rate)
 
     def initial(self) -> Updates:
-        """Nobody was heard."""
+        """Return an empty store of updates."""
         return Updates()
 
     def mix(self, cohort: Cohort, memory: Updates) -> Mix[Updates]:
-        """The participants' mean change since their last update, on top of the mean of all last updates."""
+        """Step by the mean of all last updates plus the participants' mean change since their own last update."""
         updates = cohort.models - cohort.origin
-        changes = (updates - memory.of(cohort.nodes, updates)).mean(dim=0, dtype=torch.float64)
-        before = memory.total(cohort.origin) / len(cohort.known)
-        vector = cohort.origin + self.server_rate * (changes + before)
+        mean_change = (updates - memory.of(cohort.nodes, updates)).mean(dim=0, dtype=torch.float64)
+        mean_last = memory.total(cohort.origin) / len(cohort.known)
+        vector = cohort.origin + self.server_rate * (mean_change + mean_last)
         weights = torch.full_like(cohort.examples, self.server_rate / len(cohort.nodes))
         return Mix(vector, memory.replaced(cohort.nodes, updates), weights)

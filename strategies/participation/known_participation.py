@@ -9,14 +9,14 @@ from corymb.strategies.core.blind import BlindRule
 from corymb.strategies.core.reply import Report
 from corymb.strategies.core.validation import positive
 
-METRIC = "participation"
+PROBABILITY_METRIC = "participation"
 
 
 @dataclass(frozen=True)
 class KnownParticipation(BlindRule[None]):
-    """Wang & Ji 2024, known probabilities: an update counts one over the probability that its site takes part.
+    """Wang & Ji 2024, known probabilities: weighs an update by one over its client's participation probability.
 
-    Sites report their probability as the metric "participation"; one that does not counts once.
+    Clients report their probability as the metric "participation". A client that does not report it has weight 1.
     """
 
     unanimous = False
@@ -27,9 +27,9 @@ class KnownParticipation(BlindRule[None]):
         positive(server_rate=self.server_rate)
 
     def weight(self, report: Report, memory: None) -> float:
-        """One over its probability, which is taken to be 0.0001 at least."""
-        return 1 / min(1.0, max(1e-4, report.metrics.get(METRIC, 1.0)))
+        """Return one over the client's probability, after clamping the probability to [0.0001, 1]."""
+        return 1 / min(1.0, max(1e-4, report.metrics.get(PROBABILITY_METRIC, 1.0)))
 
     def scale(self, total: float, reports: Collection[Report], known: Collection[str], memory: None) -> float:
-        """The server's rate over all sites, absent ones included."""
+        """Return `server_rate` divided by the number of all clients, absent ones included."""
         return self.server_rate / len(known) if known else 0.0

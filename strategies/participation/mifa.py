@@ -1,4 +1,4 @@
-"""Averaging over every site's newest update."""
+"""MIFA: averaging over the latest update of every client."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from corymb.strategies.core.validation import positive
 
 @dataclass(frozen=True)
 class MIFA(SightedRule[Updates]):
-    """Gu et al. 2021, MIFA: absent sites count with the update that they sent last.
+    """Gu et al. 2021, MIFA: absent clients count with the last update that they sent.
 
-    Keeps one update per site, so its memory grows with the federation. It moves the model in a round without
-    replies, too.
+    The rule stores one update per client, so its memory grows with the federation. It also changes the model in a
+    round without replies.
     """
 
     acts_alone = True
@@ -29,11 +29,11 @@ class MIFA(SightedRule[Updates]):
         positive(server_rate=self.server_rate)
 
     def initial(self) -> Updates:
-        """Nobody was heard."""
+        """Return an empty store of updates."""
         return Updates()
 
     def mix(self, cohort: Cohort, memory: Updates) -> Mix[Updates]:
-        """The mean of all newest updates; a site never heard has none yet."""
+        """Step by the mean of all clients' latest updates, which is zero for a client that has never replied."""
         memory = memory.replaced(cohort.nodes, cohort.models - cohort.origin)
         rate = self.server_rate / max(1, len(cohort.known))
         weights = torch.full_like(cohort.examples, rate)

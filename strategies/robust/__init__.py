@@ -1,1 +1,1 @@
-"""Rules that withstand hostile sites."""
+"""Rules that withstand hostile clients."""

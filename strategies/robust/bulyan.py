@@ -1,4 +1,4 @@
-"""Krum's choices, trimmed coordinate by coordinate."""
+"""Bulyan: a trimmed mean, coordinate by coordinate, of the models that Krum selects."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from corymb.strategies.robust.krum import krum_scores
 
 @dataclass(frozen=True)
 class Bulyan(SightedRule[None]):
-    """El Mhamdi et al. 2018, Bulyan: choose K - 2f by Krum, then average the K - 4f values around each median.
+    """El Mhamdi et al. 2018, Bulyan: selects K - 2f models by Krum, averages the K - 4f values nearest each median.
 
-    `hostile` is f; it is lowered where there are fewer than 4f + 3 replies (the note "hostile" tells). Krum
-    chooses one model after another, each time among those left; with `one_pass`, the best of one ranking.
+    `hostile` is f. With fewer than 4f + 3 replies the rule uses a smaller f, which the note "hostile" records. Krum
+    selects one model after another, each time among the remaining ones; with `one_pass`, the best models of one
+    ranking.
     """
 
     buffers = "median"
@@ -32,14 +33,14 @@ class Bulyan(SightedRule[None]):
         at_least(0, hostile=self.hostile)
 
     def tolerates(self, clients: int) -> int:
-        """`hostile`, as long as there are enough others."""
+        """Return `hostile` if there are at least 4 `hostile` + 3 replies, else 0."""
         return self.hostile if clients >= 4 * self.hostile + 3 else 0
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Choose, then average near the median."""
+        """Select models, then average each coordinate near its median."""
         clients = len(cohort.nodes)
         hostile = max(0, min(self.hostile, (clients - 3) // 4))
-        rows = self._chosen(squared_distances(cohort.models), clients - 2 * hostile, hostile)
+        rows = self._selected(squared_distances(cohort.models), clients - 2 * hostile, hostile)
         count = len(rows) - 2 * hostile
 
         def near_median(models: Tensor) -> Tensor:
@@ -49,12 +50,12 @@ class Bulyan(SightedRule[None]):
 
         return Mix(cohort.by_columns(near_median), notes={"hostile": hostile})
 
-    def _chosen(self, distances: Tensor, count: int, hostile: int) -> Tensor:
+    def _selected(self, distances: Tensor, count: int, hostile: int) -> Tensor:
         if self.one_pass:
             return krum_scores(distances, hostile).argsort(stable=True)[:count]
-        left = list(range(len(distances)))
-        chosen = []
+        remaining = list(range(len(distances)))
+        selected = []
         for _ in range(count):
-            scores = krum_scores(distances[left][:, left], hostile)
-            chosen.append(left.pop(int(scores.argmin())))
-        return torch.tensor(chosen)
+            scores = krum_scores(distances[remaining][:, remaining], hostile)
+            selected.append(remaining.pop(int(scores.argmin())))
+        return torch.tensor(selected)

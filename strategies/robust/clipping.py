@@ -1,4 +1,4 @@
-"""Updates cut to a length."""
+"""Rules that clip updates to a maximum length."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from corymb.strategies.core.validation import at_least, positive
 
 @dataclass(frozen=True)
 class NormClipping(SightedRule[None]):
-    """Sun et al. 2019, norm clipping: updates longer than `radius` are cut to it, then averaged.
+    """Sun et al. 2019, norm clipping: clips updates longer than `radius` to this length, then averages them.
 
-    Without a `radius` it is the median length of the round's updates. `by_examples` weighs sites by the
-    examples that they claim.
+    The default `radius` is the median length of the round's updates. `by_examples` weighs clients by the number of
+    examples that they report.
     """
 
     buffers = "median"
-    unanimous = False  # cut, too, where all agree on a step longer than the radius
+    unanimous = False  # equal updates are also clipped
     scale_equivariant = False
 
     radius: float | None = None
@@ -32,24 +32,29 @@ class NormClipping(SightedRule[None]):
             positive(radius=self.radius)
 
     def tolerates(self, clients: int) -> int:
-        """A minority: they move the model by half of the radius at most. None for a `radius` of whatever length."""
+        """Return the largest minority, which moves the model by at most half the median length.
+
+        Return 0 for a fixed `radius`, which may be of any length, and with `by_examples`, as clients choose the
+        number of examples that they report.
+        """
         return 0 if self.by_examples or self.radius else (clients - 1) // 2
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """The mean of the cut updates."""
+        """Return the mean of the clipped updates."""
         lengths = cohort.distances(cohort.origin)
         radius = float(lengths.quantile(0.5)) if self.radius is None else self.radius
         shares = cohort.shares if self.by_examples else torch.full_like(cohort.shares, 1 / len(cohort.nodes))
-        weights = shares * cut(lengths, radius)
+        weights = shares * clip_factors(lengths, radius)
         return Mix(cohort.mixed(weights), weights=weights, notes={"radius": radius})
 
 
 @dataclass(frozen=True)
 class CentredClipping(SightedRule[None]):
-    """Karimireddy et al. 2021, centred clipping: from the old model, step by step to the mean of cut differences.
+    """Karimireddy et al. 2021, centred clipping: moves the old model repeatedly by the mean of clipped differences.
 
-    In each of `steps`, a model counts with its difference from the centre, cut to `radius`, and their mean
-    moves the centre. Without a `radius` it is the median length of the round's updates.
+    Each of the `steps` clips the difference of each model from the centre to `radius`, and moves the centre by the
+    mean of the clipped differences. The first centre is the old model. The default `radius` is the median length of
+    the round's updates.
     """
 
     buffers = "median"
@@ -65,21 +70,24 @@ class CentredClipping(SightedRule[None]):
             positive(radius=self.radius)
 
     def tolerates(self, clients: int) -> int:
-        """A minority: each step moves the centre by a radius at most. None for a `radius` of whatever length."""
+        """Return the largest minority, as each step moves the centre by at most one median length.
+
+        Return 0 for a fixed `radius`, which may be of any length.
+        """
         return 0 if self.radius else (clients - 1) // 2
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Move the centre."""
+        """Move the centre `steps` times, and return it as the next model."""
         lengths = cohort.distances(cohort.origin)
         radius = float(lengths.quantile(0.5)) if self.radius is None else self.radius
         centre = cohort.origin
         for step in range(self.steps):
             if step:
                 lengths = cohort.distances(centre)
-            centre = cohort.mixed(cut(lengths, radius) / len(cohort.nodes), centre)
+            centre = cohort.mixed(clip_factors(lengths, radius) / len(cohort.nodes), centre)
         return Mix(centre)
 
 
-def cut(lengths: Tensor, radius: float) -> Tensor:
-    """What to multiply vectors of these `lengths [K]` by, so that none is longer than `radius`."""
+def clip_factors(lengths: Tensor, radius: float) -> Tensor:
+    """Return the factors `[K]` that scale vectors of these `lengths [K]` down to at most `radius`."""
     return (radius / lengths.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)

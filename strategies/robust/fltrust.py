@@ -1,4 +1,4 @@
-"""Updates trusted as far as they agree with the server's own."""
+"""FLTrust: updates weighted by their agreement with an update that the server trains itself."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 from corymb.strategies.core.cohort import Cohort
-from corymb.strategies.core.geometry import norms, products
+from corymb.strategies.core.geometry import inner_products, norms
 from corymb.strategies.core.sighted import Mix, SightedRule
 from corymb.strategies.core.validation import at_least, positive
 
 
 @dataclass(frozen=True)
 class FLTrust(SightedRule[None]):
-    """Cao et al. 2021, FLTrust: the server trains on clean data of its own, and trusts what points the same way.
+    """Cao et al. 2021, FLTrust: weighs updates by their agreement with an update trained on the server's clean data.
 
-    An update counts by its cosine with the server's update, if positive, and is brought to that length. The server
-    trains for `epochs` of SGD on the proxy data. Where nobody is trusted, the model stays.
+    The weight of an update is its cosine with the server's update, or zero if that is negative. Each update is scaled
+    to the length of the server's. The server trains on the proxy data, for `epochs` epochs of SGD. If all weights are
+    zero, the model stays unchanged.
     """
 
     needs_proxy = True
@@ -39,13 +40,13 @@ class FLTrust(SightedRule[None]):
         positive(learning_rate=self.learning_rate)
 
     def tolerates(self, clients: int) -> int:
-        """Any number: no step is longer than the server's own."""
+        """Return `clients`: the step is never longer than the server's own update."""
         return clients
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Train, compare, and mix."""
+        """Train on the proxy data, compare the clients' updates with the result, and mix them."""
         proxy = cohort.proxy
-        own = proxy.session(cohort.buffers).fit(
+        server_model = proxy.session(cohort.buffers).fit(
             cohort.origin,
             torch.arange(len(proxy.inputs)),
             proxy.labels,
@@ -55,14 +56,14 @@ class FLTrust(SightedRule[None]):
             momentum=self.momentum,
             seed=self.seed,
         )
-        weights = trusted(cohort.models, cohort.origin, own)
+        weights = trust_weights(cohort.models, cohort.origin, server_model)
         return Mix(cohort.mixed(weights), weights=weights)
 
 
-def trusted(models: Tensor, origin: Tensor, own: Tensor) -> Tensor:
-    """The weight of each update of `models [K, P]`, given the server's `own [P]`; all zero where none is trusted."""
-    lengths = norms(torch.cat([own[None], models]), origin)
-    inner = torch.stack([products(torch.stack([own, model]), origin)[0, 1] for model in models])
+def trust_weights(models: Tensor, origin: Tensor, server_model: Tensor) -> Tensor:
+    """Return the weight of each of `models [K, P]`, given `server_model [P]`; all zero if no cosine is positive."""
+    lengths = norms(torch.cat([server_model[None], models]), origin)
+    products = torch.stack([inner_products(torch.stack([server_model, model]), origin)[0, 1] for model in models])
     tiny = torch.finfo(torch.float64).tiny
-    scores = (inner / (lengths[0] * lengths[1:]).clamp(min=tiny)).clamp(min=0)
+    scores = (products / (lengths[0] * lengths[1:]).clamp(min=tiny)).clamp(min=0)
     return scores / scores.sum().clamp(min=tiny) * lengths[0] / lengths[1:].clamp(min=tiny)

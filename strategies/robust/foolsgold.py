@@ -1,4 +1,4 @@
-"""Sites that keep sending the same count less."""
+"""FoolsGold: clients that keep sending similar updates count less."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from torch import Tensor
 
 from corymb.strategies.core.client_updates import Updates
 from corymb.strategies.core.cohort import Cohort
-from corymb.strategies.core.geometry import cosines, products
+from corymb.strategies.core.geometry import cosines, inner_products
 from corymb.strategies.core.sighted import Mix, SightedRule
 
 
 @dataclass(frozen=True)
 class FoolsGold(SightedRule[Updates]):
-    """Fung et al. 2020, FoolsGold: sybils share a goal, so sites whose past updates look alike count less.
+    """Fung et al. 2020, FoolsGold: sybils share a goal, so clients with similar past updates count less.
 
-    Remembers the sum of each site's updates, so its memory grows with the federation. All parameters are compared,
-    and the weights are made to sum to one; where they are all zero, the model stays. Against sybils only: a single
-    hostile site is unlike the others and counts in full.
+    The rule stores the sum of each client's updates, so its memory grows with the federation. It compares all
+    parameters and normalises the weights to sum to one; if all weights are zero, the model stays unchanged. It
+    protects against sybils only: a single hostile client is unlike the others and has full weight.
     """
 
-    unanimous = False  # sites that agree are taken for sybils
+    unanimous = False  # clients with equal updates are treated as sybils
 
     def initial(self) -> Updates:
-        """Nobody was heard."""
+        """Return an empty store of updates."""
         return Updates()
 
     def mix(self, cohort: Cohort, memory: Updates) -> Mix[Updates]:
-        """Add the round's updates to the past, compare, and mix."""
+        """Add the round's updates to each client's sum, compare the sums, and mix the models."""
         updates = cohort.models - cohort.origin
-        past = memory.of(cohort.nodes, updates) + updates
-        weights = unlikeness(cosines(products(past, torch.zeros_like(cohort.origin))))
+        sums = memory.of(cohort.nodes, updates) + updates
+        weights = dissimilarity_weights(cosines(inner_products(sums, torch.zeros_like(cohort.origin))))
         total = weights.sum()
         weights = weights / total if total > 0 else weights
-        return Mix(cohort.mixed(weights), memory.replaced(cohort.nodes, past), weights)
+        return Mix(cohort.mixed(weights), memory.replaced(cohort.nodes, sums), weights)
 
 
-def unlikeness(pairs: Tensor) -> Tensor:
-    """Weights in [0, 1], `[K]`, from the cosines of the past updates `[K, K]`: their Algorithm 1, lines 5 to 16."""
+def dissimilarity_weights(pairs: Tensor) -> Tensor:
+    """Return weights in [0, 1], `[K]`, from the clients' cosines `pairs [K, K]` (Algorithm 1, lines 5 to 16)."""
     clients = len(pairs)
     if clients == 1:
         return torch.ones(1, dtype=torch.float64)
-    likeness = pairs.nan_to_num(nan=0.0).fill_diagonal_(-torch.inf)
-    most = likeness.max(dim=1).values
-    pardon = torch.where(most[None] > most[:, None], most[:, None] / most[None], 1.0)
-    weights = 1 - (likeness * pardon).nan_to_num(neginf=-torch.inf).fill_diagonal_(-torch.inf).max(dim=1).values
+    similarity = pairs.nan_to_num(nan=0.0).fill_diagonal_(-torch.inf)
+    highest = similarity.max(dim=1).values
+    pardon = torch.where(highest[None] > highest[:, None], highest[:, None] / highest[None], 1.0)
+    weights = 1 - (similarity * pardon).nan_to_num(neginf=-torch.inf).fill_diagonal_(-torch.inf).max(dim=1).values
     weights = weights.clamp(0, 1)
     weights = weights / weights.max().clamp(min=torch.finfo(torch.float64).tiny)
     weights = weights.clamp(max=0.99)

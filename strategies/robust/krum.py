@@ -1,4 +1,4 @@
-"""The replies that have the most neighbours."""
+"""Krum: the models that are closest to their neighbours."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from corymb.strategies.core.validation import at_least
 
 @dataclass(frozen=True)
 class Krum(SightedRule[None]):
-    """Blanchard et al. 2017, Krum: the model that is closest to its K - f - 2 nearest, where `hostile` is f.
+    """Blanchard et al. 2017, Krum: selects the model closest to its K - f - 2 nearest neighbours; `hostile` is f.
 
-    `selected` above 1 is Multi-Krum: the mean of so many of the best. Sound for `hostile` of 2 `hostile` + 3
-    replies or more.
+    With `selected` above 1 the rule is Multi-Krum, the mean of this number of best models. The guarantee of the rule
+    needs at least 2 `hostile` + 3 replies.
     """
 
     buffers = "median"
@@ -31,12 +31,12 @@ class Krum(SightedRule[None]):
         at_least(1, selected=self.selected)
 
     def tolerates(self, clients: int) -> int:
-        """`hostile`, as long as there are enough others."""
+        """Return `hostile` if there are enough replies for it and for `selected`, else 0."""
         enough = clients >= 2 * self.hostile + 3 and self.selected <= clients - self.hostile - 2
         return self.hostile if enough else 0
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """The mean of those with the least scores; of equals, those first by name."""
+        """Return the mean of the `selected` models with the lowest scores; ties go to the first by name."""
         best = krum_scores(squared_distances(cohort.models), self.hostile).argsort(stable=True)[: self.selected]
         weights = torch.zeros(len(cohort.nodes), dtype=torch.float64)
         weights[best] = 1 / len(best)
@@ -44,7 +44,10 @@ class Krum(SightedRule[None]):
 
 
 def krum_scores(distances: Tensor, hostile: int) -> Tensor:
-    """The sum of squared distances to the K - f - 2 nearest others, at least one, `[K]`, from all `[K, K]`."""
+    """Return each model's sum of squared distances to its K - f - 2 (at least one) nearest others, `[K]`.
+
+    `distances [K, K]` are the squared distances, and `hostile` is f.
+    """
     neighbours = max(1, len(distances) - hostile - 2)
     others = distances.clone().fill_diagonal_(torch.inf).sort(dim=1).values[:, :neighbours]
     return torch.where(others.isfinite(), others, 0.0).sum(dim=1)

@@ -16,9 +16,9 @@ class Median(SightedRule[None]):
     buffers = "median"
 
     def tolerates(self, clients: int) -> int:
-        """A minority."""
+        """Return the largest minority, the largest number below half of the replies."""
         return (clients - 1) // 2
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """The middle of each coordinate."""
+        """Return the median of each coordinate."""
         return Mix(median(cohort.models))

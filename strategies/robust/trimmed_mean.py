@@ -11,9 +11,10 @@ from corymb.strategies.core.sighted import Mix, SightedRule
 
 @dataclass(frozen=True)
 class TrimmedMean(SightedRule[None]):
-    """Yin et al. 2018, Option II: per coordinate, drop the `trim` share at either end and average the rest.
+    """Yin et al. 2018, Option II: drops the largest and the smallest values of each coordinate and averages the rest.
 
-    `trim` is in [0, 0.5); `floor(trim * K)` values go at each end, so up to that many hostile sites do no harm.
+    The rule drops `floor(trim * K)` values at each end, so it withstands up to that many hostile clients. `trim` is a
+    share in [0, 0.5).
     """
 
     buffers = "median"
@@ -21,14 +22,16 @@ class TrimmedMean(SightedRule[None]):
 
     def __post_init__(self) -> None:
         if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trim = {self.trim} must lie in [0, 0.5); 0.2 drops a fifth at either end.")
+            raise ValueError(
+                f"trim is {self.trim}; use a number in [0, 0.5), for example 0.2 to drop a fifth at each end."
+            )
 
     def tolerates(self, clients: int) -> int:
-        """As many as are dropped at either end."""
+        """Return the number of values that are dropped at each end."""
         return int(self.trim * clients)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """The mean of the middle of each coordinate, summed in float64."""
+        """Return the mean of the remaining values of each coordinate, summed in float64."""
         clients = len(cohort.nodes)
-        cut = int(self.trim * clients)
-        return Mix(middle(cohort.models, cut, clients - cut - 1))
+        dropped = int(self.trim * clients)
+        return Mix(middle(cohort.models, dropped, clients - dropped - 1))

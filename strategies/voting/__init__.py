@@ -1,1 +1,1 @@
-"""Rules that average nothing: the sites' models vote on each input, with certificates."""
+"""Rules that let the clients' models vote on each input, and certify how many hostile clients a result withstands."""

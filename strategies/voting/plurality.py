@@ -1,4 +1,4 @@
-"""Plurality among the sites' models."""
+"""Plurality vote of the clients' models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from corymb.strategies.voting.voting_rule import VotingRule
 
 @dataclass(frozen=True)
 class Plurality(VotingRule):
-    """Levine & Feizi 2021, DPA: on each input, the class that most voters score highest."""
+    """Levine & Feizi 2021, DPA: elects on each input the class that most voters score highest."""
 
     def elect(self, scores: Tensor, seen: Tensor | None = None) -> Election:
-        """See `VotingRule.elect`; certificates count buckets of sites where `spread` is above one."""
+        """See `VotingRule.elect`. If `spread` is above 1, the certificates count buckets of clients."""
         return spread_plurality(scores, self.shifts) if self.spread > 1 else plurality(count(scores, seen))

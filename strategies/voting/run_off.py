@@ -1,4 +1,4 @@
-"""Run-off election among the sites' models."""
+"""Run-off election of the clients' models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from corymb.strategies.voting.voting_rule import VotingRule
 
 @dataclass(frozen=True)
 class RunOff(VotingRule):
-    """Rezaei et al. 2023, Run-Off Election: the two classes with most first votes meet in a second round."""
+    """Rezaei et al. 2023, Run-Off Election: all voters decide between the two classes with the most votes."""
 
     def elect(self, scores: Tensor, seen: Tensor | None = None) -> Election:
-        """See `VotingRule.elect`; certificates count buckets of sites where `spread` is above one."""
+        """See `VotingRule.elect`. If `spread` is above 1, the certificates count buckets of clients."""
         return spread_run_off(scores, self.shifts) if self.spread > 1 else run_off(count(scores, seen))

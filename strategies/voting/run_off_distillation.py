@@ -1,4 +1,4 @@
-"""A model taught by what the sites' models elect."""
+"""Distillation: one model trained on the labels that the clients' models elect."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from corymb.strategies.voting.election import Election, count, plurality, run_of
 
 @dataclass(frozen=True)
 class RunOffDistillation(SightedRule[None]):
-    """Rezaei et al. 2023, Run-Off Election, as labels: train one model on what the round's models elect.
+    """Rezaei et al. 2023, Run-Off Election, as labels: trains one model on the labels that the round's models elect.
 
-    Each site's model is a voter on the server's proxy inputs, whose own labels are not used. If at most `budget`
-    sites are hostile, every input kept has the label that the honest sites would have given it: a certificate of
-    `budget` or more. Where an elected class keeps fewer than `least` inputs, all inputs are used, and the
-    note "certified" is 0. The student begins at the global model and is trained by SGD. The certificate is about
-    this round's labels: it does not add up over rounds, and the student has none of its own.
+    Each client's model is a voter on the server's proxy inputs; the labels of the proxy data are not used. The rule
+    keeps the inputs whose certificate is at least `budget`: if at most `budget` clients are hostile, these inputs
+    have the label that they would have without an attack. If fewer than `least` inputs of an elected class are kept,
+    the rule uses all inputs, and the note "certified" is 0. The student starts from the global model and is trained
+    by SGD. The certificates hold for the labels of this round only. They do not add up over rounds, and they do not
+    cover the student's predictions.
 
-    `election` is "run_off", "plurality", or "mean": the mean of the scores (FedDF), which one site can decide.
+    `election` is "run_off", "plurality", or "mean": the mean of the scores (FedDF), which one client can decide.
     """
 
     needs_proxy = True
-    unanimous = False  # the student is another model
+    unanimous = False  # the student differs from the clients' models
     shift_equivariant = False
     scale_equivariant = False
     buffers = "proxy"
-    screens = False  # a broken model is a voter, too
+    screens = False  # a model with non-finite outputs remains a voter
 
     budget: int = 1
     least: int = 20
@@ -49,11 +50,14 @@ class RunOffDistillation(SightedRule[None]):
         positive(learning_rate=self.learning_rate)
 
     def tolerates(self, clients: int) -> int:
-        """The student is bounded by its training, whatever the labels."""
+        """Return `budget`, or the largest minority if smaller; 0 for "mean".
+
+        Whatever the labels, SGD bounds how far the student can move.
+        """
         return 0 if self.election == "mean" else min(self.budget, (clients - 1) // 2)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Elect, keep what is certified, and teach."""
+        """Elect labels, keep the certified ones, and train the student on them."""
         labels, rows, notes = self.chosen(cohort.proxy.ballots(cohort.models, cohort.site_buffers))
         if cohort.proxy.targets is not None:
             notes["elected-accuracy"] = float((labels == cohort.proxy.targets).double().mean())
@@ -70,20 +74,20 @@ class RunOffDistillation(SightedRule[None]):
         return Mix(student, notes=notes)
 
     def chosen(self, ballots: Tensor) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """The elected labels `[N]` for `ballots [V, N, C]`, the rows that are kept for teaching, and notes."""
+        """Return the elected labels `[N]` for `ballots [V, N, C]`, the rows to train on, and the notes."""
         counted = count(ballots)
         if self.election == "mean":
             labels = ballots.double().nan_to_num().mean(dim=0).argmax(dim=1)
             elected = Election(labels, torch.full_like(labels, -1))
         else:
             elected = run_off(counted) if self.election == "run_off" else plurality(counted)
-        kept = elected.certificates >= self.budget
+        certified = elected.certificates >= self.budget
         present = elected.classes.unique()
-        enough = all(int((elected.classes[kept] == label).sum()) >= self.least for label in present)
-        rows = kept.nonzero()[:, 0] if enough and kept.any() else torch.arange(len(kept))
+        enough = all(int((elected.classes[certified] == label).sum()) >= self.least for label in present)
+        rows = certified.nonzero()[:, 0] if enough and certified.any() else torch.arange(len(certified))
         notes = {
-            "certified": float(len(rows) == int(kept.sum())),
-            "kept": float(kept.double().mean()),
+            "certified": float(len(rows) == int(certified.sum())),
+            "kept": float(certified.double().mean()),
             "median-certificate": float(elected.certificates.median()),
             "disagreement": float((plurality(counted).classes != elected.classes).double().mean()),
         }

@@ -1,1 +1,1 @@
-"""Rules that weigh sites of unequal worth."""
+"""Rules for clients whose data differ in quality or relevance."""

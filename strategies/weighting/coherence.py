@@ -1,4 +1,7 @@
-"""How far the sites of a round pull in one direction, and how alike their data are (Li et al. 2023, section 4)."""
+"""Coherence: how similar the directions of a round's updates are, and the label distributions of its clients.
+
+Source: Li et al. 2023, section 4.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from corymb.strategies.core.geometry import cosines, products
+from corymb.strategies.core.geometry import cosines, inner_products
 
 
 class Coherence(NamedTuple):
-    """Cosines of updates: `pairs [K, K]`, their `mean` over different sites, each `site`'s mean with the others
-    `[K]`, and with the `centre`, the mean update, `[K]`. NaN where an update is zero.
+    """Cosines between the updates of a round; NaN where an update is zero.
+
+    `pairs [K, K]` are the cosines of every two clients, and `mean` is their mean over different clients. `client_mean
+    [K]` is each client's mean cosine with the others. `with_mean [K]` is its cosine with the mean update.
     """
 
     pairs: Tensor
     mean: float
-    site: Tensor
-    centre: Tensor
+    client_mean: Tensor
+    with_mean: Tensor
 
 
 def coherence(models: Tensor, origin: Tensor) -> Coherence:
-    """Of the updates `models [K, P] - origin [P]`; zero updates and sites alone count in no mean."""
-    inner = products(models, origin)
-    pairs = cosines(inner)
+    """Return the coherence of the updates `models [K, P] - origin [P]`. The means leave out zero updates."""
+    products = inner_products(models, origin)
+    pairs = cosines(products)
     others = pairs.clone().fill_diagonal_(torch.nan)
-    mean = inner.mean(dim=1) / (inner.diagonal().sqrt() * inner.mean().clamp(min=0).sqrt())
-    return Coherence(pairs, float(others.nanmean()), others.nanmean(dim=1), mean)
+    with_mean = products.mean(dim=1) / (products.diagonal().sqrt() * products.mean().clamp(min=0).sqrt())
+    return Coherence(pairs, float(others.nanmean()), others.nanmean(dim=1), with_mean)
 
 
-def label_coherence(histograms: Tensor, everybody: Tensor | None = None) -> Tensor:
-    """The cosine of each site's counts of classes, `histograms [K, C]`, with `everybody [C]` (default: their sum)."""
-    everybody = histograms.sum(dim=0) if everybody is None else everybody
-    return torch.nn.functional.cosine_similarity(histograms, everybody[None], dim=1)
+def label_coherence(histograms: Tensor, total: Tensor | None = None) -> Tensor:
+    """Return the cosine of each client's class counts `histograms [K, C]` with `total [C]` (default: their sum)."""
+    total = histograms.sum(dim=0) if total is None else total
+    return torch.nn.functional.cosine_similarity(histograms, total[None], dim=1)

@@ -1,6 +1,6 @@
-"""Updates of sources beside that of the target site, which alone matters; and how far each source is to be believed.
+"""Federated domain adaptation: source clients help to train a model for one target client.
 
-Jiang, Zhang & Koyejo 2024, sections 3 and 4.
+Source: Jiang, Zhang & Koyejo 2024, sections 3 and 4. FedDA and FedGP build on this module.
 """
 
 from __future__ import annotations
@@ -16,108 +16,117 @@ from corymb.strategies.core.cohort import Cohort
 from corymb.strategies.core.sighted import Mix, SightedRule
 from corymb.strategies.core.validation import at_least, positive, share
 
-STEPS = "steps"  # the metric that counts a site's batches
+STEPS_METRIC = "steps"  # the metric with a client's number of batches
 
 
-class Adaptation(NamedTuple):
-    """The `target [P]` update, the `sources [N, P]` on the target's scale, and the target's `batches [S, P]`."""
+class RoundUpdates(NamedTuple):
+    """The updates of one round, in float64.
+
+    `target [P]` is the target's update and `sources [N, P]` are the sources' updates, on the target's scale.
+    `batches [S, P]` are the updates of the target's single batches, or None.
+    """
 
     target: Tensor
     sources: Tensor
     batches: Tensor | None
 
 
-def adaptation(cohort: Cohort, target: str, rate_ratio: float, align: bool) -> Adaptation | None:
-    """Take a round apart, in float64; None when the target did not reply.
+def round_updates(cohort: Cohort, target: str, rate_ratio: float, align: bool) -> RoundUpdates | None:
+    """Return the target's and the sources' updates in this round, or None if the target did not reply.
 
-    With `align` a source's update is divided by its number of batches and multiplied by the target's, where both
-    report them, and by `rate_ratio`, the target's learning rate over the sources'.
+    `align` multiplies a source's update by `rate_ratio`, the target's learning rate over the sources'. If both
+    clients report their numbers of batches, it also multiplies by the target's number and divides by the source's.
     """
     if target not in cohort.nodes:
         return None
     row = cohort.nodes.index(target)
     updates = cohort.models.double() - cohort.origin.double()
     scale = torch.full((len(updates), 1), float(rate_ratio) if align else 1.0, dtype=torch.float64)
-    if align and STEPS in cohort.metrics:
-        counts = cohort.metrics[STEPS].clamp(min=1)
+    if align and STEPS_METRIC in cohort.metrics:
+        counts = cohort.metrics[STEPS_METRIC].clamp(min=1)
         scale *= (counts[row] / counts).nan_to_num(nan=1.0)[:, None]
     others = [i for i in range(len(updates)) if i != row]
     batches = cohort.steps.get(target)
-    return Adaptation(updates[row], (updates * scale)[others], None if batches is None else batches.double())
+    return RoundUpdates(updates[row], (updates * scale)[others], None if batches is None else batches.double())
 
 
-class Trust(NamedTuple):
-    """How much of each source to take, in [0, 1], `[N]` each: added as it is, projected, and projected with
-    an allowance for batches that point away from the source.
+class SourceWeights(NamedTuple):
+    """The weight beta of each source, in [0, 1]; three variants, `[N]` each.
+
+    `update` is the weight in FedDA, `projection` the weight in FedGP, and `tolerant_projection` the weight in FedGP
+    with `allow`, which allows for target batches that point away from the source.
     """
 
-    added: Tensor
-    projected: Tensor
-    allowed: Tensor
+    update: Tensor
+    projection: Tensor
+    tolerant_projection: Tensor
 
 
-def trust(adapted: Adaptation, default: float = 0.5) -> Trust:
-    """The weights of least error (their Eq. 3), from the variance over the target's batches.
+def automatic_weights(updates: RoundUpdates, default: float = 0.5) -> SourceWeights:
+    """Return the weights of least estimated error (Eq. 3), from the variance over the target's single batches.
 
-    Fewer than two batches say nothing about variance: all weights are `default` then.
+    With fewer than two batches the variance is unknown, and all weights are `default`.
     """
-    steps = adapted.batches
-    if steps is None or len(steps) < 2:
-        same = torch.full((len(adapted.sources),), default, dtype=torch.float64)
-        return Trust(same, same, same)
-    count = len(steps)
-    sources = adapted.sources / count  # on the scale of one batch
-    mean = steps.mean(dim=0)
-    spread = (steps - mean).square().sum() / (count - 1)
-    variance = spread / count
-    units = _units(sources)
-    along = steps @ units.T  # [S, N]
-    rest = mean - along.mean(dim=0)[:, None] * units  # of the mean, across each source, [N, P]
+    batches = updates.batches
+    if batches is None or len(batches) < 2:
+        constant = torch.full((len(updates.sources),), default, dtype=torch.float64)
+        return SourceWeights(constant, constant, constant)
+    count = len(batches)
+    sources = updates.sources / count  # on the scale of one batch
+    mean = batches.mean(dim=0)
+    batch_variance = (batches - mean).square().sum() / (count - 1)
+    variance = batch_variance / count
+    directions = _unit_vectors(sources)
+    components = batches @ directions.T  # of each batch along each source, [S, N]
+    residuals = mean - components.mean(dim=0)[:, None] * directions  # of the mean, orthogonal to each source, [N, P]
     distance = (sources - mean).square().sum(dim=1) - variance
-    across = rest.square().sum(dim=1) - (spread - along.var(dim=0)) / count
-    towards = 1 - (1 - (along > 0).double().mean(dim=0)) / count
-    length = mean.square().sum()
-    missed = towards * across.clamp(min=0) + (1 - towards) * length
-    return Trust(*(_share(variance, error.clamp(min=0), length) for error in (distance, across, missed)))
+    orthogonal = residuals.square().sum(dim=1) - (batch_variance - components.var(dim=0)) / count
+    agreement = 1 - (1 - (components > 0).double().mean(dim=0)) / count
+    squared_norm = mean.square().sum()
+    tolerant = agreement * orthogonal.clamp(min=0) + (1 - agreement) * squared_norm
+    return SourceWeights(
+        *(_weight(variance, error.clamp(min=0), squared_norm) for error in (distance, orthogonal, tolerant))
+    )
 
 
-def _share(variance: Tensor, error: Tensor, length: Tensor) -> Tensor:
-    """The share that the variance has of the error; one where both are nothing beside the squared `length`."""
+def _weight(variance: Tensor, error: Tensor, squared_norm: Tensor) -> Tensor:
+    """Return `variance / (error + variance)`, or 1 where both are negligible compared with `squared_norm`."""
     total = error + variance
-    return torch.where(total > 1e-14 * length, variance / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0)
+    return torch.where(total > 1e-14 * squared_norm, variance / total.clamp(min=torch.finfo(total.dtype).tiny), 1.0)
 
 
-def _units(vectors: Tensor) -> Tensor:
-    """Vectors of length one; zero stays zero."""
+def _unit_vectors(vectors: Tensor) -> Tensor:
+    """Return the rows of `vectors` scaled to length 1; zero rows stay zero."""
     lengths = vectors.norm(dim=1, keepdim=True)
     return torch.where(lengths > 0, vectors / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
 
 
 def projections(target: Tensor, sources: Tensor) -> Tensor:
-    """The part of `target [P]` along each of `sources [N, P]`; zero where it points the other way."""
-    units = _units(sources)
-    return (units @ target).clamp(min=0)[:, None] * units
+    """Return the projection of `target [P]` on each of `sources [N, P]`; zero if their inner product is negative."""
+    directions = _unit_vectors(sources)
+    return (directions @ target).clamp(min=0)[:, None] * directions
 
 
 def cosine_projections(target: Tensor, sources: Tensor) -> Tensor:
-    """The official code's stand-in: each source times its cosine with the target, where positive."""
-    (unit,) = _units(target[None])
-    cosines: Tensor = _units(sources) @ unit
+    """Return the term of the official code: each source times its cosine with the target, or zero if negative."""
+    (direction,) = _unit_vectors(target[None])
+    cosines: Tensor = _unit_vectors(sources) @ direction
     return cosines.clamp(min=0)[:, None] * sources
 
 
 @dataclass(frozen=True)
 class TargetRule(SightedRule[int]):
-    """Moves the model for the sake of one site, `target`, with the help of the others, the sources.
+    """Trains a model for one client, `target`, with the help of all other clients, the sources.
 
-    `beta` is the sources' part; `auto` finds one for each source, from the updates of the target's single batches,
-    which it sends with the setting `train.batch_updates`. With `align` a source's update is brought to the scale of the
-    target's, by the numbers of their batches and by `rate_ratio`, the target's learning rate over the sources'.
-    The first `warm` rounds average the sources alone. A round without the target changes nothing, and its note "target"
-    is 0; the memory counts rounds. Sources are believed to be honest.
+    `beta` is the weight of the sources. `auto` estimates one weight per source from the updates of the target's
+    single batches, which the target sends if `train.batch_updates` is set. `align` brings a source's update to the
+    scale of the target's, by their numbers of batches and by `rate_ratio`, the target's learning rate over the
+    sources'. The first `warm` rounds average the sources only. A round without the target leaves the model unchanged,
+    and its note "target" is 0. The memory is the number of rounds that changed the model. The rule does not
+    withstand hostile sources.
     """
 
-    unanimous = False  # sources are brought to the target's scale
+    unanimous = False  # the sources' updates are rescaled
 
     target: str
     beta: float = 0.5
@@ -132,30 +141,32 @@ class TargetRule(SightedRule[int]):
         at_least(0, warm=self.warm)
 
     def initial(self) -> int:
-        """No round yet."""
+        """Return 0: no round has changed the model yet."""
         return 0
 
     def wants_steps(self, node: str) -> bool:
-        """Of the target."""
+        """Return whether `node` is the target."""
         return node == self.target
 
     @abstractmethod
-    def step(self, adapted: Adaptation, trusted: Trust, cohort: Cohort) -> tuple[Tensor, Tensor]:
-        """Where to go, `[P]`, and the sources' parts, `[N]`; there is a source."""
+    def step(self, updates: RoundUpdates, weights: SourceWeights, cohort: Cohort) -> tuple[Tensor, Tensor]:
+        """Return the step from the origin, `[P]`, and the weights used, `[N]`. There is at least one source."""
 
     @final
     def mix(self, cohort: Cohort, memory: int) -> Mix[int]:
-        """The origin moved by `step`; without sources by the target's update."""
-        sources = torch.tensor([node != self.target for node in cohort.nodes])
-        if memory < self.warm and sources.any():
-            weights = cohort.shares * sources / (cohort.shares * sources).sum()
-            return Mix(cohort.mixed(weights), memory + 1, weights)
-        found = adaptation(cohort, self.target, self.rate_ratio, self.align)
-        notes = {"target": float(found is not None)}
-        if found is None:
+        """Move the origin by `step`, or by the target's update if no source replied."""
+        is_source = torch.tensor([node != self.target for node in cohort.nodes])
+        if memory < self.warm and is_source.any():
+            shares = cohort.shares * is_source / (cohort.shares * is_source).sum()
+            return Mix(cohort.mixed(shares), memory + 1, shares)
+        updates = round_updates(cohort, self.target, self.rate_ratio, self.align)
+        notes = {"target": float(updates is not None)}
+        if updates is None:
             return Mix(cohort.origin, memory, notes=notes)
-        if not len(found.sources):
-            return Mix(cohort.origin + found.target, memory + 1, notes=notes)
-        constant = found.target.new_full((len(found.sources),), self.beta)
-        moved, betas = self.step(found, trust(found) if self.auto else Trust(constant, constant, constant), cohort)
-        return Mix(cohort.origin + moved, memory + 1, notes=notes | {"beta": float(betas.mean())})
+        if not len(updates.sources):
+            return Mix(cohort.origin + updates.target, memory + 1, notes=notes)
+        beta = updates.target.new_full((len(updates.sources),), self.beta)
+        step, betas = self.step(
+            updates, automatic_weights(updates) if self.auto else SourceWeights(beta, beta, beta), cohort
+        )
+        return Mix(cohort.origin + step, memory + 1, notes=notes | {"beta": float(betas.mean())})

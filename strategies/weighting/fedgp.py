@@ -1,4 +1,4 @@
-"""The target's update projected on the sources'."""
+"""FedGP: the projection of the target's update on the sources' updates."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import torch
 from torch import Tensor
 
 from corymb.strategies.core.cohort import Cohort
-from corymb.strategies.weighting.domain_adaptation import Adaptation, TargetRule, Trust, cosine_projections, projections
+from corymb.strategies.weighting.domain_adaptation import (
+    RoundUpdates,
+    SourceWeights,
+    TargetRule,
+    cosine_projections,
+    projections,
+)
 
 
 @dataclass(frozen=True)
 class FedGP(TargetRule):
-    """Jiang, Zhang & Koyejo 2024, FedGP: the target's update counts where sources point the same way.
+    """Jiang, Zhang & Koyejo 2024, FedGP: averages the target's update with its projection on each source's update.
 
-    As FedDA, with the part of the target's update that lies along each source instead of the source; a source
-    that points away counts nothing. `allow` is the official code's other automatic weight, which allows
-    for batches that point away. `by_layer` projects tensor by tensor, with weights of the whole; `cosine` takes
-    the official code's term, the source times its cosine with the target, and weighs sources by examples.
+    FedGP is FedDA with this projection in place of the source's update. The projection is zero if the source points
+    away from the target. `allow` selects the other automatic weight of the official code, which allows for single
+    batches that point away. `by_layer` projects each tensor separately, with one beta per source. `cosine`
+    uses the term of the official code, the source's update times its cosine with the target's, and weighs sources by
+    examples.
     """
 
     allow: bool = False
@@ -28,20 +35,20 @@ class FedGP(TargetRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.allow and not self.auto:
-            raise ValueError("allow = True is an automatic weight; set auto = True with it.")
+            raise ValueError("allow is True but auto is False; set auto = True as well.")
 
-    def step(self, adapted: Adaptation, trusted: Trust, cohort: Cohort) -> tuple[Tensor, Tensor]:
-        """The mean over sources of `(1 - beta) * target + beta * projection`."""
-        betas = trusted.allowed if self.allow else trusted.projected
+    def step(self, updates: RoundUpdates, weights: SourceWeights, cohort: Cohort) -> tuple[Tensor, Tensor]:
+        """Return the mean over sources of `(1 - beta) * target + beta * projection`, and the betas."""
+        betas = weights.tolerant_projection if self.allow else weights.projection
         examples = cohort.examples[[node != self.target for node in cohort.nodes]]
-        even = not self.cosine or not examples.sum() > 0
-        weights = torch.full_like(betas, 1 / len(betas)) if even else examples / examples.sum()
-        terms = (1 - betas)[:, None] * adapted.target + betas[:, None] * self._projected(cohort, adapted)
-        return weights @ terms, betas
+        uniform = not self.cosine or not examples.sum() > 0
+        shares = torch.full_like(betas, 1 / len(betas)) if uniform else examples / examples.sum()
+        terms = (1 - betas)[:, None] * updates.target + betas[:, None] * self._projections(cohort, updates)
+        return shares @ terms, betas
 
-    def _projected(self, cohort: Cohort, adapted: Adaptation) -> Tensor:
+    def _projections(self, cohort: Cohort, updates: RoundUpdates) -> Tensor:
         project = cosine_projections if self.cosine else projections
         if not self.by_layer:
-            return project(adapted.target, adapted.sources)
-        pieces = [slice(entry.start, entry.stop) for entry in cohort.layout.parameters]
-        return torch.cat([project(adapted.target[piece], adapted.sources[:, piece]) for piece in pieces], dim=1)
+            return project(updates.target, updates.sources)
+        layers = [slice(entry.start, entry.stop) for entry in cohort.layout.parameters]
+        return torch.cat([project(updates.target[layer], updates.sources[:, layer]) for layer in layers], dim=1)

@@ -1,4 +1,4 @@
-"""Weights learned on data of the server's own."""
+"""FedLAW: aggregation weights learned on the server's proxy data."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from corymb.strategies.weighting.coherence import coherence, label_coherence
 
 @dataclass(frozen=True)
 class FedLAW(SightedRule[None]):
-    """Li et al. 2023, FedLAW: the mixture and the shrinking of it that lower the loss on proxy data most.
+    """Li et al. 2023, FedLAW: learns the weights and the scale of the average that minimise the loss on proxy data.
 
-    The model is `gamma * sum(lambda_i * model_i)`, learned anew in each round by `epochs` of `optimizer` (adam
-    or sgd) in batches of `batch_size`. `form` "exp" is softmax and exp, beginning at the shares of examples;
-    "quad" squares, beginning uniform. `learn` "both", "gamma" or "lambda". `average` is FedLAW-SWA: first lambda,
-    averaged over its last epochs, then gamma, for half of the epochs each. BatchNorm's statistics are
-    estimated on the proxy data. The round's notes have gamma, the proxy loss, and the coherence of updates, and of
-    labels where sites report them.
+    The model is `gamma * sum(lambda_i * model_i)`. Each round learns lambda and gamma from scratch, for `epochs`
+    epochs of `optimizer` ("adam" or "sgd") in batches of `batch_size`. With `form` "exp", lambda is a softmax that
+    starts at the shares of examples, and gamma is an exponential; with "quad" both are squares, and lambda starts
+    uniform. `learn` is "both", "gamma" or "lambda". `average` is FedLAW-SWA: the first half of the epochs learns
+    lambda and averages it over its last epochs, and the second half learns gamma. BatchNorm's statistics are
+    estimated on the proxy data. The round's notes contain gamma, the proxy loss, the coherence of the updates, and
+    the coherence of the labels if clients report class counts.
     """
 
     needs_proxy = True
-    unanimous = False  # it shrinks
+    unanimous = False  # gamma rescales the model
     shift_equivariant = False
     scale_equivariant = False
     buffers = "proxy"
@@ -48,12 +49,12 @@ class FedLAW(SightedRule[None]):
         positive(learning_rate=self.learning_rate)
         at_least(1, epochs=self.epochs, batch_size=self.batch_size)
         if self.average:
-            at_least(14, epochs=self.epochs)  # lambda is averaged from the seventh of its half on
+            at_least(14, epochs=self.epochs)  # lambda has half of the epochs and is averaged from its seventh on
         if self.average and self.learn != "both":
-            raise ValueError(f"average = True learns both; leave out learn = {self.learn!r}.")
+            raise ValueError(f"average = True learns both parameters, but learn is {self.learn!r}; leave learn out.")
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """Learn lambda and gamma, then mix."""
+        """Learn lambda and gamma, then mix the models."""
         exp = self.form == "exp"
         clients = len(cohort.nodes)
         mixture = cohort.shares.log() if exp else torch.full((clients,), clients**-0.5, dtype=torch.float64)
@@ -72,13 +73,13 @@ class FedLAW(SightedRule[None]):
             "proxy-loss": cohort.proxy.loss_of(vector, session.buffers),
             "coherence": coherence(cohort.models, cohort.origin).mean,
         }
-        counts = [numbers.nan_to_num() for name, numbers in cohort.metrics.items() if name.startswith(CLASS)]
+        counts = [values.nan_to_num() for name, values in cohort.metrics.items() if name.startswith(CLASS)]
         if counts:
             notes["label-coherence"] = float(label_coherence(torch.stack(counts, dim=1)).mean())
         return Mix(vector, weights=gamma * weights, notes=notes)
 
     def _weights(self, mixture: Tensor, shrink: Tensor) -> tuple[Tensor, Tensor]:
-        """Lambda `[K]` and gamma `[1]`."""
+        """Return lambda `[K]` and gamma `[1]` from the learned tensors."""
         if self.form == "exp":
             return mixture.softmax(dim=0), shrink.exp()
         return mixture.square() / mixture.square().sum(), shrink.square()
@@ -87,37 +88,37 @@ class FedLAW(SightedRule[None]):
         self,
         cohort: Cohort,
         session: Session,
-        both: tuple[Tensor, Tensor],
+        variables: tuple[Tensor, Tensor],
         learned: list[Tensor],
         epochs: int,
         average: bool = False,
     ) -> None:
-        """Change the `learned` ones of `both` in place."""
+        """Train the tensors in `learned`, one or both of the `variables` of lambda and gamma, in place."""
         for parameter in learned:
             parameter.requires_grad_()
         if self.optimizer == "adam":
             optimizer: torch.optim.Optimizer = torch.optim.Adam(learned, self.learning_rate, (0.5, 0.999))
         else:
             optimizer = torch.optim.SGD(learned, self.learning_rate, momentum=0.9)
-        late = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05) if average else None
+        swa_schedule = torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05) if average else None
         schedules = torch.optim.lr_scheduler
-        early: torch.optim.lr_scheduler.LRScheduler = (
+        schedule: torch.optim.lr_scheduler.LRScheduler = (
             schedules.CosineAnnealingLR(optimizer, T_max=100) if average else schedules.StepLR(optimizer, 20, 0.5)
         )
-        seen: list[Tensor] = []
+        snapshots: list[Tensor] = []
         for epoch in range(epochs):
             for rows in cohort.proxy.batches(self.batch_size):
-                weights, gamma = self._weights(*both)
+                weights, gamma = self._weights(*variables)
                 vector = (gamma * weights).to(cohort.models.dtype) @ cohort.models
                 optimizer.zero_grad()
                 session.loss(vector, rows).backward()
                 optimizer.step()
-            if late is not None and epoch > 5:
-                seen.append(learned[0].detach().clone())
-                late.step()
+            if swa_schedule is not None and epoch > 5:
+                snapshots.append(learned[0].detach().clone())
+                swa_schedule.step()
             else:
-                early.step()
+                schedule.step()
         for parameter in learned:
             parameter.requires_grad_(False)
-        if seen:
-            learned[0].copy_(torch.stack(seen).mean(dim=0))
+        if snapshots:
+            learned[0].copy_(torch.stack(snapshots).mean(dim=0))

@@ -1,4 +1,4 @@
-"""Inverse distance aggregation."""
+"""IDA: inverse distance aggregation."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FACTORS = ("distance", "examples", "accuracy")
 
 @dataclass(frozen=True)
 class IDA(SightedRule[None]):
-    """Yeganeh et al. 2020, IDA: a model counts less the farther it lies from the average model.
+    """Yeganeh et al. 2020, IDA: weighs a model by one over its distance from the average model.
 
-    `factors` are multiplied, joined by "+": "distance" is IDA, "distance+examples" IDA with FedAvg,
-    "accuracy" INTRAC (one over the reported training accuracy), "distance+accuracy" and
-    "distance+examples+accuracy" their combinations. `centre` is the point that distances are taken to:
-    "mean", "weighted" (by examples) or "median"; `norm` 1 or 2 runs over all parameters together. A model
-    on the centre would take all of the weight: distances are raised by `epsilon` times their mean.
-    `floor` is the least accuracy that INTRAC divides by (1 / number of classes).
+    `factors` names the factors of a weight, joined by "+". "distance" is IDA, "distance+examples" is IDA with FedAvg,
+    "accuracy" is INTRAC (one over the reported training accuracy), and "distance+accuracy" and
+    "distance+examples+accuracy" combine them. `centre` is the point that distances are measured from: "mean",
+    "weighted" (the mean weighted by examples) or "median". `norm`, 1 or 2, is taken over all parameters together.
+    `epsilon` times the mean distance is added to each distance, so that a model at the centre does not get all of the
+    weight. `floor` is the smallest accuracy that INTRAC divides by; set it to 1 / number of classes.
     """
 
     factors: str = "distance"
@@ -43,7 +43,7 @@ class IDA(SightedRule[None]):
         positive(floor=self.floor)
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
-        """The mixture by the product of the chosen factors."""
+        """Mix the models, with weights proportional to the product of the chosen factors."""
         weights = torch.ones(len(cohort.nodes), dtype=torch.float64)
         for factor in self.factors.split("+"):
             weights = weights * getattr(self, f"_{factor}")(cohort)
@@ -53,15 +53,15 @@ class IDA(SightedRule[None]):
         return Mix(cohort.mixed(weights), weights=weights)
 
     def _distance(self, cohort: Cohort) -> Tensor:
-        distances = self._lengths(cohort)
+        distances = self._centre_distances(cohort)
         distances += self.epsilon * distances.mean()
         return 1 / distances if distances.all() else torch.ones_like(distances)
 
-    def _lengths(self, cohort: Cohort) -> Tensor:
-        """Of the differences from the centre, `[K]`."""
+    def _centre_distances(self, cohort: Cohort) -> Tensor:
+        """Return the distance of each model from the centre, `[K]`."""
         equal = torch.full_like(cohort.shares, 1 / len(cohort.nodes))
         shares = cohort.shares if self.centre == "weighted" else equal
-        if self.norm == 2 and self.centre != "median":  # asks for no model to be written out
+        if self.norm == 2 and self.centre != "median":  # this path does not need the matrix of all models
             return cohort.distances(cohort.mixed(shares))
         total = torch.zeros_like(shares)
         for (models,) in blocks(cohort.models):
@@ -75,8 +75,8 @@ class IDA(SightedRule[None]):
     def _accuracy(self, cohort: Cohort) -> Tensor:
         if "accuracy" not in cohort.metrics:
             raise ValueError(
-                "IDA with the factor 'accuracy' needs the metric 'accuracy' and no reply has it; "
+                "IDA with the factor 'accuracy' needs the metric 'accuracy', but no reply has it; "
                 "report it from the client, or leave the factor out."
             )
-        # A site that does not report one counts nothing: the floor would give it the most.
+        # A client that reports no accuracy gets weight 0; the floor would give it the largest weight.
         return (1 / cohort.metrics["accuracy"].clamp(min=self.floor)).nan_to_num(nan=0.0)

@@ -20,7 +20,7 @@ DATA = TensorDataset(INPUTS, TARGETS)
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
-    """The same examples as a dataset that gives them one by one."""
+    """The same examples as a dataset that returns one at a time."""
 
     def __len__(self) -> int:
         return len(TARGETS)
@@ -43,14 +43,14 @@ def test_batches() -> None:
     assert sizes(TrainSettings(steps=4), DataLoader(Rows(), batch_size=10)) == [10, 10, 3, 10]
 
 
-def test_nothing_to_train_on_is_told_and_does_not_hang() -> None:
-    nothing = TensorDataset(INPUTS[:0], TARGETS[:0])
-    for data in (nothing, DataLoader(Rows(), batch_size=50, drop_last=True)):
-        with pytest.raises(ValueError, match="give it"):
+def test_no_examples_raise_an_error_instead_of_an_endless_loop() -> None:
+    empty = TensorDataset(INPUTS[:0], TARGETS[:0])
+    for data in (empty, DataLoader(Rows(), batch_size=50, drop_last=True)):
+        with pytest.raises(ValueError, match=r"has no training examples|yields no batch"):
             sizes(TrainSettings(steps=2), data)
 
 
-def test_each_pass_is_shuffled_and_complete() -> None:
+def test_each_epoch_is_shuffled_and_complete() -> None:
     settings = TrainSettings(batch_size=23, epochs=2)
     generator = torch.Generator().manual_seed(1)
     first, second = (inputs for inputs, _ in training_batches(DATA, settings, generator))
@@ -59,29 +59,29 @@ def test_each_pass_is_shuffled_and_complete() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "weight_decay": 0.01}])
-def test_training_is_the_plain_loop(options: dict[str, Any]) -> None:
+def test_training_equals_a_plain_training_loop(options: dict[str, Any]) -> None:
     settings = TrainSettings(batch_size=8, epochs=2, learning_rate=0.2, optimizer_options=options)
     torch.manual_seed(0)
-    ours, plain = nn.Linear(4, 3), nn.Linear(4, 3)
-    plain.load_state_dict(ours.state_dict())
-    metrics = train(ours, training_batches(DATA, settings, torch.Generator().manual_seed(5)), settings)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.2, **options)
+    module, reference = nn.Linear(4, 3), nn.Linear(4, 3)
+    reference.load_state_dict(module.state_dict())
+    metrics = train(module, training_batches(DATA, settings, torch.Generator().manual_seed(5)), settings)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.2, **options)
     losses, hits = [], 0
     for inputs, targets in training_batches(DATA, settings, torch.Generator().manual_seed(5)):
         optimizer.zero_grad()
-        outputs = plain(inputs)
+        outputs = reference(inputs)
         loss = nn.functional.cross_entropy(outputs, targets)
         loss.backward()
         optimizer.step()
         losses.append(loss.item() * len(targets))
         hits += int((outputs.argmax(1) == targets).sum())
-    assert torch.equal(ours.weight, plain.weight)
+    assert torch.equal(module.weight, reference.weight)
     assert metrics["loss"] == pytest.approx(sum(losses) / 46)
     assert metrics["accuracy"] == pytest.approx(hits / 46)
     assert metrics["seconds"] > 0
 
 
-def test_rows_one_by_one_are_the_same_examples() -> None:
+def test_examples_read_one_at_a_time_give_the_same_batches() -> None:
     settings = TrainSettings(batch_size=8)
     for one, two in zip(
         training_batches(DATA, settings, torch.Generator().manual_seed(2)),
@@ -112,7 +112,7 @@ def test_mixed_precision_learns_and_keeps_float32_weights(precision: Any) -> Non
     assert metrics["loss"] < 1.3
 
 
-def test_schedules_run_over_rounds() -> None:
+def test_schedules_make_one_step_per_round() -> None:
     settings = TrainSettings(learning_rate=0.8, schedule="StepLR", schedule_options={"step_size": 2, "gamma": 0.5})
     assert [settings.rate(number) for number in (5, 1, 2, 3, 4)] == [0.2, 0.8, 0.8, 0.4, 0.4]
     assert TrainSettings(learning_rate=0.8).rate(100) == 0.8
@@ -123,7 +123,7 @@ def test_schedules_run_over_rounds() -> None:
     assert TrainSettings.read({"train.optimizer": "Adam", "train.optimizer_options.betas": [0.5, 0.9]})
 
 
-def test_settings_travel_in_flowers_flat_config() -> None:
+def test_settings_can_be_written_to_and_read_from_a_run_config() -> None:
     settings = TrainSettings(steps=3, optimizer="Adam", optimizer_options={"eps": 1e-6}, seed=4)
     flat = settings.flat()
     assert flat == {
@@ -140,7 +140,7 @@ def test_settings_travel_in_flowers_flat_config() -> None:
     ("wrong", "message"),
     [
         ({"train.learning_rate": 0.0, "train.batch_sise": 3}, r"train\.learning_rate = 0.*train\.batch_sise"),
-        ({"train.epochs": 1, "train.steps": 1}, "exclude each other"),
+        ({"train.epochs": 1, "train.steps": 1}, "set only one of them"),
         ({"train.optimizer": "SDG"}, "no attribute 'SDG'"),
         ({"train.optimizer_options.momentun": 0.9}, "momentun"),
         ({"train.schedule": "StepLR"}, "step_size"),
@@ -148,7 +148,7 @@ def test_settings_travel_in_flowers_flat_config() -> None:
         ({"train.optimizer": "LBFGS"}, "closure"),
     ],
 )
-def test_wrong_settings_are_told(wrong: dict[str, Any], message: str) -> None:
+def test_wrong_settings_raise_errors(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSettings.read(wrong)
 
@@ -156,10 +156,10 @@ def test_wrong_settings_are_told(wrong: dict[str, Any], message: str) -> None:
 def test_devices() -> None:
     assert choose_device("cpu").type == "cpu"
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="'warp' cannot be used here"):
+    with pytest.raises(ValueError, match="'warp' is not available"):
         choose_device("warp")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="'cuda' cannot be used here"):
+        with pytest.raises(ValueError, match="'cuda' is not available"):
             choose_device("cuda")
 
 
@@ -175,7 +175,7 @@ def ask(kind: str, config: dict[str, Any], *, data: Any = lambda context: (DATA,
     return reply
 
 
-def test_the_app_trains_and_reports() -> None:
+def test_the_app_trains_and_reports_metrics() -> None:
     reply = ask("train", {"server-round": 1})
     metrics = reply.content.metric_records["metrics"]
     assert metrics["num-examples"] == 23
@@ -184,7 +184,7 @@ def test_the_app_trains_and_reports() -> None:
     assert state["1.num_batches_tracked"] == 2
 
 
-def test_the_same_round_gives_the_same_bits_and_another_does_not() -> None:
+def test_equal_rounds_give_equal_weights_and_others_do_not() -> None:
     def weights(number: int) -> Tensor:
         return to_state(ask("train", {"server-round": number}).content.array_records["arrays"])["0.weight"]
 
@@ -192,8 +192,8 @@ def test_the_same_round_gives_the_same_bits_and_another_does_not() -> None:
     assert not torch.equal(weights(1), weights(2))
 
 
-def test_random_numbers_do_not_depend_on_who_came_first() -> None:
-    """Dropout draws from torch's generator, and so does making the module, in a process's first message."""
+def test_random_numbers_do_not_depend_on_the_order_of_clients() -> None:
+    """Dropout draws from torch's generator. So does the creation of the module, in a process's first message."""
 
     def weights(order: list[int]) -> dict[int, Tensor]:
         grid = LocalGrid(make_client_app(network, lambda context: (DATA, None)), 2)
@@ -208,28 +208,28 @@ def test_random_numbers_do_not_depend_on_who_came_first() -> None:
     assert all(torch.equal(one[node], two[node]) for node in one)
 
 
-def test_a_reply_outlives_the_next_message() -> None:
-    """The app fills one module again and again; what it sent must not change with it."""
+def test_a_reply_does_not_change_with_the_next_message() -> None:
+    """The app may reuse a module for the next message; a reply sent before must not change with it."""
     grid = LocalGrid(make_client_app(network, lambda context: (DATA, None)), 2)
     content = RecordDict({"arrays": to_arrays(network().state_dict())})
     first, _ = (Message(content, node_id, "train") for node_id in grid.get_node_ids())
     (reply,) = grid.send_and_receive([first])
-    kept = to_state(reply.content.array_records["arrays"])["0.weight"].clone()
+    weight = to_state(reply.content.array_records["arrays"])["0.weight"].clone()
     grid.send_and_receive([Message(content, 1001, "train")])
-    assert torch.equal(to_state(reply.content.array_records["arrays"])["0.weight"], kept)
+    assert torch.equal(to_state(reply.content.array_records["arrays"])["0.weight"], weight)
 
 
-def test_the_app_evaluates_what_it_is_sent() -> None:
+def test_the_app_evaluates_the_model_in_the_message() -> None:
     metrics = ask("evaluate", {}).content.metric_records["metrics"]
     torch.manual_seed(0)
     expected = evaluate(network(), evaluation_batches(DATA))
     assert metrics["num-examples"] == 23
     assert metrics["accuracy"] == expected["accuracy"]
-    nothing = ask("evaluate", {}, data=lambda context: (DATA, None))
-    assert dict(nothing.content.metric_records["metrics"]) == {"num-examples": 0}
+    without_data = ask("evaluate", {}, data=lambda context: (DATA, None))
+    assert dict(without_data.content.metric_records["metrics"]) == {"num-examples": 0}
 
 
-def test_a_loss_of_ones_own_and_targets_that_are_no_classes() -> None:
+def test_another_loss_with_targets_that_are_not_classes() -> None:
     numbers = TensorDataset(INPUTS, INPUTS[:, :3])
     reply = ask("train", {}, data=lambda context: (numbers, None), loss=nn.functional.mse_loss)
     assert "accuracy" not in reply.content.metric_records["metrics"]
@@ -241,18 +241,18 @@ def test_a_message_may_change_the_settings() -> None:
     assert "train.learning_rate" in str(reply.error.reason)
 
 
-def test_context_is_what_the_data_function_gets() -> None:
-    seen = []
+def test_the_data_function_receives_the_context() -> None:
+    partitions = []
 
     def data(context: Context) -> tuple[Examples, None]:
-        seen.append(context.node_config["partition-id"])
+        partitions.append(context.node_config["partition-id"])
         return DATA, None
 
     ask("train", {}, data=data)
-    assert seen == [1]
+    assert partitions == [1]
 
 
-def test_a_target_site_sends_the_update_of_each_batch() -> None:
+def test_with_batch_updates_the_update_of_each_batch_is_sent() -> None:
     reply = ask("train", {"server-round": 1, "train.batch_updates": True, "train.batch_size": 10})
     torch.manual_seed(0)
     after, steps = (to_state(reply.content.array_records[name]) for name in ("arrays", "steps"))
@@ -262,7 +262,7 @@ def test_a_target_site_sends_the_update_of_each_batch() -> None:
         torch.testing.assert_close(before[name] + tensor.sum(dim=0), after[name])
 
 
-def test_a_model_that_changes_the_examples_is_told() -> None:
+def test_a_model_that_changes_the_examples_raises_an_error() -> None:
     module = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 2))
     examples = TensorDataset(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="changes its inputs in place"):

@@ -1,4 +1,4 @@
-"""What every rule of ours promises, and that the check of it finds those who do not."""
+"""Every built-in rule passes `check_rule`, and `check_rule` finds rules that break a promise."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "parameters"), VARIANTS, ids=lambda value: str(value))
-def test_every_rule_keeps_its_promises(name: str, parameters: dict[str, Any]) -> None:
+def test_every_rule_passes_the_check(name: str, parameters: dict[str, Any]) -> None:
     check_rule(make_rule(name, **parameters))
 
 
 @dataclass(frozen=True)
 class TakesTheFirst(SightedRule[None]):
-    """The reply that came first, whoever sent it; its name is what its order depends on."""
+    """Returns the model of the first client by name, and claims to be robust."""
 
     buffers = "median"
     robust: ClassVar[int] = 2
@@ -76,13 +76,13 @@ class TakesTheFirst(SightedRule[None]):
         return Mix(cohort.models[0])
 
     def tolerates(self, clients: int) -> int:
-        """A lie."""
+        """Return a number that the rule does not tolerate."""
         return self.robust
 
 
 @dataclass(frozen=True)
 class TakesTheLast(TakesTheFirst):
-    """As hostile sites at the end would like it."""
+    """Returns the model of the last client by name."""
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """See `SightedRule.mix`."""
@@ -91,7 +91,7 @@ class TakesTheLast(TakesTheFirst):
 
 @dataclass(frozen=True)
 class CutsAtThreeHundred(TakesTheFirst):
-    """Robust against far replies only."""
+    """Withstands only replies that are far from the origin."""
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """See `SightedRule.mix`."""
@@ -101,14 +101,14 @@ class CutsAtThreeHundred(TakesTheFirst):
 
 @dataclass(frozen=True)
 class AveragesBuffers(Median):
-    """A median of parameters only."""
+    """A median of the parameters, with the mean of the buffers."""
 
     buffers = "mean"  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
 class SpoilsTheProxy(SightedRule[None]):
-    """Works in the server's data."""
+    """Modifies the server's proxy data in place."""
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """See `SightedRule.mix`."""
@@ -118,7 +118,7 @@ class SpoilsTheProxy(SightedRule[None]):
 
 @dataclass(frozen=True)
 class Writes(SightedRule[None]):
-    """Works in the memory that it is given."""
+    """Modifies the origin in place."""
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """See `SightedRule.mix`."""
@@ -127,7 +127,7 @@ class Writes(SightedRule[None]):
 
 @dataclass(frozen=True)
 class Doubles(BlindRule[None]):
-    """Goes twice as far as all agree."""
+    """Moves twice as far as the mean of the replies."""
 
     def weight(self, report: Report, memory: None) -> float:
         """See `BlindRule.weight`."""
@@ -140,7 +140,7 @@ class Doubles(BlindRule[None]):
 
 @dataclass(frozen=True)
 class Shrinks(SightedRule[None]):
-    """Moves everything towards zero, unless all agree."""
+    """Moves the mean towards zero, unless all replies agree."""
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """See `SightedRule.mix`."""
@@ -150,7 +150,7 @@ class Shrinks(SightedRule[None]):
 
 @dataclass(frozen=True)
 class Divides(BlindRule[None]):
-    """By examples, of which there may be none."""
+    """Divides by the number of examples, which may be 0."""
 
     def weight(self, report: Report, memory: None) -> float:
         """See `BlindRule.weight`."""
@@ -163,7 +163,7 @@ class Divides(BlindRule[None]):
 
 @dataclass(frozen=True)
 class Forgets(SightedRule[Updates]):
-    """Keeps something that is not in its memory."""
+    """Keeps state outside of its memory."""
 
     past: ClassVar[list[int]] = []
 
@@ -173,12 +173,12 @@ class Forgets(SightedRule[Updates]):
         return Mix(cohort.models.mean(dim=0) + len(self.past) * 1e-3 * (len(cohort.nodes) > 1), memory)
 
     def initial(self) -> Updates:
-        """Nothing."""
+        """Return an empty memory."""
         return Updates()
 
 
 class NoRecord(FedAvg):
-    """Not a dataclass of its own, and without frozen fields."""
+    """A rule without a docstring, which is also not a dataclass itself."""
 
     __doc__ = None
 
@@ -186,21 +186,21 @@ class NoRecord(FedAvg):
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [
-        (TakesTheFirst(), "2 of 11 replies, from number 0 on, 3 away together, move the model by"),
-        (TakesTheLast(), "2 of 11 replies, from number 9 on, 3 away together, move the model by"),
-        (CutsAtThreeHundred(), "2 of 11 replies, from number 0 on, 30 away together, move the model by"),
-        (AveragesBuffers(), "5 of 11 replies, from number 0 on, 3 away together, carry the buffers away"),
-        (SpoilsTheProxy(), "it changes the server's data or module"),
-        (Writes(), "another order of replies, another model|changes the models that it is given"),
-        (Doubles(), "a single site does not get its own model; is it unanimous"),
-        (Shrinks(), "it is not shift-equivariant; declare it so"),
-        (Divides(), "sites with 0 examples spoil the model"),
-        (Forgets(), "another order of replies, another model"),
+        (TakesTheFirst(), r"2 hostile replies of 11 \(all shifted by 3, from reply 0 on\) move the model by"),
+        (TakesTheLast(), r"2 hostile replies of 11 \(all shifted by 3, from reply 9 on\) move the model by"),
+        (CutsAtThreeHundred(), r"2 hostile replies of 11 \(all shifted by 30, from reply 0 on\) move the model by"),
+        (AveragesBuffers(), r"5 hostile replies of 11 \(all shifted by 3, from reply 0 on\) move the buffers beyond"),
+        (SpoilsTheProxy(), "it modifies the proxy data or the proxy module"),
+        (Writes(), "the model depends on the order of the replies|modifies the models that are passed to it"),
+        (Doubles(), "the next model differs from the only reply"),
+        (Shrinks(), "it is not shift-equivariant; declare"),
+        (Divides(), "0 examples give a model that is not finite"),
+        (Forgets(), "the model depends on the order of the replies"),
         (NoRecord(), "NoRecord has no docstring"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Rule) else "",
 )
-def test_a_broken_promise_is_found(rule: Rule[Any], sentence: str) -> None:
+def test_the_check_finds_a_broken_promise(rule: Rule[Any], sentence: str) -> None:
     with pytest.raises(AssertionError, match=sentence):
         check_rule(rule)
 
@@ -210,7 +210,7 @@ ORDERED = [FedAvg(), IDA(), Median(), Krum(hostile=0), Plurality()]
 
 @pytest.mark.parametrize("rule", ORDERED, ids=repr)
 @given(seed=st.integers(0, 10_000), clients=st.integers(1, 8), data=st.data())
-def test_no_order_of_replies_matters(rule: Rule[Any], seed: int, clients: int, data: st.DataObject) -> None:
+def test_the_order_of_replies_does_not_matter(rule: Rule[Any], seed: int, clients: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(seed)
     origin = Model(torch.randn(7, generator=generator))
     replies = [Reply.of(f"site-{i}", torch.randn(7, generator=generator), 1 + 7 * i) for i in range(clients)]
@@ -224,8 +224,8 @@ WEIGHTED = ["fedavg", "fedau", "ida", "krum", "geometric_median", "fltrust", "fe
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
-def test_the_weights_on_record_make_the_model(name: str) -> None:
-    """Each is the factor of a model in the next one; the rest is the old model's, but for FedLAW, which shrinks."""
+def test_the_recorded_weights_reproduce_the_model(name: str) -> None:
+    """A weight is the factor of a client's model in the next one. The old model has the rest, except in FedLAW."""
     rule, origin = make_rule(name), first_model()
     replies = replies_to(origin)
     outcome = one_round(rule, origin, list(replies))
@@ -256,8 +256,8 @@ def test_voters_keep_their_newest_models() -> None:
     assert memory.models[:, 0].tolist() == [2, 3]
 
 
-def test_a_hostile_site_reaches_only_its_own_groups() -> None:
-    """Over many rounds, each group trains on from its own model."""
+def test_a_hostile_client_changes_only_its_own_groups() -> None:
+    """Each group continues from its own model, over many rounds."""
     rule, origin = RunOff(groups=6, spread=2), Model(vector(0.0))
     sites = [f"site-{i}" for i in range(20)]
 
@@ -281,30 +281,30 @@ def test_a_hostile_site_reaches_only_its_own_groups() -> None:
         assert changed
 
 
-def test_a_zero_weight_and_a_huge_one() -> None:
+def test_zero_and_huge_numbers_of_examples() -> None:
     origin = Model(torch.zeros(2))
     rule = make_rule("fedavg")
-    nobody = rule.aggregate(origin, [Reply.of("a", torch.ones(2), 0)], None)
-    assert nobody.model.parameters.tolist() == [0, 0]
+    without_examples = rule.aggregate(origin, [Reply.of("a", torch.ones(2), 0)], None)
+    assert without_examples.model.parameters.tolist() == [0, 0]
     replies = [Reply.of("a", torch.ones(2), 2**53), Reply.of("b", torch.zeros(2), 1)]
     assert rule.aggregate(origin, replies, None).model.parameters.tolist() == [1, 1]
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    known = r"no rule 'fedavgg'; did you mean 'fedavg'\? The known ones are .*fedau, fedavg, fedda"
+    known = r"Unknown rule 'fedavgg'\. Did you mean 'fedavg'\? Known names: .*fedau, fedavg, fedda"
     with pytest.raises(ValueError, match=known):
         make_rule("fedavgg")
-    with pytest.raises(ValueError, match="no parameter of rule 'fedau' 'cutof'; did you mean 'cutoff'"):
+    with pytest.raises(ValueError, match=r"Rule 'fedau' has no parameter 'cutof'\. Did you mean 'cutoff'"):
         make_rule("fedau", cutof=3)
     for wrong in ({"cutoff": "many"}, {"cutoff": 2.5}, {"by_examples": "no"}, {"population": 2.5}, {"cutoff": -1}):
-        with pytest.raises(ValueError, match=f"'fedau' cannot be made with .*{next(iter(wrong))}"):
+        with pytest.raises(ValueError, match=f"'fedau' cannot be built with .*{next(iter(wrong))}"):
             make_rule("fedau", **wrong)
     assert make_rule("fedau", server_rate=1) == make_rule("fedau")
 
 
 def test_a_rule_may_be_a_parameter() -> None:
     assert make_rule("layerwise", rule={"name": "krum", "hostile": 2}) == make_rule("layerwise", rule=Krum(hostile=2))
-    with pytest.raises(ValueError, match=r"rule: FedAvg.* is no SightedRule"):
+    with pytest.raises(ValueError, match=r"rule: FedAvg.* is not a SightedRule"):
         make_rule("layerwise", rule="fedavg")
     with pytest.raises(ValueError, match="keeps a memory"):
         make_rule("layerwise", rule="foolsgold")
@@ -316,39 +316,39 @@ def test_every_rule_has_a_name() -> None:
 
 @dataclass(frozen=True)
 class Returns(SightedRule[None]):
-    """Whatever it is told to return."""
+    """Returns the given `result` from `mix`."""
 
-    what: Any = None
+    result: Any = None
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """See `SightedRule.mix`."""
-        result: Mix[None] = self.what
+        result: Mix[None] = self.result
         return result
 
 
 @pytest.mark.parametrize(
-    ("what", "error", "message"),
+    ("result", "error", "message"),
     [
         ((torch.zeros(2), None), TypeError, r"mix returned a tuple, not a Mix; write `return Mix\(vector, memory\)`"),
-        (Mix(torch.zeros(3)), ValueError, r"mix returned vector of shape \[3\]; it must be \[2\]"),
+        (Mix(torch.zeros(3)), ValueError, r"mix returned vector of shape \[3\]; return shape \[2\]"),
         (Mix([0.0, 0.0]), TypeError, "mix returned vector of type list; return a torch.Tensor"),  # type: ignore[arg-type]
-        (Mix(torch.zeros(2), weights=torch.ones(2)), ValueError, r"weights of shape \[2\]; it must be \[1\]"),
+        (Mix(torch.zeros(2), weights=torch.ones(2)), ValueError, r"weights of shape \[2\]; return shape \[1\]"),
     ],
 )
-def test_what_a_rule_returns_is_looked_at(what: Any, error: type[Exception], message: str) -> None:
+def test_the_result_of_mix_is_validated(result: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Returns(what).aggregate(Model(torch.zeros(2)), [Reply.of("a", torch.ones(2))], None)
+        Returns(result).aggregate(Model(torch.zeros(2)), [Reply.of("a", torch.ones(2))], None)
 
 
 @dataclass(frozen=True)
 class Weighs(BlindRule[None]):
-    """By nothing."""
+    """Returns a weight that is not a number."""
 
     def weight(self, report: Report, memory: None) -> float:
         """See `BlindRule.weight`."""
         return float("nan")
 
 
-def test_a_weight_that_is_no_number_is_told() -> None:
+def test_a_weight_that_is_not_a_number_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Weighs\(\)\.weight returned nan for a; return a finite number"):
         Weighs().aggregate(Model(torch.zeros(2)), [Reply.of("a", torch.ones(2))], None)

@@ -28,8 +28,8 @@ STATE = {
 }
 
 
-def on_the_wire(record: ArrayRecord) -> ArrayRecord:
-    """What the receiver gets: Flower's own arrays, with bytes."""
+def received(record: ArrayRecord) -> ArrayRecord:
+    """Return the record as its receiver gets it: Flower's own arrays, with bytes."""
     return ArrayRecord({k: flwr.app.Array(a.dtype, a.shape, a.stype, a.data) for k, a in record.items()})
 
 
@@ -37,34 +37,34 @@ def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return list(one) == list(two) and all(one[k].dtype == two[k].dtype and torch.equal(one[k], two[k]) for k in one)
 
 
-def test_a_state_survives_the_wire() -> None:
-    assert equal(to_state(on_the_wire(to_arrays(STATE))), STATE)
+def test_a_state_is_unchanged_after_encoding_and_decoding() -> None:
+    assert equal(to_state(received(to_arrays(STATE))), STATE)
 
 
-def test_in_process_nothing_is_copied() -> None:
+def test_nothing_is_copied_within_a_process() -> None:
     back = to_state(to_arrays(STATE))
     assert all(back[name].data_ptr() == tensor.data_ptr() for name, tensor in STATE.items())
     array = flwr.app.Array(np.arange(4.0))
     assert to_tensor("x", array).data_ptr() == to_tensor("x", array).data_ptr()
 
 
-def test_flower_reads_and_writes_the_same() -> None:
+def test_flowers_own_conversion_gives_the_same() -> None:
     state = {name: tensor for name, tensor in STATE.items() if name != "bfloat16"}
-    ours = to_arrays(state)
-    theirs = ArrayRecord(state)
-    assert equal(dict(ours.to_torch_state_dict()), dict(theirs.to_torch_state_dict()))
-    assert equal(to_state(theirs), state)
-    numbers = ours["float32"].numpy()
-    numbers[:] = 0  # an app may change what it is given
-    assert torch.equal(to_state(ours)["float32"], STATE["float32"])
+    record = to_arrays(state)
+    flower_record = ArrayRecord(state)
+    assert equal(dict(record.to_torch_state_dict()), dict(flower_record.to_torch_state_dict()))
+    assert equal(to_state(flower_record), state)
+    numbers = record["float32"].numpy()
+    numbers[:] = 0  # an app may modify the array
+    assert torch.equal(to_state(record)["float32"], STATE["float32"])
 
 
-def test_flowers_object_ids_are_the_same_so_that_its_transport_takes_it() -> None:
+def test_flowers_object_ids_are_the_same() -> None:
     state = {"w": torch.arange(6.0).reshape(2, 3)}
     assert to_arrays(state).object_id == ArrayRecord(state).object_id
 
 
-def test_ray_may_pickle_it() -> None:
+def test_arrays_can_be_pickled_and_copied() -> None:
     copied = pickle.loads(pickle.dumps(to_arrays(STATE)["bfloat16"]))
     assert type(copied) is flwr.app.Array
     assert torch.equal(to_tensor("x", copied), STATE["bfloat16"])
@@ -82,8 +82,8 @@ GOOD = "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }"
 @pytest.mark.parametrize(
     ("dtype", "shape", "data", "message"),
     [
-        ("float32", (2,), b"", "no .npy file"),
-        ("float32", (2,), b"\x93NUMPY\x03\x00", "no .npy file"),
+        ("float32", (2,), b"", "not an .npy file"),
+        ("float32", (2,), b"\x93NUMPY\x03\x00", "not an .npy file"),
         ("float32", (2,), npy(GOOD, b"1234567"), "carries 7 bytes"),
         ("float32", (2,), npy(GOOD, b"123456789"), "carries 9 bytes"),
         ("float32", (2,), npy(GOOD, length=60_000), "header of 60000 bytes"),
@@ -96,14 +96,14 @@ GOOD = "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }"
             "cannot be read",
         ),
         ("float32", (2,), npy("{'descr': '|O', 'fortran_order': False, 'shape': (2,)}"), "bytes are object"),
-        ("float32", (3,), npy(GOOD, b"12345678"), "says float32"),
-        ("float64", (2,), npy(GOOD, b"12345678"), "says float64"),
+        ("float32", (3,), npy(GOOD, b"12345678"), "declares float32"),
+        ("float64", (2,), npy(GOOD, b"12345678"), "declares float64"),
         ("object", (2,), npy(GOOD, b"12345678"), "dtype 'object'"),
         ("float32", (2**40,), npy(GOOD.replace("(2,)", f"({2**40},)"), b"1234"), "carries 4 bytes"),
         ("float32", (-2, -1), npy(GOOD.replace("(2,)", "(-2, -1)"), b"12345678"), "carries 8 bytes"),
     ],
 )
-def test_lies_are_found_before_anything_is_allocated(
+def test_false_headers_are_found_before_anything_is_allocated(
     dtype: str, shape: tuple[int, ...], data: bytes, message: str
 ) -> None:
     with pytest.raises(CodecError, match=message):
@@ -116,13 +116,13 @@ def test_other_formats_are_refused() -> None:
 
 
 @given(st.binary(max_size=300), st.integers(0, 128))
-def test_no_bytes_raise_anything_else(noise: bytes, keep: int) -> None:
+def test_no_bytes_raise_another_exception(noise: bytes, keep: int) -> None:
     good: Any = flwr.app.Array(np.zeros(3, dtype=np.float32)).data
     for data in (noise, good[:keep] + noise, good[:-1] + noise):
         with suppress(CodecError):
             to_tensor("w", flwr.app.Array("float32", (3,), "numpy.ndarray", data))
 
 
-def test_the_records_of_a_message_stay_flowers() -> None:
+def test_arrays_are_an_array_record_in_a_message() -> None:
     content = RecordDict({"arrays": to_arrays(STATE), "metrics": MetricRecord({"n": 1}), "config": ConfigRecord()})
     assert list(content.array_records) == ["arrays"]

@@ -14,8 +14,8 @@ from corymb.protocol.flower import (
 )
 
 
-def test_what_we_use_of_flowers_private_parts_is_still_there() -> None:
-    assert version("flwr").startswith("1.41."), "run this test against each flwr version before allowing it"
+def test_flowers_private_api_is_as_expected() -> None:
+    assert version("flwr").startswith("1.41."), "before allowing another flwr version, run this test against it"
     inside_task(run_id=7, node_id=1)
     message = Message(RecordDict(), 42, "train")
     assert (message.metadata.run_id, message.metadata.src_node_id) == (7, 1)

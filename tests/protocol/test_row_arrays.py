@@ -1,4 +1,4 @@
-"""A client's row of a block is a record like any other, and is written out no sooner than somebody reads it."""
+"""A row of a block of models works as an ArrayRecord, and is read from the block only when the record is read."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ STATE = {"weight": torch.tensor([[1.0, 2.0]]), "bias": torch.tensor([3.0])}
 LAYOUT = Layout.of(STATE)
 
 
-class Watched:
-    """A block of one that says how often somebody read its model."""
+class CountedRows:
+    """Rows with one model that count the reads of the model."""
 
     count = 1
     reads = 0
 
     def add_to(self, total: Tensor, weights: Tensor, origin: Tensor) -> Callable[[], None]:
-        raise AssertionError("nobody asked for a sum")
+        raise AssertionError("add_to must not be called")
 
     def squared_distances(self, centre: Tensor) -> Callable[[], Tensor]:
-        raise AssertionError("nobody asked for distances")
+        raise AssertionError("squared_distances must not be called")
 
     def copy_to(self, targets: object) -> Callable[[], None]:
-        raise AssertionError("nobody asked for all of them")
+        raise AssertionError("copy_to must not be called")
 
     def pieces(self, row: int) -> tuple[Tensor, ...]:
         self.reads += 1
         return torch.tensor([1.0, 2.0]), torch.tensor([3.0])
 
 
-def test_it_is_a_record() -> None:
-    record = ModelRow(Watched(), 0, LAYOUT, 3.0).to_record()
+def test_a_row_is_an_array_record() -> None:
+    record = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record()
     for view in (record, record.copy()):
         assert isinstance(view, ArrayRecord)
         assert list(view) == list(view.keys()) == ["weight", "bias"]
@@ -50,25 +50,25 @@ def test_it_is_a_record() -> None:
     assert pickle.loads(pickle.dumps(record["bias"])).numpy().tolist() == [3.0]
 
 
-def test_on_the_wire_it_is_a_record_of_flower_s() -> None:
-    row, plain = ModelRow(Watched(), 0, LAYOUT, 3.0).to_record(), to_arrays(STATE)
+def test_a_row_is_encoded_as_flower_encodes_a_record() -> None:
+    row, plain = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record(), to_arrays(STATE)
     assert {name: array.deflate() for name, array in row.items()} == {n: a.deflate() for n, a in plain.items()}
 
 
-def test_nobody_reads_it_before_it_is_read() -> None:
-    rows = Watched()
+def test_a_row_is_read_only_when_the_record_is_read() -> None:
+    rows = CountedRows()
     record = ModelRow(rows, 0, LAYOUT, 3.0).to_record()
-    found = row_in(record, Layout.of(STATE))
-    assert found is not None
-    assert found.rows is rows
+    row = row_in(record, Layout.of(STATE))
+    assert row is not None
+    assert row.rows is rows
     assert rows.reads == 0
     assert to_state(record)
     assert rows.reads == 2
 
 
-def test_what_is_changed_is_no_longer_the_block_s() -> None:
-    record = ModelRow(Watched(), 0, LAYOUT, 3.0).to_record()
-    other = ModelRow(Watched(), 0, LAYOUT, 3.0).to_record()
+def test_a_changed_record_is_not_a_row() -> None:
+    record = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record()
+    other = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record()
     for changed in (
         {"weight": record["weight"], "bias": Array(torch.tensor([9.0]))},
         {"weight": record["weight"], "bias": other["bias"]},
@@ -82,20 +82,19 @@ def test_what_is_changed_is_no_longer_the_block_s() -> None:
     assert row_in(record, LAYOUT) is not None
 
 
-def test_quick_messages_are_flower_s_own() -> None:
-    """What is made without checks is what Flower's constructors make."""
+def test_quick_functions_give_what_flowers_constructors_give() -> None:
     inside_task(1, 1)
     content = RecordDict({"metrics": quick_metrics({"loss": 0.5, "steps": 3})})
     assert quick_record({"metrics": content["metrics"]}) == content  # type: ignore[dict-item]
     quick = quick_messages(content, [5, 6], "train", "7")
     for message, node in zip(quick, (5, 6), strict=True):
         slow = Message(content, node, "train", group_id="7")
-        mine, theirs = message.metadata.__dict__, slow.metadata.__dict__
-        assert {**mine, "_created_at": 0} == {**theirs, "_created_at": 0}
+        quick_fields, slow_fields = message.metadata.__dict__, slow.metadata.__dict__
+        assert {**quick_fields, "_created_at": 0} == {**slow_fields, "_created_at": 0}
         stamp(message, f"m{node}")
-        answer = quick_reply(message, content=content)
+        reply = quick_reply(message, content=content)
         expected = Message(content, reply_to=message)
         for name in ("src_node_id", "dst_node_id", "reply_to_message_id", "group_id", "message_type", "run_id"):
-            assert getattr(answer.metadata, name) == getattr(expected.metadata, name)
-        assert answer.has_content()
-        assert not answer.has_error()
+            assert getattr(reply.metadata, name) == getattr(expected.metadata, name)
+        assert reply.has_content()
+        assert not reply.has_error()

@@ -26,7 +26,7 @@ def site(message: Message, context: Context) -> Message:
     return Message(content(to_state(message.content.array_records["arrays"]), 3), reply_to=message)
 
 
-def test_it_runs_from_a_run_config(tmp_path: Path) -> None:
+def test_the_app_runs_from_a_run_config(tmp_path: Path) -> None:
     config = {
         "model": "corymb.tests.server.test_app:small",
         "rounds": 2,
@@ -47,12 +47,12 @@ def server_data() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(12, 2, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 
 
-def test_everything_around_a_rule_comes_from_the_config(tmp_path: Path) -> None:
-    """As the tables of an experiment, with lists as JSON strings."""
-    seen = []
+def test_all_components_of_a_run_come_from_the_config(tmp_path: Path) -> None:
+    """The keys are those of an experiment's tables, with lists as JSON strings."""
+    betas = []
 
-    def watching(message: Message, context: Context) -> Message:
-        seen.append(message.content["config"].get("train.optimizer_options.betas"))
+    def recording(message: Message, context: Context) -> Message:
+        betas.append(message.content["config"].get("train.optimizer_options.betas"))
         return site(message, context)
 
     config = {
@@ -72,19 +72,19 @@ def test_everything_around_a_rule_comes_from_the_config(tmp_path: Path) -> None:
         "round_size.kind": "share",
         "round_size.share": 0.7,
     }
-    grid = LocalGrid(watching, 3, run_config=config)
+    grid = LocalGrid(recording, 3, run_config=config)
     app(grid=grid, context=grid.server_context())
     journal = Journal(tmp_path / "journal")
     rounds = list(journal.rounds())
     journal.close()
     assert [len(record.admitted) for record in rounds] == [2, 2]
     assert all({"gamma", "waited-for"} <= record.notes.keys() for record in rounds)
-    assert set(seen) == {"[0.5, 0.9]"}
+    assert set(betas) == {"[0.5, 0.9]"}
 
 
-def test_a_proxy_of_another_model_is_refused() -> None:
+def test_a_proxy_of_another_model_raises_an_error() -> None:
     strategy = FlowerStrategy(FedLAW(), proxy=Proxy(nn.Linear(2, 3), torch.zeros(1, 2), torch.zeros(1).long()))
-    with pytest.raises(ValueError, match=r"The proxy's module is not the model: .* is in one only"):
+    with pytest.raises(ValueError, match=r"The proxy's module is not the model: only one of them has"):
         strategy.start(LocalGrid(site, 3), to_arrays(nn.Linear(2, 2).state_dict()))
 
 
@@ -106,18 +106,18 @@ def test_rules_come_from_the_config() -> None:
         read(rules__0__name="fedau", rules__1__name="ida")
 
 
-def test_everything_wrong_is_told_at_once() -> None:
-    with pytest.raises(ValueError, match=r"model: field required; rounds = 0: .*; seed = 'x': "):
+def test_errors_name_every_wrong_key() -> None:
+    with pytest.raises(ValueError, match=r"model is required; rounds = 0: .*; seed = 'x': "):
         ServerSettings.read({"rounds": 0, "seed": "x"})
     for config, message in (
-        ({"round": 9}, "has a key 'round', which is unknown; did you mean 'rounds'"),
-        ({"min-available-node": 9}, "did you mean 'min_available_nodes'"),
-        ({"rules.name": "fedau", "rules.parameters.cutof": 9}, "no parameter of rule 'fedau' 'cutof'; did you mean"),
-        ({"rules.name": "fedau", "rules.cutoff": 9}, r"rules\.0\.cutoff is no known key"),
-        ({"train.learning_rat": 0.1}, r"train\.learning_rat is no known key \(did you mean 'learning_rate'\?\)"),
-        ({"rules.name": "ida", "rules.server_optimizer.lr": 1.0}, r"rules\.0\.server_optimizer\.lr is no known key"),
-        ({"round_size.kind": "share", "round_size.window": 3}, r"round_size\.window is no known key"),
-        ({"rules": "ida", "rules.label": "x"}, "as a value and as a table|lies within another key"),
+        ({"round": 9}, "Unknown key 'round' in the run config. Did you mean 'rounds'"),
+        ({"min-available-node": 9}, "Did you mean 'min_available_nodes'"),
+        ({"rules.name": "fedau", "rules.parameters.cutof": 9}, "no parameter 'cutof'. Did you mean 'cutoff'"),
+        ({"rules.name": "fedau", "rules.cutoff": 9}, r"rules\.0\.cutoff is not a known key"),
+        ({"train.learning_rat": 0.1}, r"train\.learning_rat is not a known key \(did you mean 'learning_rate'\?\)"),
+        ({"rules.name": "ida", "rules.server_optimizer.lr": 1.0}, r"rules\.0\.server_optimizer\.lr is not a known key"),
+        ({"round_size.kind": "share", "round_size.window": 3}, r"round_size\.window is not a known key"),
+        ({"rules": "ida", "rules.label": "x"}, "as a value and as a table|'rules' is a value"),
     ):
         with pytest.raises(ValueError, match=message):
             ServerSettings.read({"model": "x:y", **config})
@@ -125,7 +125,7 @@ def test_everything_wrong_is_told_at_once() -> None:
         import_reference("nowhere:make", "model")
 
 
-def test_keys_of_the_apps_own_are_left_to_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_keys_are_ignored_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="flwr.corymb"):
         assert read(hospital="basel").model.kind == "x:y"
-    assert "keys that the server does not read: hospital" in caplog.text
+    assert "ignores these keys of the run config: hospital" in caplog.text

@@ -1,4 +1,4 @@
-"""Server optimisers and robust rules beside Flower's own, in whole federations."""
+"""Server optimisers and robust rules give the same models as Flower's own, over several rounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"fraction_evaluate": 0.0}
 
 
 def drifting(message: Message, context: Context) -> Message:
-    """A site that adds random numbers of its own to the model; all have ten examples."""
+    """A client that adds its own random numbers to the model. Every client has ten examples."""
     site = int(context.node_config["partition-id"])
     number = int(str(of_kind(message.content, ConfigRecord)[0]["server-round"]))
     generator = torch.Generator().manual_seed(100 * number + site)
@@ -33,7 +33,7 @@ def drifting(message: Message, context: Context) -> Message:
 
 
 def learned(strategy: Strategy, rounds: int) -> torch.Tensor:
-    """The model after so many rounds of Flower's own start."""
+    """Return the model after a number of rounds of Flower's own `start()`."""
     initial = ArrayRecord({"w": torch.linspace(-1, 1, 12).reshape(3, 4), "b": torch.zeros(3)})
     if isinstance(strategy, FlowerStrategy):
         initial = to_arrays(dict(initial.to_torch_state_dict()))
@@ -56,10 +56,10 @@ def learned(strategy: Strategy, rounds: int) -> torch.Tensor:
     ],
     ids=["FedAvgM", "FedYogi", "FedAdagrad"],
 )
-def test_server_optimisers(step: ServerOptimizer, built_in: Callable[[], Strategy]) -> None:
-    """(Flower's FedAdam corrects its bias one round ahead of torch's Adam, so the two differ by design.)"""
-    ours = learned(FlowerStrategy(FedAvg(), server_optimizer=step, **OPTIONS), 6)
-    torch.testing.assert_close(ours, learned(built_in(), 6), rtol=1e-4, atol=1e-4)
+def test_server_optimisers_equal_flowers(step: ServerOptimizer, built_in: Callable[[], Strategy]) -> None:
+    """FedAdam is absent: Flower corrects its bias one round ahead of torch's Adam, so the two differ by design."""
+    actual = learned(FlowerStrategy(FedAvg(), server_optimizer=step, **OPTIONS), 6)
+    torch.testing.assert_close(actual, learned(built_in(), 6), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_server_optimisers(step: ServerOptimizer, built_in: Callable[[], Strateg
     ],
     ids=["Krum", "MultiKrum", "Bulyan"],
 )
-def test_robust_rules(rule: Rule[Any], built_in: Callable[[], Strategy]) -> None:
+def test_robust_rules_equal_flowers(rule: Rule[Any], built_in: Callable[[], Strategy]) -> None:
     torch.testing.assert_close(
         learned(FlowerStrategy(rule, **OPTIONS), 3), learned(built_in(), 3), rtol=1e-4, atol=1e-4
     )

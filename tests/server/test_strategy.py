@@ -27,7 +27,7 @@ numbers = st.floats(-1e3, 1e3, width=32)
 
 @st.composite
 def rounds(draw: st.DrawFn) -> tuple[dict[str, Tensor], list[tuple[dict[str, Tensor], int]]]:
-    """A model and the replies to it: float32 and float16 parameters, a 0-dim one, and an int64 buffer."""
+    """Draw a model and replies to it, with float32, float16 and 0-dim parameters and an int64 buffer."""
 
     def state() -> dict[str, Tensor]:
         return {
@@ -41,18 +41,18 @@ def rounds(draw: st.DrawFn) -> tuple[dict[str, Tensor], list[tuple[dict[str, Ten
     return state(), [(state(), draw(st.integers(1, 10_000))) for _ in range(clients)]
 
 
-class NoNodes(LocalGrid):
-    """A grid that only says who is there."""
+class ListedNodes(LocalGrid):
+    """A grid that is only used to list its nodes."""
 
     def __init__(self, nodes: int) -> None:
         super().__init__(lambda message, context: message, nodes)
 
 
 def aggregate(strategy: Strategy, origin: State, sent: list[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
-    """The model after one round of `sent`, through Flower's two methods."""
-    grid = NoNodes(len(sent))
+    """Return the model after one round with the replies `sent`, through Flower's two methods."""
+    grid = ListedNodes(len(sent))
     strategy.configure_train(1, to_arrays(origin), ConfigRecord(), grid)
-    # Flower's own arrays, because its median takes replies apart.
+    # Flower's own arrays, because its median removes arrays from replies.
     replies = [
         reply(
             1000 + i,
@@ -75,33 +75,33 @@ def aggregate(strategy: Strategy, origin: State, sent: list[tuple[dict[str, Tens
     ids=lambda value: type(value).__name__,
 )
 @given(one=rounds())
-def test_equal_to_flowers_own_except_where_that_is_wrong(
+def test_rules_equal_flowers_own_except_where_flower_is_wrong(
     rule: Rule[Any], built_in: Callable[..., Strategy], one: tuple[Any, Any]
 ) -> None:
-    """Flower turns the int64 buffer into float64 (6.999...) and a 0-dim float into float64; ours stay as they were.
+    """Flower converts the int64 buffer (to 6.999...) and a 0-dim float to float64; Corymb keeps the dtypes.
 
-    No float buffers here: Flower gives them to the rule, and we do not.
+    The models have no float buffers: Flower aggregates them with the rule, and Corymb does not.
     """
     origin, sent = one
     options = {"min_train_nodes": 1, "min_available_nodes": 1, "min_evaluate_nodes": 1}
-    ours = aggregate(FlowerStrategy(rule, min_available_nodes=1), origin, sent)
-    theirs = aggregate(built_in(**options), origin, sent)
+    corymb_state = aggregate(FlowerStrategy(rule, min_available_nodes=1), origin, sent)
+    flower_state = aggregate(built_in(**options), origin, sent)
     for name in ("weight", "scale"):
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-3)
-    # float16 sums in Flower carry float16's rounding at each of up to seven steps.
-    np.testing.assert_allclose(ours["half"], theirs["half"], rtol=2e-2, atol=8e-2)
-    assert {name: tensor.dtype for name, tensor in ours.items()} == {
+        np.testing.assert_allclose(corymb_state[name], flower_state[name], rtol=1e-4, atol=1e-3)
+    # Flower sums float16 in float16, with a rounding error in each of up to seven steps.
+    np.testing.assert_allclose(corymb_state["half"], flower_state["half"], rtol=2e-2, atol=8e-2)
+    assert {name: tensor.dtype for name, tensor in corymb_state.items()} == {
         name: tensor.dtype for name, tensor in origin.items()
     }
-    assert ours["steps"].item() == 7
+    assert corymb_state["steps"].item() == 7
 
 
-def test_bfloat16_models_which_flower_cannot_send() -> None:
+def test_bfloat16_models_work_though_flower_cannot_send_them() -> None:
     origin = {"w": torch.zeros(3).bfloat16()}
     with pytest.raises(TypeError, match="BFloat16"):
         ArrayRecord(origin)
     strategy = FlowerStrategy(FedAvg(), min_available_nodes=1)
-    strategy.configure_train(1, to_arrays(origin), ConfigRecord(), NoNodes(2))
+    strategy.configure_train(1, to_arrays(origin), ConfigRecord(), ListedNodes(2))
     sent = [reply(1000 + i, content({"w": torch.full((3,), i + 1.0).bfloat16()})) for i in range(2)]
     arrays, _ = strategy.aggregate_train(1, sent)
     assert arrays is not None
@@ -109,14 +109,14 @@ def test_bfloat16_models_which_flower_cannot_send() -> None:
 
 
 def learner(message: Message, context: Context) -> Message:
-    """A site that pulls the model towards its own number and reports how far it was."""
+    """A client that moves the model towards its own number and reports the distance as its loss."""
     state = to_state(next(iter(message.content.array_records.values())))
     target = 1 + float(context.node_config["partition-id"])
-    far = float((state["w"] - target).abs().mean())
+    distance = float((state["w"] - target).abs().mean())
     if message.metadata.message_type == "evaluate":
-        return Message(RecordDict({"m": MetricRecord({"num-examples": 2, "loss": far})}), reply_to=message)
+        return Message(RecordDict({"m": MetricRecord({"num-examples": 2, "loss": distance})}), reply_to=message)
     moved = {"w": state["w"] + 0.5 * (target - state["w"])}
-    return Message(content(moved, int(target), loss=far, accuracy=0.5), reply_to=message)
+    return Message(content(moved, int(target), loss=distance, accuracy=0.5), reply_to=message)
 
 
 def initial() -> ArrayRecord:
@@ -124,21 +124,21 @@ def initial() -> ArrayRecord:
 
 
 @pytest.mark.parametrize("rule", PLAIN.values(), ids=PLAIN.keys())
-def test_flowers_start_and_ours_give_the_same(rule: Rule[Any]) -> None:
-    """Five rounds over six sites, two of which are drawn out each time."""
+def test_flowers_start_and_corymbs_give_the_same(rule: Rule[Any]) -> None:
+    """Five rounds with six clients, four of which are sampled in each."""
     results = []
     for start in (Strategy.start, FlowerStrategy.start):
         strategy = FlowerStrategy(rule, fraction_train=0.7, fraction_evaluate=0.5, seed=3)
         results.append(start(strategy, LocalGrid(learner, 6), initial(), num_rounds=5))
-    stock, ours = results
-    assert torch.equal(to_state(stock.arrays)["w"], to_state(ours.arrays)["w"])
-    assert stock.train_metrics_clientapp == ours.train_metrics_clientapp
-    assert stock.evaluate_metrics_clientapp == ours.evaluate_metrics_clientapp
-    assert float(cast(float, ours.evaluate_metrics_clientapp[5]["loss"])) > 0
+    flower_result, corymb_result = results
+    assert torch.equal(to_state(flower_result.arrays)["w"], to_state(corymb_result.arrays)["w"])
+    assert flower_result.train_metrics_clientapp == corymb_result.train_metrics_clientapp
+    assert flower_result.evaluate_metrics_clientapp == corymb_result.evaluate_metrics_clientapp
+    assert float(cast(float, corymb_result.evaluate_metrics_clientapp[5]["loss"])) > 0
 
 
 class Shuffled(LocalGrid):
-    """Replies come in an order of their own: an id is only answered once its turn has come."""
+    """A grid whose replies arrive in a pseudo-random order."""
 
     stream = None  # type: ignore[assignment]  # replies are pulled
 
@@ -148,7 +148,7 @@ class Shuffled(LocalGrid):
         return super().pull_messages([id_ for id_ in message_ids if id_ == order[0]])
 
 
-def test_the_order_of_arrival_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_arrival_does_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
     for rule in PLAIN.values():
         models = [
@@ -158,39 +158,39 @@ def test_the_order_of_arrival_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(*models)
 
 
-def test_rounds_go_on_when_sites_fail() -> None:
-    def sometimes(message: Message, context: Context) -> Message:
+def test_rounds_continue_when_clients_fail() -> None:
+    def failing(message: Message, context: Context) -> Message:
         site = int(context.node_config["partition-id"])
         if site == 1:
             raise RuntimeError("out of memory")
         if site == 2:
-            return Message(Error(99, "no\nluck"), reply_to=message)
+            return Message(Error(99, "disk\nfull"), reply_to=message)
         return learner(message, context)
 
     records: list[RoundRecord] = []
     strategy = FlowerStrategy(FedAvg(), on_round=records.append)
-    result = strategy.start(LocalGrid(sometimes, 4), initial(), num_rounds=2)
+    result = strategy.start(LocalGrid(failing, 4), initial(), num_rounds=2)
     assert [len(record.admitted) for record in records] == [2, 2]
     reasons = {v.node: (v.code, v.reason) for v in records[0].verdicts if v.reason}
     assert reasons == {
         "client-1": ("error", "client-1: error 2: RuntimeError: out of memory."),
-        "client-2": ("error", "client-2: error 99: no luck."),
+        "client-2": ("error", "client-2: error 99: disk full."),
     }
     assert to_state(result.arrays)["w"][0] > 0
 
 
-def test_a_round_without_replies_keeps_the_model_and_counts_for_the_rule() -> None:
-    def nobody(message: Message, context: Context) -> Message:
+def test_a_round_without_replies_keeps_the_model_and_updates_the_memory() -> None:
+    def offline(message: Message, context: Context) -> Message:
         return Message(Error(5, "offline"), reply_to=message)
 
     strategy = FlowerStrategy(FedAU())
-    result = strategy.start(LocalGrid(nobody, 3), initial(), num_rounds=2)
+    result = strategy.start(LocalGrid(offline, 3), initial(), num_rounds=2)
     assert torch.equal(to_state(result.arrays)["w"], torch.zeros(5))
     assert strategy.state.memory.open.tolist() == [2, 2, 2]
     assert result.train_metrics_clientapp == {}
 
 
-def test_it_composes_with_flowers_differential_privacy() -> None:
+def test_the_strategy_works_inside_flowers_differential_privacy() -> None:
     inner = FlowerStrategy(FedAvg(), fraction_evaluate=0)
     outer = flower.DifferentialPrivacyServerSideFixedClipping(
         inner, noise_multiplier=0.0, clipping_norm=1e-3, num_sampled_clients=4
@@ -200,7 +200,7 @@ def test_it_composes_with_flowers_differential_privacy() -> None:
     assert 0 < moved <= 1.001e-3
 
 
-def test_the_callers_values_are_not_changed() -> None:
+def test_the_arguments_are_not_changed() -> None:
     arrays, config = initial(), ConfigRecord({"lr": 0.1})
     FlowerStrategy(IDA()).start(LocalGrid(learner, 3), arrays, 2, train_config=config, evaluate_config=config)
     assert dict(config) == {"lr": 0.1}
@@ -208,7 +208,7 @@ def test_the_callers_values_are_not_changed() -> None:
     assert torch.equal(to_state(arrays)["w"], torch.zeros(5))
 
 
-def test_server_metrics_are_kept_with_their_round() -> None:
+def test_server_metrics_are_in_the_record_of_their_round() -> None:
     records: list[RoundRecord] = []
     strategy = FlowerStrategy(FedAvg(), on_round=records.append)
     result = strategy.start(
@@ -221,8 +221,8 @@ def test_server_metrics_are_kept_with_their_round() -> None:
     assert [record.server for record in records] == [{}, {"accuracy": 0.2}, {}, {"accuracy": 0.4}]
 
 
-def test_a_reply_that_the_grid_cannot_receive_is_lost_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Flower's grid, which takes bytes apart inside the pull and raises whatever they provoke."""
+def test_only_the_reply_that_the_grid_cannot_receive_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's grid decodes a reply inside the pull, which raises any exception that the bytes cause."""
     monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
 
     class Breaking(LocalGrid):
@@ -236,12 +236,10 @@ def test_a_reply_that_the_grid_cannot_receive_is_lost_alone(monkeypatch: pytest.
     records: list[RoundRecord] = []
     FlowerStrategy(FedAvg(), fraction_evaluate=0, on_round=records.append).start(Breaking(learner, 4), initial(), 1)
     assert len(records[0].admitted) == 3
-    assert records[0].verdicts[1].reason == (
-        "client-1: its reply cannot be received: TypeError: unhashable type: 'list'."
-    )
+    assert records[0].verdicts[1].reason == ("client-1: its reply is unreadable: TypeError: unhashable type: 'list'.")
 
 
-def test_messages_that_the_grid_refused_are_not_waited_for() -> None:
+def test_rounds_do_not_wait_for_messages_that_the_grid_refused() -> None:
     class Refusing(LocalGrid):
         def push_messages(self, messages: Iterable[Message]) -> list[str]:
             ids = super().push_messages(messages)
@@ -252,10 +250,10 @@ def test_messages_that_the_grid_refused_are_not_waited_for() -> None:
     assert [v.code for v in records[0].verdicts] == ["silent", "admitted", "admitted"]
 
 
-def test_a_model_that_overflows_is_not_taken() -> None:
+def test_a_model_that_overflows_is_discarded() -> None:
     origin = {"w": torch.full((2,), 1e4).half()}
     strategy = FlowerStrategy(FedAU(server_rate=1e38), min_available_nodes=1)
-    strategy.configure_train(1, to_arrays(origin), ConfigRecord(), NoNodes(1))
+    strategy.configure_train(1, to_arrays(origin), ConfigRecord(), ListedNodes(1))
     arrays, metrics = strategy.aggregate_train(
         1, [reply(1000, content({"w": torch.full((2,), -6e4).half()}, loss=1.0))]
     )
@@ -264,12 +262,12 @@ def test_a_model_that_overflows_is_not_taken() -> None:
     assert metrics == {"loss": 1.0}
 
 
-def test_aggregating_before_configuring_says_so() -> None:
-    with pytest.raises(RuntimeError, match="call configure_train before it"):
+def test_aggregating_before_configuring_raises_an_error() -> None:
+    with pytest.raises(RuntimeError, match="call configure_train first"):
         FlowerStrategy(FedAvg()).aggregate_train(1, [])
 
 
-def test_a_journal_serves_one_run(tmp_path: Path) -> None:
+def test_a_journal_accepts_one_run_only(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     FlowerStrategy(FedAvg(), journal=journal).start(LocalGrid(learner, 2), initial(), 2)
     digest = journal.model_sha256()
@@ -279,11 +277,11 @@ def test_a_journal_serves_one_run(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_waiting_ends_at_once_where_nobody_can_join() -> None:
-    with pytest.raises(TimeoutError, match="Only 2 of the 5 nodes needed"):
+def test_waiting_ends_at_once_if_no_more_nodes_can_join() -> None:
+    with pytest.raises(TimeoutError, match="Only 2 of 5 required nodes"):
         FlowerStrategy(FedAvg(), min_available_nodes=5).start(LocalGrid(learner, 2), initial(), 1)
 
 
-def test_wrong_fractions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"fraction_train = 1.5 must lie in"):
+def test_wrong_fractions_raise_an_error() -> None:
+    with pytest.raises(ValueError, match=r"fraction_train is 1.5; use a value in"):
         FlowerStrategy(FedAvg(), fraction_train=1.5)

@@ -1,4 +1,4 @@
-"""A plain Flower app, without a line of Corymb: clients that send back what they got."""
+"""A plain Flower app, which does not use Corymb: clients send back the model they received."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What runs at a site: a model, its data, and Corymb does the rest."""
+"""The ClientApp of a site, made from a model function and a data function."""
 
 from functools import cache
 
@@ -18,12 +18,12 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def load_data(context: Context) -> tuple[TensorDataset, TensorDataset]:
-    """The site's share of the digits; a fifth of it is kept for evaluation."""
+    """Return the training and evaluation examples of a site. A fifth of its digits is held out for evaluation."""
     pixels, labels = digits()
     site, sites = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-    mine = torch.arange(site, len(labels), sites)
-    held_out = torch.arange(len(mine)) % 5 == 0
-    train, test = mine[~held_out], mine[held_out]
+    rows = torch.arange(site, len(labels), sites)
+    held_out = torch.arange(len(rows)) % 5 == 0
+    train, test = rows[~held_out], rows[held_out]
     return TensorDataset(pixels[train], labels[train]), TensorDataset(pixels[test], labels[test])
 
 

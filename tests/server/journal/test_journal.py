@@ -42,7 +42,7 @@ def record(number: int) -> RoundRecord:
     )
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+def test_written_rounds_are_read_back(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for number in (1, 2, 3):
         journal.write(record(number), state())
@@ -61,20 +61,20 @@ def test_only_the_last_two_models_are_kept(tmp_path: Path) -> None:
     for number in range(1, 6):
         journal.write(record(number), state(memory=memory))
     journal.close()
-    kept = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert kept == [f"{kind}-00000{n}.safetensors" for kind in ("model", "state") for n in (4, 5)]
+    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert names == [f"{kind}-00000{n}.safetensors" for kind in ("model", "state") for n in (4, 5)]
     tensors = load_file(tmp_path / "state-000005.safetensors")
     assert tensors.keys() == {f"memory.{name}" for name in ("closed", "open", "mean", "examples")}
 
 
-def test_a_round_that_was_not_committed_did_not_happen(tmp_path: Path) -> None:
-    """The model of round 2 is in place and its row fails, as after a crash in between."""
+def test_a_round_that_was_not_committed_is_lost_as_a_whole(tmp_path: Path) -> None:
+    """The model file of round 2 is written, but the insertion of its row fails, as after a crash in between."""
     journal = Journal(tmp_path)
     journal.write(record(1), state())
-    twice = record(2)
-    twice = replace(twice, verdicts=(*twice.verdicts, twice.verdicts[1]))
+    invalid = record(2)
+    invalid = replace(invalid, verdicts=(*invalid.verdicts, invalid.verdicts[1]))
     with pytest.raises(Exception, match="UNIQUE"):
-        journal.write(twice, state({"w": torch.zeros(1)}))
+        journal.write(invalid, state({"w": torch.zeros(1)}))
     assert [r.round for r in journal.rounds()] == [1]
     assert torch.equal(journal.model()["w"], STATE["w"])
     journal.close()
@@ -98,18 +98,18 @@ def test_rounds_that_are_not_durable_are_committed_together(tmp_path: Path) -> N
     reopened.close()
 
 
-def test_an_empty_journal_says_so(tmp_path: Path) -> None:
+def test_an_empty_journal_raises_an_error(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    with pytest.raises(LookupError, match="no round yet"):
+    with pytest.raises(LookupError, match="no rounds yet"):
         journal.model()
     journal.close()
 
 
-def test_a_state_is_json_and_tensors_and_comes_back_whole(tmp_path: Path) -> None:
-    """All of it: memories, moments, what a policy of waiting has learnt, who is known, what is spent."""
+def test_a_state_is_stored_as_json_and_tensors_and_restored(tmp_path: Path) -> None:
+    """Including memories, moments, the estimates of the round-size policy, the known nodes and the cost."""
     attendance = Attendance(("a", "b"), *(torch.rand(2) for _ in range(4)))
     learnt = Learnt(Gradients(0.5, 2.0), 3, (0.1,), (1.5, 2.5), (2, 1), 2, 0.7)
-    whole = replace(
+    written = replace(
         state(memory=attendance),
         moments=Moments({"step": torch.tensor(2.0), "exp_avg": torch.rand(8)}),
         candidate_memories=(None, attendance),
@@ -119,7 +119,7 @@ def test_a_state_is_json_and_tensors_and_comes_back_whole(tmp_path: Path) -> Non
         round=4,
     )
     journal = Journal(tmp_path)
-    journal.write(record(4), whole)
+    journal.write(record(4), written)
     (text,) = journal._database.execute("SELECT state FROM rounds").fetchone()
     plain = json.loads(text)
     assert plain["memory"]["nodes"] == ["a", "b"]
@@ -131,14 +131,14 @@ def test_a_state_is_json_and_tensors_and_comes_back_whole(tmp_path: Path) -> Non
         candidate_memories=(None, Attendance()),
         round_size=Learnt(),
     )
-    back = journal.state(first)
+    restored = journal.state(first)
     journal.close()
-    assert back.round_size == learnt
-    assert (back.known, back.spent, back.round) == (whole.known, whole.spent, 4)
-    assert torch.equal(back.model.parameters, whole.model.parameters)
-    assert packed_equal(back, whole)
+    assert restored.round_size == learnt
+    assert (restored.known, restored.spent, restored.round) == (written.known, written.spent, 4)
+    assert torch.equal(restored.model.parameters, written.model.parameters)
+    assert packed_equal(restored, written)
 
 
 def packed_equal(one: RunState, two: RunState) -> bool:
-    (plain, tensors), (others, theirs) = (packed(replace(each, model=None)) for each in (one, two))  # type: ignore[arg-type]
-    return bool(plain == others) and all(torch.equal(tensors[name], theirs[name]) for name in tensors | theirs)
+    (plain, tensors), (plain_2, tensors_2) = (packed(replace(each, model=None)) for each in (one, two))  # type: ignore[arg-type]
+    return bool(plain == plain_2) and all(torch.equal(tensors[name], tensors_2[name]) for name in tensors | tensors_2)

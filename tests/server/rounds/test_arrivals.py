@@ -27,7 +27,7 @@ def echo(message: Message, context: Context) -> Message:
 
 
 class Slow(LocalGrid):
-    """Never answers the first message."""
+    """A grid that never delivers the reply to the first message."""
 
     stream = None  # type: ignore[assignment]  # replies are pulled
 
@@ -39,16 +39,16 @@ def pushed(grid: LocalGrid) -> dict[str, Message]:
     return push(grid, [Message(RecordDict(), node_id, "train") for node_id in connected(grid).values()])
 
 
-def test_a_node_that_never_answers_delays_nobody_else() -> None:
+def test_a_missing_reply_does_not_delay_the_others() -> None:
     grid = Slow(echo, 4)
     started = time.monotonic()
-    seen = [reply.metadata.src_node_id for reply in arrivals(grid, pushed(grid), timeout=0.5)]
-    assert seen == [1001, 1002, 1003]
+    sources = [reply.metadata.src_node_id for reply in arrivals(grid, pushed(grid), timeout=0.5)]
+    assert sources == [1001, 1002, 1003]
     assert time.monotonic() - started < 5
 
 
-def test_one_reply_at_a_time_is_in_memory() -> None:
-    """Each reply must be gone when the next site begins to train."""
+def test_at_most_one_reply_is_in_memory() -> None:
+    """Each reply must be freed before the next client trains."""
     alive: list[weakref.ref[Any]] = []
     most = 0
 
@@ -66,28 +66,28 @@ def test_one_reply_at_a_time_is_in_memory() -> None:
     assert most == 0
 
 
-def test_waiting_for_nodes_gives_up_with_both_numbers() -> None:
-    with pytest.raises(TimeoutError, match="Only 2 of the 3 nodes needed connected within 0 s"):
+def test_waiting_for_nodes_ends_after_the_timeout() -> None:
+    with pytest.raises(TimeoutError, match="Only 2 of 3 required nodes connected within 0 s"):
         wait_for(LocalGrid(echo, 2), 3, timeout=0)
 
 
 class Growing(LocalGrid):
     """Nodes register one by one, as in the first seconds of a deployment."""
 
-    there = 0
+    registered = 0
     is_complete = False
 
     def get_nodes(self) -> list[Any]:
-        self.there += 1
-        return super().get_nodes()[: self.there]
+        self.registered += 1
+        return super().get_nodes()[: self.registered]
 
 
-def test_waiting_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_nodes_ends_when_enough_are_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corymb.server.rounds.roster.POLL_SECONDS", 0)
     assert len(wait_for(Growing(echo, 9), 4, timeout=5)) == 4
 
 
-def test_names_are_kept_where_they_are_unique() -> None:
+def test_names_that_are_not_unique_get_the_node_id() -> None:
     grid = LocalGrid(echo, ["a", "b", "b", ""])
     assert connected(grid) == {"a": 1000, "b-1001": 1001, "b-1002": 1002, "node-1003": 1003}
 
@@ -100,6 +100,6 @@ def test_samples_depend_on_names_and_seed_only(names: set[str], fraction: float,
     assert len(chosen) == (0 if fraction == 0 else max(1, round(fraction * len(names))))
 
 
-def test_rounds_draw_different_samples() -> None:
+def test_rounds_have_different_samples() -> None:
     names = [str(i) for i in range(100)]
     assert sample(names, 0.1, 0, 1) != sample(names, 0.1, 0, 2)

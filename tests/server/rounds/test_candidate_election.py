@@ -1,4 +1,4 @@
-"""Candidate elections: sites elect a round's model, on real federations in process."""
+"""Candidate elections in which clients elect a round's model, in federations within the test process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ SITES = 7
 
 
 def federation(hostile: int = 0, liars: int = 0) -> LocalGrid:
-    """Sites whose loss is the distance to 1; the first `hostile` send 100, the first `liars` praise what is far."""
+    """Clients that train towards 1 and whose loss is the distance to 1.
+
+    The first `hostile` clients send 100 instead; the first `liars` report the negative distance.
+    """
     app = ClientApp()
 
     def model(message: Message) -> torch.Tensor:
@@ -57,7 +60,7 @@ def learned(
     return float(to_state(result.arrays)["w"][0]), records
 
 
-def test_honest_sites_keep_the_rules_model() -> None:
+def test_honest_clients_elect_the_rules_model() -> None:
     model, records = learned(CandidateElection())
     assert 0.9 < model < 1
     assert [record.notes["elected"] for record in records] == [0] * 4
@@ -71,23 +74,23 @@ def test_a_poisoned_aggregate_is_rolled_back() -> None:
     assert [record.notes["elected"] for record in records] == [1] * 4
 
 
-def test_another_rules_model_is_taken_where_it_is_better() -> None:
+def test_a_better_model_of_another_rule_is_elected() -> None:
     model, records = learned(CandidateElection((Median(),)), hostile=2, liars=2)
     assert 0.9 < model < 1
     assert [record.notes["elected"] for record in records] == [1] * 4
 
 
-def test_it_is_the_same_under_flowers_start() -> None:
-    ours = learned(CandidateElection((Median(),)), hostile=2, liars=2)[0]
-    assert learned(CandidateElection((Median(),)), start=Strategy.start, hostile=2, liars=2)[0] == ours
+def test_the_result_is_the_same_under_flowers_start() -> None:
+    expected = learned(CandidateElection((Median(),)), hostile=2, liars=2)[0]
+    assert learned(CandidateElection((Median(),)), start=Strategy.start, hostile=2, liars=2)[0] == expected
 
 
-def test_no_site_reports_anything() -> None:
+def test_without_reports_there_is_no_choice() -> None:
     assert CandidateElection().choose([[], []]) is None
 
 
 @given(data=st.data(), voters=st.integers(1, 7), candidates=st.integers(2, 4))
-def test_certified_liars_change_nothing(data: st.DataObject, voters: int, candidates: int) -> None:
+def test_liars_within_the_certificate_change_nothing(data: st.DataObject, voters: int, candidates: int) -> None:
     number = st.floats(0, 10)
     losses = [{c: data.draw(number) for c in range(candidates)} for _ in range(voters)]
     choice = elected(losses, candidates)

@@ -1,4 +1,4 @@
-"""One round as a value: `conclude` alone, our loop and Flower's own `start()` decide alike, for every rule."""
+"""`conclude` alone, Corymb's round loop and Flower's own `start()` give the same results for every rule."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from corymb.strategies import RULES, FedAvg, Layout, Median, Rule, ServerOptimiz
 from corymb.strategies.core.serialization import packed
 from corymb.tests.support import NEEDED
 
-NAMES = [f"site-{i:02d}" for i in range(5)]  # what FedDA and FedGP call their target is among them
+NAMES = [f"site-{i:02d}" for i in range(5)]  # the target of FedDA and FedGP is one of them
 LAYOUT = Layout.of_module(make_module())
 STATE = make_module().state_dict()
 QUICK: dict[str, dict[str, Any]] = {"fedlaw": {"epochs": 2}, "run_off_distillation": {"epochs": 1}}
-CLASSIFIER = {"weight_matching"}  # what it matches has no norm layer
+CLASSIFIER = {"weight_matching"}  # this rule cannot match models with a norm layer
 
 
 def rule_of(name: str) -> Rule[Any]:
     return make_rule(name, **{**NEEDED.get(name, {}), **QUICK.get(name, {})})
 
 
-# What a site answers with: a seed for its update, its examples, or what is wrong with the reply.
-Answer = tuple[int, int, str]
-answers = st.tuples(st.integers(0, 99), st.integers(1, 50), st.sampled_from(["", "", "", "", "nan", "shape", "error"]))
-rounds = st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES, answers)), min_size=1, max_size=3)
+# A client's reply: the seed of its update, its number of examples, and the fault of the reply ("" for none).
+PlannedReply = tuple[int, int, str]
+replies = st.tuples(st.integers(0, 99), st.integers(1, 50), st.sampled_from(["", "", "", "", "nan", "shape", "error"]))
+rounds = st.lists(st.fixed_dictionaries(dict.fromkeys(NAMES, replies)), min_size=1, max_size=3)
 
 
-def answered(message: Message, answer: Answer) -> Message:
-    """The reply of a site that got `message`."""
-    seed, examples, wrong = answer
+def reply_to(message: Message, planned_reply: PlannedReply) -> Message:
+    """Return the reply of a client to `message`."""
+    seed, examples, wrong = planned_reply
     if wrong == "error":
         return Message(Error(99, "out of memory"), reply_to=message)
     generator = torch.Generator().manual_seed(seed)
@@ -69,22 +69,22 @@ def answered(message: Message, answer: Answer) -> Message:
     return Message(RecordDict({"arrays": to_arrays(sent), "metrics": MetricRecord(metrics)}), reply_to=message)
 
 
-def federation(plan: list[dict[str, Answer]]) -> LocalGrid:
-    """Sites that answer as planned, round by round."""
+def federation(plan: list[dict[str, PlannedReply]]) -> LocalGrid:
+    """Make a grid of clients that reply as planned, round by round."""
 
     def site(message: Message, context: Context) -> Message:
         config = next(r for r in message.content.values() if isinstance(r, ConfigRecord))
         number = int(config["server-round"])  # type: ignore[arg-type]
-        return answered(message, plan[number - 1][NAMES[int(context.node_config["partition-id"])]])
+        return reply_to(message, plan[number - 1][NAMES[int(context.node_config["partition-id"])]])
 
     return LocalGrid(site, NAMES)
 
 
-def alone(method: Method, plan: list[dict[str, Answer]]) -> tuple[RunState, list[RoundRecord]]:
-    """The rounds by `conclude` alone: no grid, no loop; messages are made here, and replies come in reverse."""
+def alone(method: Method, plan: list[dict[str, PlannedReply]]) -> tuple[RunState, list[RoundRecord]]:
+    """Run the rounds by `conclude` alone, without a grid or a loop. Replies arrive in reverse order."""
     inside_task(1, 1)
     state, records = method.initial(LAYOUT.flatten(STATE)), []
-    for number, mine in enumerate(plan, 1):
+    for number, planned in enumerate(plan, 1):
         sent: dict[str, Message] = {}
         for row, name in enumerate(NAMES):
             model = method.rule.model_for(name, state.model, state.memory)
@@ -93,14 +93,14 @@ def alone(method: Method, plan: list[dict[str, Answer]]) -> tuple[RunState, list
             stamp(message, f"{number}-{name}")
             sent[name] = message
         requests = Requests({m.metadata.message_id: name for name, m in sent.items()}, tuple(NAMES))
-        replies = [answered(sent[name], mine[name]) for name in reversed(NAMES)]
+        replies = [reply_to(sent[name], planned[name]) for name in reversed(NAMES)]
         state, record = conclude(state, Round(number, method, requests), iter(replies))
         records.append(record)
     return state, records
 
 
-def looped(method: Method, plan: list[dict[str, Answer]], start: Any) -> tuple[RunState, list[RoundRecord]]:
-    """The same through a Flower strategy, under our `start()` or Flower's."""
+def looped(method: Method, plan: list[dict[str, PlannedReply]], start: Any) -> tuple[RunState, list[RoundRecord]]:
+    """Run the rounds through a Flower strategy, with Corymb's `start()` or Flower's."""
     records: list[RoundRecord] = []
 
     class Recorded(FlowerStrategy):
@@ -120,7 +120,7 @@ def looped(method: Method, plan: list[dict[str, Answer]], start: Any) -> tuple[R
     return strategy.state, records
 
 
-def everything(state: RunState) -> tuple[Any, Mapping[str, Tensor]]:
+def contents(state: RunState) -> tuple[Any, Mapping[str, Tensor]]:
     plain, tensors = packed(replace(state, model=None))  # type: ignore[arg-type]
     return plain, tensors | {"model": state.model.parameters, "buffers": state.model.buffers}
 
@@ -132,22 +132,22 @@ def same(one: Tensor, two: Tensor) -> bool:
 @pytest.mark.parametrize("name", [name for name in RULES if name not in CLASSIFIER])
 @given(plan=rounds)
 @settings(max_examples=6, suppress_health_check=[HealthCheck.too_slow])
-def test_conclude_alone_the_loop_and_flowers_start_agree(name: str, plan: list[dict[str, Answer]]) -> None:
+def test_conclude_alone_the_loop_and_flowers_start_agree(name: str, plan: list[dict[str, PlannedReply]]) -> None:
     rule = rule_of(name)
     method = Method(rule, ServerOptimizer("SGD", 0.5, {"momentum": 0.9}), proxy=make_proxy())
-    found = [alone(method, plan), looped(method, plan, FlowerStrategy.start), looped(method, plan, Strategy.start)]
-    (state, records), others = found[0], found[1:]
-    plain, tensors = everything(state)
-    for other, told in others:
-        assert [replace(r, seconds=0.0) for r in told] == records
-        theirs, their_tensors = everything(other)
-        assert theirs == plain
-        assert tensors.keys() == their_tensors.keys()
-        assert all(same(tensors[key], their_tensors[key]) for key in tensors)
-    for number, (record, mine) in enumerate(zip(records, plan, strict=True), 1):
+    results = [alone(method, plan), looped(method, plan, FlowerStrategy.start), looped(method, plan, Strategy.start)]
+    (state, records), others = results[0], results[1:]
+    plain, tensors = contents(state)
+    for other_state, other_records in others:
+        assert [replace(r, seconds=0.0) for r in other_records] == records
+        other_plain, other_tensors = contents(other_state)
+        assert other_plain == plain
+        assert tensors.keys() == other_tensors.keys()
+        assert all(same(tensors[key], other_tensors[key]) for key in tensors)
+    for number, (record, planned) in enumerate(zip(records, plan, strict=True), 1):
         assert record.round == number
         assert [verdict.node for verdict in record.verdicts] == NAMES
-        assert {v.node for v in record.admitted} == {name for name, (_, _, wrong) in mine.items() if not wrong}
+        assert {v.node for v in record.admitted} == {name for name, (_, _, wrong) in planned.items() if not wrong}
     assert state.round == len(plan)
     assert state.known == frozenset(NAMES)
     assert state.spent.messages == len(plan) * len(NAMES)
@@ -157,16 +157,16 @@ def test_conclude_alone_the_loop_and_flowers_start_agree(name: str, plan: list[d
 
 @given(plan=rounds)
 @settings(max_examples=10)
-def test_nothing_that_is_passed_in_is_changed(plan: list[dict[str, Answer]]) -> None:
+def test_conclude_does_not_change_its_arguments(plan: list[dict[str, PlannedReply]]) -> None:
     method = Method(make_rule("fedvarp"), ServerOptimizer("Adam", 0.1))
     state, _ = alone(method, plan)
-    plain, tensors = everything(state)
-    kept = {key: tensor.clone() for key, tensor in tensors.items()}
+    plain, tensors = contents(state)
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}
     requests = Requests({}, tuple(NAMES))
     for _ in range(2):
         conclude(state, Round(state.round + 1, method, requests), iter(()))
-    assert everything(state)[0] == plain
-    assert all(same(tensors[key], kept[key]) for key in kept)
+    assert contents(state)[0] == plain
+    assert all(same(tensors[key], copies[key]) for key in copies)
 
 
 def message_to(name: str, number: int = 1) -> Message:
@@ -177,14 +177,14 @@ def message_to(name: str, number: int = 1) -> Message:
     return message
 
 
-def test_replies_are_told_by_the_message_that_they_answer() -> None:
-    """FAULTS S1: also where the SuperLink made them under its own node id; a second one of a node is not read."""
+def test_replies_are_matched_by_the_message_that_they_refer_to() -> None:
+    """Even error replies that the SuperLink made under its own node id. A node's second reply is not read."""
     method = Method(FedAvg())
     sent = [message_to(name) for name in NAMES[:3]]
     requests = Requests({m.metadata.message_id: n for m, n in zip(sent, NAMES, strict=False)}, tuple(NAMES[:3]))
     failed = Message(Error(5, "offline"), reply_to=sent[2])
     failed.metadata.__dict__["_src_node_id"] = 1
-    replies = [answered(sent[0], (1, 1, "")), answered(sent[0], (2, 9, "")), failed]
+    replies = [reply_to(sent[0], (1, 1, "")), reply_to(sent[0], (2, 9, "")), failed]
     state, record = conclude(method.initial(LAYOUT.flatten(STATE)), Round(1, method, requests), iter(replies))
     assert [(v.node, v.code) for v in record.verdicts] == [
         ("site-00", "admitted"),
@@ -196,13 +196,13 @@ def test_replies_are_told_by_the_message_that_they_answer() -> None:
     torch.testing.assert_close(state.model.parameters, expected.parameters)
 
 
-def test_an_election_is_part_of_the_decision() -> None:
-    """Sites that prefer the model before the round get it, and nothing of the round's momentum stays."""
+def test_conclude_holds_the_candidate_election() -> None:
+    """Clients elect the model before the round, and the round's momentum is discarded."""
     method = Method(FedAvg(), ServerOptimizer("SGD", 1.0, {"momentum": 0.9}), CandidateElection((Median(),)))
     state = method.initial(LAYOUT.flatten(STATE))
     sent = {name: message_to(name) for name in NAMES}
     requests = Requests({m.metadata.message_id: n for n, m in sent.items()}, tuple(NAMES))
-    replies = [answered(m, (seed, 1, "")) for seed, m in enumerate(sent.values())]
+    replies = [reply_to(m, (seed, 1, "")) for seed, m in enumerate(sent.values())]
 
     def evaluate(model: Any) -> Any:
         loss = float((model.parameters - state.model.parameters).norm())
@@ -214,5 +214,5 @@ def test_an_election_is_part_of_the_decision() -> None:
     assert record.notes["elected"] == 2
     assert after.model is state.model
     assert after.moments == state.moments
-    with pytest.raises(ValueError, match="give conclude a function that has them evaluate"):
+    with pytest.raises(ValueError, match="pass `evaluate` to `conclude`"):
         conclude(state, Round(1, method, requests), iter(replies))

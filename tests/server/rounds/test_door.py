@@ -1,4 +1,4 @@
-"""Hostile and broken replies, each from one of six nodes: only that reply may be lost."""
+"""Hostile and broken replies, each from one of six nodes: only that reply is rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg, Layout, Reply
 from corymb.tests.support import PLAIN, content, reply
 
-SIZE = 1_000_000  # 4 MB of float32, so that a copy too many would show
+SIZE = 1_000_000  # 4 MB of float32, so that an extra copy is visible in the memory use
 HOSTILE = 3
 
 
@@ -53,8 +53,8 @@ def without(name: str) -> RecordDict:
     return content(state)
 
 
-def Raw(examples: Any) -> RecordDict:
-    """A content whose metrics Flower's own checks never saw."""
+def unchecked(examples: Any) -> RecordDict:
+    """Return a content whose number of examples bypasses Flower's own checks."""
     sent = content(good())
     sent["metrics"].__dict__["_data"]["num-examples"] = examples
     return sent
@@ -72,7 +72,7 @@ ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
         "tensor 'w'",
     ),
     "a finite model too large": (lambda: content(good() | {"w": torch.full((SIZE,), 1e37)}), "not finite", "1e.20"),
-    "a weight beyond floats": (lambda: Raw(10**400), "examples", "whole number"),
+    "a weight beyond floats": (lambda: unchecked(10**400), "examples", "whole number"),
     "an infinite weight": (lambda: content(good(), float("inf")), "examples", "is inf"),
     "a NaN weight": (lambda: content(good(), float("nan")), "examples", "is nan"),
     "a negative weight": (lambda: content(good(), -499), "examples", "is -499"),
@@ -89,7 +89,7 @@ ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
     "garbage": (
         lambda: with_array("w", Array("float32", (SIZE,), "numpy.ndarray", b"?" * 99)),
         "bytes",
-        "no .npy",
+        "not an .npy",
     ),
     "no metrics": (
         lambda: RecordDict({"arrays": to_arrays(good())}),
@@ -106,7 +106,7 @@ ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
 
 
 def federation(attack: Callable[[], RecordDict] | None) -> LocalGrid:
-    """Six sites of which one attacks, or stays silent where there is no attack."""
+    """Make a grid of six clients. One attacks, or sends an error reply if `attack` is None."""
 
     def site(message: Message, context: Context) -> Message:
         number = int(context.node_config["partition-id"])
@@ -120,7 +120,7 @@ def federation(attack: Callable[[], RecordDict] | None) -> LocalGrid:
 
 
 def peak_growth(work: Callable[[], Any]) -> int:
-    """By how many bytes the process grew at most while it did `work`."""
+    """Return the peak growth of the process's memory during `work`, in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
 
     def status(field: str) -> int:
@@ -155,7 +155,7 @@ def test_the_model_is_that_of_the_five_honest_sites(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("rule", PLAIN)
-def test_every_rule_stands_behind_the_same_door(rule: str) -> None:
+def test_every_rule_is_protected_by_the_door(rule: str) -> None:
     models = []
     for attack in (ATTACKS["a NaN model"][0], None):
         strategy = FlowerStrategy(PLAIN[rule], fraction_evaluate=0)
@@ -163,7 +163,7 @@ def test_every_rule_stands_behind_the_same_door(rule: str) -> None:
     assert all(torch.equal(models[0][entry], models[1][entry]) for entry in models[1])
 
 
-def test_memory_stays_flat_whatever_a_header_claims() -> None:
+def test_false_headers_do_not_allocate_memory() -> None:
     door = Door(Layout.of(good()))
     for name in ("a header of 4 TiB", "a truncated array", "garbage", "a wrong shape", "an infinite model"):
         message = reply(1000, ATTACKS[name][0]())
@@ -191,13 +191,13 @@ def with_steps(steps: dict[str, torch.Tensor]) -> RecordDict:
     return sent
 
 
-def test_updates_of_batches_come_along() -> None:
+def test_updates_of_batches_are_read_if_the_rule_wants_them() -> None:
     admitted = Door(Layout.of(good()), wants_steps=lambda node: node == "a").admit("a", reply(1000, with_steps(STEPS)))
     assert isinstance(admitted, Reply)
     assert admitted.steps is not None
     assert admitted.steps.shape == (2, SIZE + 3)
     for verdict in (
-        Door(Layout.of(good())).admit("a", reply(1000, with_steps(STEPS))),  # nobody asked for them
+        Door(Layout.of(good())).admit("a", reply(1000, with_steps(STEPS))),  # by default, no node's steps are read
         Door(Layout.of(good()), wants_steps=lambda node: node == "b").admit("a", reply(1000, with_steps(STEPS))),
     ):
         assert isinstance(verdict, Reply)
@@ -208,22 +208,22 @@ def test_updates_of_batches_come_along() -> None:
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ({"b": STEPS["b"], "w": STEPS["w"]}, "does not have the model's parameters in their order"),
-        ({"w": STEPS["w"], "b": torch.ones(3, 3)}, r"tensor 'b' in 'steps' is no torch.float32 \[2, 3\]"),
-        ({"w": STEPS["w"], "b": torch.ones(2, 3).double()}, "tensor 'b' in 'steps' is no torch.float32"),
+        ({"b": STEPS["b"], "w": STEPS["w"]}, "does not have the model's parameters in the same order"),
+        ({"w": STEPS["w"], "b": torch.ones(3, 3)}, r"tensor 'b' in 'steps' is not torch.float32 \[2, 3\]"),
+        ({"w": STEPS["w"], "b": torch.ones(2, 3).double()}, "tensor 'b' in 'steps' is not torch.float32"),
         ({"w": torch.zeros(0, SIZE), "b": torch.zeros(0, 3)}, "has 0 batches, not 1 to 256"),
         ({"w": torch.zeros(257, SIZE)[:, :1].expand(257, SIZE), "b": torch.zeros(257, 3)}, "has 257 batches"),
-        ({"w": STEPS["w"], "b": torch.full((2, 3), torch.nan)}, "tensor 'b' in 'steps' holds NaN"),
+        ({"w": STEPS["w"], "b": torch.full((2, 3), torch.nan)}, "tensor 'b' in 'steps' has NaN"),
     ],
     ids=["order", "shape", "dtype", "none", "many", "nan"],
 )
-def test_wrong_updates_of_batches_are_turned_away(steps: dict[str, torch.Tensor], reason: str) -> None:
+def test_wrong_updates_of_batches_are_rejected(steps: dict[str, torch.Tensor], reason: str) -> None:
     verdict = Door(Layout.of(good()), wants_steps=lambda node: node == "a").admit("a", reply(1000, with_steps(steps)))
     assert isinstance(verdict, Rejection)
     assert re.search(reason, verdict.reason), verdict.reason
 
 
-def test_metrics_are_bounded() -> None:
+def test_the_number_and_names_of_metrics_are_bounded() -> None:
     names = {f"metric-{i}": 1.0 for i in range(5000)} | {"fake\n\x1b[31mline": 1.0, "x" * 101: 1.0, "huge": 9e298}
     report = Door(Layout.of({})).admit_metrics("a", reply(1000, content({}, 1, **names)))
     assert not isinstance(report, Rejection)
@@ -236,7 +236,7 @@ def test_metrics_are_bounded() -> None:
     assert report.metrics["participation"] == 0.5
 
 
-def test_what_nobody_thought_of_costs_its_reply_only() -> None:
+def test_an_unforeseen_error_rejects_only_its_reply() -> None:
     sent = content({"w": torch.zeros(3)})
     sent.array_records["arrays"]["w"].__dict__["shape"] = None
     verdict = Door(Layout.of({"w": torch.zeros(3)})).admit("a", reply(1000, sent))
@@ -252,7 +252,7 @@ def test_no_reply_can_raise(noise: bytes, dtype: str, size: int) -> None:
     assert isinstance(Door(layout).admit("x", reply(1000, sent)), Rejection)
 
 
-def test_what_a_site_writes_cannot_break_the_log() -> None:
+def test_text_from_a_client_cannot_break_the_log() -> None:
     message = reply(1000, content({}))
     failing = Message(Error(2, "x" * 5000 + "\x1b[31m\nfake line"), reply_to=message)
     verdict = Door(Layout.of({})).admit("a", failing)

@@ -1,4 +1,4 @@
-"""How many replies a round waits for, on a grid whose sites answer after their own time."""
+"""The number of replies that a round waits for, on a grid whose clients reply after set delays."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg, Model, Reply
 from corymb.strategies.core.serialization import packed, unpacked
 
-SECONDS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.6]  # the last site is slow
+SECONDS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.6]  # of the clients; the last one is slow
 
 
 class Slow(LocalGrid):
-    """Replies can be pulled after their site's time."""
+    """A grid on which a reply can be pulled only after its client's delay."""
 
     stream = None  # type: ignore[assignment]  # replies are pulled
 
@@ -43,7 +43,7 @@ class Slow(LocalGrid):
 
 
 def quadratic(noise: float) -> ClientApp:
-    """Sites that go a tenth of the way to zero, give or take; the loss is half the squared distance."""
+    """Make clients that move a tenth of the way to zero, plus noise. The loss is half the squared distance."""
     app = ClientApp()
     generator = torch.Generator().manual_seed(0)
 
@@ -58,7 +58,7 @@ def quadratic(noise: float) -> ClientApp:
     return app
 
 
-def waited(size: RoundSize[Any] | None, noise: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def numbers_of_replies(size: RoundSize[Any] | None, noise: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0.002)
     monkeypatch.setattr("corymb.server.rounds.arrivals.SLOWEST_POLL_SECONDS", 0.002)
     records: list[RoundRecord] = []
@@ -67,25 +67,25 @@ def waited(size: RoundSize[Any] | None, noise: float, monkeypatch: pytest.Monkey
     return [len(record.admitted) for record in records]
 
 
-def test_without_a_policy_all_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert waited(None, 0.0, monkeypatch) == [6] * 5
+def test_without_a_policy_a_round_waits_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numbers_of_replies(None, 0.0, monkeypatch) == [6] * 5
 
 
-def test_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert waited(WaitForShare(0.5), 0.0, monkeypatch) == [3] * 5
-    with pytest.raises(ValueError, match=r"share = 1.5 must lie in \(0, 1\]"):
+def test_a_round_waits_for_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numbers_of_replies(WaitForShare(0.5), 0.0, monkeypatch) == [3] * 5
+    with pytest.raises(ValueError, match=r"share is 1.5; use a value in \(0, 1\]"):
         WaitForShare(1.5)
 
 
-def test_a_slow_site_is_not_worth_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without noise every update says the same, so one is enough; the loss never rises."""
-    counts = waited(DynamicBackupWorkers(rate=0.1), 0.01, monkeypatch)
+def test_rounds_do_not_wait_for_a_slow_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little noise all updates are nearly equal, so one is enough. The loss never rises."""
+    counts = numbers_of_replies(DynamicBackupWorkers(rate=0.1), 0.01, monkeypatch)
     assert counts[0] == 6
     assert all(count < 6 for count in counts[2:])
 
 
-def test_nothing_to_gain_takes_all() -> None:
-    """Nor where the loss rose, as it did here in the second round."""
+def test_without_gain_a_round_waits_for_all() -> None:
+    """The same holds if the loss rose, as it does here in the second round."""
     size, origin = DynamicBackupWorkers(), Model(torch.zeros(2))
     chosen, learnt = size.choose(5, size.initial())
     assert chosen == 5
@@ -96,8 +96,8 @@ def test_nothing_to_gain_takes_all() -> None:
     assert size.choose(5, learnt)[0] == 5
 
 
-def test_what_is_learnt_survives_storage() -> None:
-    """And so do the places at which replies come: the mean over the rounds, not every time."""
+def test_the_estimates_can_be_stored() -> None:
+    """This includes the mean time of each reply over the rounds."""
     size, origin = DynamicBackupWorkers(rate=0.5), Model(torch.zeros(2))
     learnt = size.initial()
     for seconds, loss in (([0.1, 0.3], 2.0), ([0.3, 0.5, 0.9], 1.0)):

@@ -29,16 +29,16 @@ def history(process: Participation, rounds: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Markov, Cyclic])
-def test_each_node_is_online_as_often_as_its_probability_says(kind: type[Participation]) -> None:
-    """Over 400 independent copies, from the first round on, so that the start is stationary too."""
+def test_each_node_is_online_with_its_probability(kind: type[Participation]) -> None:
+    """Averaged over 400 independent copies from the first round on, so that the start must be stationary."""
     nodes = np.tile(P, 400)
     process = kind(nodes, np.random.default_rng(0))  # type: ignore[call-arg]
     online = history(process, 300).reshape(300, 400, len(P)).mean(axis=(0, 1))
-    # A cycle of at least one round in 100 cannot be shorter; its start is uniform, hence its share is near p.
+    # Cyclic nodes are online for a whole number of rounds per cycle, at least one, so their share is only near p.
     assert_allclose(online, P, atol=0.02)
 
 
-def test_markov_rates_as_worked() -> None:
+def test_markov_rates_equal_worked_values() -> None:
     for case in GOLDEN["markov_params"]:
         on, off = markov_rates(np.array([case["p"]]), 0.05)
         assert_allclose(on, case["p_inactive_to_active"], rtol=1e-12)
@@ -46,13 +46,13 @@ def test_markov_rates_as_worked() -> None:
         assert_allclose(on / (on + off), case["stationary"], rtol=1e-12)
 
 
-def test_cyclic_lengths_as_worked() -> None:
+def test_cyclic_lengths_equal_worked_values() -> None:
     for case in GOLDEN["cyclic_params"]:
         active, inactive = cyclic_lengths(np.array([case["p"]]), case["cycle"])
         assert (active[0], inactive[0]) == (case["active_rounds"], case["inactive_rounds"])
 
 
-def test_a_cycle_is_one_run_of_rounds() -> None:
+def test_a_cycle_has_one_contiguous_run_of_rounds() -> None:
     online = history(Cyclic(P, np.random.default_rng(1)), 400)
     for node, p in enumerate(P):
         starts = np.flatnonzero(~online[:-1, node] & online[1:, node]) + 1
@@ -61,7 +61,7 @@ def test_a_cycle_is_one_run_of_rounds() -> None:
         assert online[first : first + 100, node].sum() == round(100 * p)
 
 
-def test_class_correlated_probabilities_as_worked() -> None:
+def test_class_correlated_probabilities_equal_worked_values() -> None:
     case = GOLDEN["participation_prob"]
     p = probabilities_of(
         np.array(case["class_dist_per_client"]),
@@ -83,7 +83,7 @@ def test_always() -> None:
     assert Always(3).step().tolist() == [True] * 3
 
 
-def test_a_trace_is_followed_and_starts_over(tmp_path: Path) -> None:
+def test_a_trace_is_followed_and_repeats(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("1,0,1\n0,0,1\n")
     trace = Trace(path, 3)

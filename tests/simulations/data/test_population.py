@@ -1,4 +1,4 @@
-"""Who has which examples, however many clients there are."""
+"""Tests of populations: which client has which examples."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from corymb.simulations.experiments.experiment import Experiment
 from corymb.tests.support import scenario_of_seed
 
 
-def test_a_population_in_order_is_the_same() -> None:
+def test_in_order_keeps_the_examples_of_each_client() -> None:
     examples = Examples(torch.arange(10.0)[:, None], torch.arange(10) % 3)
-    people = Population.of(examples, [np.array([7, 2]), np.array([0, 9, 4])])
-    tidy = people.in_order()
-    assert tidy.rows is None
-    for each in (people, tidy):
+    population = Population.of(examples, [np.array([7, 2]), np.array([0, 9, 4])])
+    ordered = population.in_order()
+    assert ordered.rows is None
+    for each in (population, ordered):
         assert len(each) == 2
         assert each.sizes.tolist() == [2, 3]
         assert each.examples(1)[0].flatten().tolist() == [0, 9, 4]
         places = each.places([1, 0], torch.tensor([[0, 2], [1, 0]]))
         assert each.store.inputs_at(places.flatten()).flatten().tolist() == [0, 4, 2, 7]
         assert each.labels(3).tolist() == [[0, 0.5, 0.5], [2 / 3, 1 / 3, 0]]
-    more = tidy.joined_by(Examples(torch.full((2, 1), 77.0), torch.zeros(2, dtype=torch.int64)))
+    more = ordered.with_client(Examples(torch.full((2, 1), 77.0), torch.zeros(2, dtype=torch.int64)))
     assert more.examples(2)[0].flatten().tolist() == [77, 77]
     assert more.examples(0)[0].flatten().tolist() == [7, 2]
 
 
-def test_clients_draw_what_they_are_to_draw() -> None:
+def test_drawn_sizes_and_classes_follow_their_distributions() -> None:
     labels = np.repeat(np.arange(4), [50, 5, 500, 45])
     rng = np.random.default_rng(0)
     rows, offsets = drawn(labels, 3000, rng, mean=20, sigma=1.0, alpha=0.3)
@@ -41,14 +41,14 @@ def test_clients_draw_what_they_are_to_draw() -> None:
     assert sizes.min() >= 1
     assert sizes.mean() == pytest.approx(20, rel=0.1)
     assert np.log(sizes[sizes > 5]).std() > 0.5
-    people = Population(Examples(torch.zeros(600, 1), torch.from_numpy(labels)), offsets, torch.from_numpy(rows))
-    shares = people.labels(4)
-    # Classes are drawn alike, however many examples of each there are; each client has few of them.
+    population = Population(Examples(torch.zeros(600, 1), torch.from_numpy(labels)), offsets, torch.from_numpy(rows))
+    shares = population.labels(4)
+    # All classes are equally likely, whatever their numbers of examples; each client has few classes.
     np.testing.assert_allclose(shares.mean(axis=0), 0.25, atol=0.03)
     assert shares.max(axis=1).mean() > 0.6
 
 
-def test_arrays_are_mapped_and_cut_by_offsets(tmp_path: Path) -> None:
+def test_arrays_are_mapped_and_divided_by_offsets(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (30, 1, 4, 4), dtype=np.uint8)
     labels = rng.integers(0, 3, 30)
@@ -63,16 +63,18 @@ def test_arrays_are_mapped_and_cut_by_offsets(tmp_path: Path) -> None:
     experiment = Experiment(
         name="mapped", rounds=1, rules=["fedavg"], data={"source": str(tmp_path)}, partition={"kind": "site"}
     )
-    found = scenario_of_seed(experiment)
-    assert found.population.sizes.tolist() == [10, 20]
+    scenario = scenario_of_seed(experiment)
+    assert scenario.population.sizes.tolist() == [10, 20]
     np.save(tmp_path / "offsets.npy", np.array([0, 10, 29]))
-    with pytest.raises(ValueError, match="its offsets do not rise from 0 to the 30 examples"):
+    with pytest.raises(ValueError, match="the offsets must rise from 0 to 30"):
         DataSettings(source=str(tmp_path)).load()
 
 
-def test_labels_that_several_share_are_not_shuffled_for_one() -> None:
+def test_shuffled_labels_need_a_disjoint_partition() -> None:
     experiment = Experiment(
         name="shared", rounds=1, rules=["fedavg"], partition={"kind": "drawn"}, attack={"clients": 2}
     )
-    with pytest.raises(ValueError, match=r"attack\.kind = 'shuffled_labels' would change the labels of others"):
+    with pytest.raises(
+        ValueError, match=r"attack\.kind = 'shuffled_labels' cannot be used with partition\.kind = 'drawn'"
+    ):
         scenario_of_seed(experiment)

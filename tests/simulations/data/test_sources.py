@@ -48,7 +48,7 @@ def test_npz(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", inputs=x)
     assert len(load(str(tmp_path / "one.npz")).test) == 10
     assert len(load(str(tmp_path / "two.npz")).test) == 4
-    with pytest.raises(ValueError, match="holds inputs; name its arrays"):
+    with pytest.raises(ValueError, match="has arrays inputs; name them"):
         load(str(tmp_path / "bad.npz"))
     np.savez(tmp_path / "uneven.npz", x=x, y=y[:40])
     with pytest.raises(ValueError, match="50 inputs for 40 labels"):
@@ -62,7 +62,7 @@ SITES = {
 
 
 def test_one_table_per_site(tmp_path: Path) -> None:
-    """The third column is mostly missing and goes; then the row that still has a gap."""
+    """The third column is mostly missing and is dropped, then the row that still has a missing cell."""
     for name, text in SITES.items():
         (tmp_path / f"processed.{name}.data").write_text(text)
     (tmp_path / "README.md").write_text("not data")
@@ -88,15 +88,15 @@ def test_csv_with_names(tmp_path: Path) -> None:
     for text, message in (
         ("age,label\n", "the rows of"),
         ("1,2,3\n4,5\n", "the rows of"),
-        ("1,0\n2,0.5\n3,1\n", "no whole numbers"),
+        ("1,0\n2,0.5\n3,1\n", "not whole numbers"),
         ("1,0\n2,-1\n3,1\n", "negative"),
-        ("1,0\n2,1\n", "to test on"),
+        ("1,0\n2,1\n", "0 test examples"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load(str(path))
     path.write_text("age,label\n1,2\nold,3\n")
-    with pytest.raises(ValueError, match="a cell that is no number"):
+    with pytest.raises(ValueError, match="a cell that is not a number"):
         load(str(path))
 
 
@@ -123,16 +123,16 @@ def test_parquet(tmp_path: Path) -> None:
     assert load(str(numbers)).train.inputs.shape == (8, 2)
 
 
-def test_what_is_not_there_or_not_known(tmp_path: Path) -> None:
+def test_missing_data_and_unknown_formats(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no data at 'nowhere'"):
         load("nowhere")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"no known kind \(found: \.txt\)"):
+    with pytest.raises(ValueError, match=r"not supported \(found: \.txt\)"):
         load(str(tmp_path))
 
 
 @given(st.integers(1, 30), st.integers(0, 1000), st.floats(0.01, 100))
-def test_every_partition_uses_every_row_once_and_leaves_nobody_empty(clients: int, seed: int, alpha: float) -> None:
+def test_every_partition_uses_every_row_once_and_no_client_is_empty(clients: int, seed: int, alpha: float) -> None:
     labels = np.random.default_rng(seed).integers(0, 4, 60)
     for partition in (iid, shards, partial(dirichlet, alpha=alpha)):
         parts = partition(labels, clients, np.random.default_rng(seed))
@@ -142,7 +142,7 @@ def test_every_partition_uses_every_row_once_and_leaves_nobody_empty(clients: in
         assert all((a == b).all() for a, b in zip(parts, again, strict=True))
 
 
-def test_alpha_says_how_mixed_the_clients_are() -> None:
+def test_a_small_alpha_gives_clients_few_classes() -> None:
     labels = np.repeat(np.arange(10), 100)
     examples = Examples(torch.zeros(1000, 1), torch.from_numpy(labels))
 

@@ -1,4 +1,4 @@
-"""Clients trained together are those trained one by one: `serial` is the reference of every engine."""
+"""Every engine trains clients as `serial` does, which trains them one after another."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from corymb.simulations.data.population import Population
 from corymb.simulations.engine import frequencies
 from corymb.simulations.engine import program as programs
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.blocks import PADDED, Task, cut
-from corymb.simulations.engine.engine import OnDevices, Trainer, obstacle
+from corymb.simulations.engine.blocks import MAX_PADDING, Task, cut_into_blocks
+from corymb.simulations.engine.engine import MultiDeviceEngine, Trainer, obstacle
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer, make_engine
 from corymb.simulations.engine.gram_weights import GramWeights
-from corymb.simulations.engine.low_rank import LowRank
-from corymb.simulations.engine.program import Program, Static
+from corymb.simulations.engine.low_rank import InputHistoryWeights
+from corymb.simulations.engine.program import Program, UseGram
 from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm
-from corymb.simulations.engine.workers import Workers
+from corymb.simulations.engine.workers import WorkerEngine
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import resolve
 from corymb.strategies import Layout
@@ -67,60 +67,65 @@ def linear() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
 
 
-def maker_for(model: Callable[[], nn.Module], people: Population, engine: str = "low_rank") -> TrainerMaker:
-    found = find_trainer(engine, model, people.store)
-    assert found is not None
-    return found
+def maker_for(model: Callable[[], nn.Module], clients: Population, engine: str = "low_rank") -> TrainerMaker:
+    maker = find_trainer(engine, model, clients.store)
+    assert maker is not None
+    return maker
 
 
-def trainer_for(model: Callable[[], nn.Module], people: Population) -> Trainer:
-    return maker_for(model, people)(people, torch.device("cpu"))
+def trainer_for(model: Callable[[], nn.Module], clients: Population) -> Trainer:
+    return maker_for(model, clients)(clients, torch.device("cpu"))
 
 
-def one_by_one(module: nn.Module, start: Tensor, people: Population, how: TrainSettings, number: int) -> Tensor:
-    """Every client's model `[K, P]`, each trained by itself."""
+def one_by_one(
+    module: nn.Module, start: Tensor, clients: Population, train_settings: TrainSettings, number: int
+) -> Tensor:
+    """Train every client alone and return the models, `[K, P]`."""
     models = []
-    for client in range(len(people)):
+    for client in range(len(clients)):
         nn.utils.vector_to_parameters(start.clone(), module.parameters())
-        torch.default_generator.manual_seed(seed_of(how.seed, client, number))
+        torch.default_generator.manual_seed(seed_of(train_settings.seed, client, number))
         batches = training_batches(
-            TensorDataset(*people.examples(client)), how, batch_generator(how.seed, client, number)
+            TensorDataset(*clients.examples(client)),
+            train_settings,
+            batch_generator(train_settings.seed, client, number),
         )
-        train(module, batches, how, server_round=number)
+        train(module, batches, train_settings, server_round=number)
         models.append(nn.utils.parameters_to_vector(module.parameters()).detach())
     return torch.stack(models)
 
 
 def together(
-    trainer: Any, layout: Layout, start: Tensor, people: Population, how: TrainSettings, number: int
+    trainer: Any, layout: Layout, start: Tensor, clients: Population, train_settings: TrainSettings, number: int
 ) -> Tensor:
-    models = torch.empty(len(people), len(start), dtype=start.dtype)
-    for block in cut([people.size(client) for client in range(len(people))], how):
-        trained = trainer.train(layout.split(start), block, how, number)
-        models[block] = trained.models()
+    """Train the clients in blocks and return the models, `[K, P]`, and check the sums and bounds of each block."""
+    models = torch.empty(len(clients), len(start), dtype=start.dtype)
+    for block in cut_into_blocks([clients.size(client) for client in range(len(clients))], train_settings):
+        result = trainer.train(layout.split(start), block, train_settings, number)
+        models[block] = result.models()
         weights = torch.rand(len(block), generator=torch.Generator().manual_seed(number), dtype=start.dtype)
-        moved = weights @ (models[block] - start)
-        torch.testing.assert_close(trained.moved(weights), moved, rtol=1e-4, atol=1e-5)
-        for offset in (None, moved):
+        update = weights @ (models[block] - start)
+        torch.testing.assert_close(result.weighted_update(weights), update, rtol=1e-4, atol=1e-5)
+        for offset in (None, update):
             direct = (models[block] - start - (0 if offset is None else offset)).double().square().sum(dim=1)
             close: Any = {"rtol": 1e-9, "atol": 1e-15} if start.dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-9}
-            torch.testing.assert_close(trained.squares(offset), direct, **close)
-        assert (models[block].abs().amax(dim=1) <= torch.tensor(trained.report.bounds) * 1.0001).all()
+            torch.testing.assert_close(result.squared_distances(offset), direct, **close)
+        assert (models[block].abs().amax(dim=1) <= torch.tensor(result.report.bounds) * 1.0001).all()
     return models
 
 
 def differences(
-    module: nn.Module, trainer: Any, people: Population, how: TrainSettings, rounds: int = 5
+    module: nn.Module, trainer: Any, clients: Population, train_settings: TrainSettings, rounds: int = 5
 ) -> list[float]:
-    """The relative difference of each parameter of the mean model, after some rounds of the engine and of `serial`."""
+    """Return each parameter's relative difference between the mean models of the engine and of `serial`."""
     layout = Layout.of_module(module)
-    expected = found = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    expected = actual = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     for number in range(1, rounds + 1):
-        following = one_by_one(module, expected, people, how, number).mean(dim=0)
-        if not (following.abs() < 100).all():
-            break  # training that diverges makes any rounding large
-        expected, found = following, together(trainer, layout, found, people, how, number).mean(dim=0)
-    pairs = zip(layout.split(found).values(), layout.split(expected).values(), strict=True)
+        next_expected = one_by_one(module, expected, clients, train_settings, number).mean(dim=0)
+        if not (next_expected.abs() < 100).all():
+            break  # diverging training magnifies any rounding error
+        expected, actual = next_expected, together(trainer, layout, actual, clients, train_settings, number).mean(dim=0)
+    pairs = zip(layout.split(actual).values(), layout.split(expected).values(), strict=True)
     return [float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in pairs]
 
 
@@ -155,12 +160,12 @@ LINEAR = [{}, {"momentum": 0.9}, {"momentum": 0.8, "nesterov": True, "weight_dec
 
 
 @st.composite
-def ways(draw: Any, optimizers: Sequence[str]) -> TrainSettings:
-    """How clients train."""
+def all_settings(draw: Any, optimizers: Sequence[str]) -> TrainSettings:
+    """Training settings."""
     optimizer = draw(st.sampled_from(optimizers))
     length = draw(st.sampled_from([{"epochs": 1}, {"epochs": 3}, {"steps": 4}, {"steps": 1}]))
     return TrainSettings(
-        learning_rate=0.01 if optimizer == "SGD" else 0.005,  # at 0.05 some multiply rounding by 10^9
+        learning_rate=0.01 if optimizer == "SGD" else 0.005,  # at 0.05 some networks magnify rounding errors by 10^9
         batch_size=draw(st.integers(2, 9)),
         optimizer=optimizer,
         optimizer_options=draw(st.sampled_from(LINEAR)) if optimizer == "SGD" else {},
@@ -176,36 +181,36 @@ SIZES = st.lists(st.integers(1, 20), min_size=1, max_size=7)
 SEARCH = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def in_double(module: nn.Module, people: Population) -> tuple[nn.Module, Population]:
-    """In float32 a rectifier that is almost zero may be on here and off there, and Adam divides by next to nothing."""
-    return module.double(), replace(people, store=replace(people.store, inputs=people.store.inputs.double()))
+def in_double(module: nn.Module, clients: Population) -> tuple[nn.Module, Population]:
+    """Convert to float64: rounding in float32 may flip a ReLU near zero, and Adam may divide by a tiny number."""
+    return module.double(), replace(clients, store=replace(clients.store, inputs=clients.store.inputs.double()))
 
 
 @SEARCH
-@given(networks(), ways(["SGD"]), SIZES, st.sampled_from(["cheapest", "always", "static"]), st.booleans())
-def test_factored_is_serial(
-    module: nn.Module, how: TrainSettings, sizes: list[int], form: str, by_frequency: bool
+@given(networks(), all_settings(["SGD"]), SIZES, st.sampled_from(["cheapest", "always", "gram"]), st.booleans())
+def test_low_rank_is_serial(
+    module: nn.Module, train_settings: TrainSettings, sizes: list[int], form: str, by_frequency: bool
 ) -> None:
-    """Whichever layers are in factors: those where it pays, all linear ones, or the first over the examples."""
-    module, people = in_double(module, population(sizes))
-    trainer = Program(module, people, static=Static.ALWAYS if form == "static" else Static.CHEAPEST)
+    """With low-rank weights where they are cheaper, in all linear layers, or over the examples in the first layer."""
+    module, clients = in_double(module, population(sizes))
+    trainer = Program(module, clients, use_gram=UseGram.ALWAYS if form == "gram" else UseGram.IF_CHEAPER)
     with pytest.MonkeyPatch.context() as patch:
         if form == "always":
             patch.setattr(programs, "low_rank_is_cheaper", lambda *shape: True)
-        if by_frequency:  # convolutions too, small as they are
-            patch.setattr(frequencies, "WORTHWHILE", inf)
-        assert max(differences(module, trainer, people, how)) < EXACT
+        if by_frequency:  # `FourierConv` even for small convolutions
+            patch.setattr(frequencies, "MAX_COST_RATIO", inf)
+        assert max(differences(module, trainer, clients, train_settings)) < EXACT
 
 
 @SEARCH
-@given(networks(), ways(["SGD", "Adam", "RMSprop"]), SIZES)
-def test_batched_is_serial(module: nn.Module, how: TrainSettings, sizes: list[int]) -> None:
-    module, people = in_double(module, population(sizes))
-    assert max(differences(module, Program(module, people, low_rank=False), people, how)) < EXACT
+@given(networks(), all_settings(["SGD", "Adam", "RMSprop"]), SIZES)
+def test_batched_is_serial(module: nn.Module, train_settings: TrainSettings, sizes: list[int]) -> None:
+    module, clients = in_double(module, population(sizes))
+    assert max(differences(module, Program(module, clients, low_rank=False), clients, train_settings)) < EXACT
 
 
 class Branching(nn.Module):
-    """No sequence; it changes outputs in place, and pools what has gaps in memory."""
+    """Not a sequence of layers: it changes outputs in place and pools a tensor with gaps in memory."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -213,19 +218,19 @@ class Branching(nn.Module):
         self.on, self.last = nn.ReLU(inplace=True), nn.Linear(12, 4)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        found = self.on(self.second(self.on(self.first(inputs))))
-        return self.last(nn.functional.max_pool2d(found[..., 1:-1, 1:-1], 2).flatten(1))  # type: ignore[no-any-return]
+        hidden = self.on(self.second(self.on(self.first(inputs))))
+        return self.last(nn.functional.max_pool2d(hidden[..., 1:-1, 1:-1], 2).flatten(1))  # type: ignore[no-any-return]
 
 
 class Crop(nn.Module):
-    """A view of what lies inside."""
+    """Returns a view of the images without their margins."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs[..., 1:-1, 1:-1]
 
 
 class TanhPool(nn.MaxPool2d):
-    """Pooling whose outputs are kept by somebody."""
+    """Pooling whose own outputs autograd saves for the backward pass."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.tanh(super().forward(inputs))
@@ -244,159 +249,162 @@ class TanhPool(nn.MaxPool2d):
     ],
     ids=["autograd", "autograd-wide", "crop", "subclass", "convolution last"],
 )
-def test_modules_that_use_their_memory_oddly(module: nn.Module) -> None:
+def test_modules_with_unusual_use_of_memory_are_serial(module: nn.Module) -> None:
     if isinstance(module, nn.Sequential) and isinstance(module[-1], nn.Conv2d):
         module = nn.Sequential(*module, nn.Flatten())
-    module, people = in_double(module, population([9, 4, 12, 1]))
-    how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
-    assert max(differences(module, Program(module, people), people, how)) < EXACT
+    module, clients = in_double(module, population([9, 4, 12, 1]))
+    train_settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
+    assert max(differences(module, Program(module, clients), clients, train_settings)) < EXACT
 
 
 def test_convolutions_through_frequencies_are_serial_in_float32() -> None:
-    """Layers of a size for which that is chosen, on the way to another convolution."""
+    """With a layer that is large enough for `FourierConv` and lies before another convolution."""
     torch.manual_seed(4)
     module: nn.Module = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 32, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
         nn.Conv2d(32, 32, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 4),
     )  # fmt: skip
-    people = population([12, 10, 7])
-    trainer = Program(module, people)
-    how = TrainSettings(batch_size=10, learning_rate=0.05, optimizer_options={"momentum": 0.9})
-    assert max(differences(module, trainer, people, how)) < CLOSE
-    ways = [way for layer in trainer._layers.values() for way in getattr(layer, "_ways", {}).values()]
-    assert any(isinstance(way, frequencies.Frequencies) for way in ways)
+    clients = population([12, 10, 7])
+    trainer = Program(module, clients)
+    train_settings = TrainSettings(batch_size=10, learning_rate=0.05, optimizer_options={"momentum": 0.9})
+    assert max(differences(module, trainer, clients, train_settings)) < CLOSE
+    methods = [method for layer in trainer._layers.values() for method in getattr(layer, "_methods", {}).values()]
+    assert any(isinstance(method, frequencies.FourierConv) for method in methods)
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [{}, {"stride": 2}, {"padding": 2}, {"dilation": 2, "padding": (1, 2)}, {"stride": (1, 2), "bias": False}],
     ids=str,
 )
-def test_convolutions_as_products_of_matrices(how: dict[str, Any]) -> None:
-    """The way of a GPU, here on the CPU."""
+def test_convolutions_with_patch_columns_are_serial(options: dict[str, Any]) -> None:
+    """A GPU uses this method; here it runs on the CPU."""
     torch.manual_seed(4)
     module: nn.Module = nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, **how), nn.Flatten(), nn.LazyLinear(4)
+        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 3, **options), nn.Flatten(), nn.LazyLinear(4)
     )
     module(torch.zeros(1, 1, 6, 6))
-    module, people = in_double(module, population([9, 4, 12, 1]))
-    trainer = Program(module, people)
-    trainer._context.as_patches = True
+    module, clients = in_double(module, population([9, 4, 12, 1]))
+    trainer = Program(module, clients)
+    trainer._context.use_patches = True
     settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
-    assert max(differences(module, trainer, people, settings)) < EXACT
+    assert max(differences(module, trainer, clients, settings)) < EXACT
 
 
 @pytest.mark.parametrize("options", LINEAR, ids=str)
 @pytest.mark.parametrize("low_rank", [True, False])
-def test_in_float32_they_are_close(options: dict[str, Any], low_rank: bool) -> None:
+def test_in_float32_engines_are_close_to_serial(options: dict[str, Any], low_rank: bool) -> None:
     torch.manual_seed(3)
     module: nn.Module = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(27, 40), nn.Tanh(), nn.Linear(40, 4),
     )  # fmt: skip
-    how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options)
-    people = population([9, 4, 12, 1])
-    assert max(differences(module, Program(module, people, low_rank), people, how)) < CLOSE
+    train_settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options)
+    clients = population([9, 4, 12, 1])
+    assert max(differences(module, Program(module, clients, low_rank), clients, train_settings)) < CLOSE
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 0.0])
-def test_lengths_of_factors_are_right(scale: float, spread: float) -> None:
-    """Also where inputs are nearly the same, so that most of it cancels out, and where float32 has no squares."""
+def test_squared_distances_of_each_weight_form(scale: float, spread: float) -> None:
+    """Also for nearly equal inputs, whose terms cancel, and at scales whose squares float32 cannot represent."""
     torch.manual_seed(0)
     start, bias = scale * torch.randn(5, 30), torch.randn(5)
     inputs = torch.randn(30) + spread * torch.randn(3, 8, 30)
-    slopes = scale * torch.randn(3, 8, 5)
+    gradients = scale * torch.randn(3, 8, 5)
     rows = torch.arange(8).expand(1, 3, 8)
     first = GramWeights(start, bias, list(inputs), inputs @ inputs.mT, rows, True)
-    forms: list[WeightForm] = [first, LowRank(start, bias, 3, 8, True), DenseWeights(start, 3)]
+    forms: list[WeightForm] = [first, InputHistoryWeights(start, bias, 3, 8, True), DenseWeights(start, 3)]
     offset = scale * torch.randn(5, 30)
     for form in forms:
         form.outputs(inputs)
-        form.learn(slopes, inputs, 0.1)
-        update = -0.1 * slopes.double().mT @ inputs.double()
-        for direct, found in ((update, form.squares(None)), (update - offset, form.squares(offset.flatten()))):
-            torch.testing.assert_close(found, direct.square().sum(dim=(1, 2)), rtol=1e-5, atol=0)
+        form.apply_gradients(gradients, inputs, 0.1)
+        update = -0.1 * gradients.double().mT @ inputs.double()
+        for direct, squares in (
+            (update, form.squared_distances(None)),
+            (update - offset, form.squared_distances(offset.flatten())),
+        ):
+            torch.testing.assert_close(squares, direct.square().sum(dim=(1, 2)), rtol=1e-5, atol=0)
 
 
 class Odd(nn.Module):
-    """What no sequence does."""
+    """Not a sequence of layers; adds and subtracts a large constant."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(36, 20), nn.Linear(20, 4)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        far = 1000 + inputs.flatten(1)  # of which bfloat16 would leave little
-        outputs: Tensor = self.last(self.first(far - 1000).tanh())
+        shifted = 1000 + inputs.flatten(1)  # would lose most digits in bfloat16
+        outputs: Tensor = self.last(self.first(shifted - 1000).tanh())
         return outputs
 
 
 @pytest.mark.parametrize("options", LINEAR[:2], ids=str)
 @pytest.mark.parametrize("is_sequence", [True, False])
 def test_bfloat16_is_used_as_serial_uses_it(options: dict[str, Any], is_sequence: bool) -> None:
-    """Of smooth layers: a rectifier that is almost zero would be on here and off there. One step in 256 is one bit."""
+    """Smooth layers only, because rounding may flip a ReLU near zero. bfloat16 has a relative precision of 1/256."""
     torch.manual_seed(3)
     smooth = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.Conv2d(4, 4, 3),
         nn.Flatten(), nn.Linear(16, 20), nn.Tanh(), nn.Linear(20, 4),
     )  # fmt: skip
     module: nn.Module = smooth if is_sequence else Odd()
-    people = population([12, 9, 4, 1])
+    clients = population([12, 9, 4, 1])
     start = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
-    how = TrainSettings(
+    train_settings = TrainSettings(
         batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options, precision="bfloat16", device="cpu"
     )
-    assert obstacle(how, torch.device("cpu"))  # where it is slower than float32
-    trainer = Program(deepcopy(module), people)
-    trainer._context.as_patches = True  # as on a GPU
-    found = trainer.train(Layout.of_module(module).split(start), range(4), how, 1).models()
-    whole = one_by_one(module, start, people, how.model_copy(update={"precision": "float32"}), 1)
-    half = one_by_one(module, start, people, how, 1)
-    assert (found - half).norm() < 0.01 * (half - start).norm()
-    assert (found - whole).norm() > 0.001 * (whole - start).norm()
+    assert obstacle(train_settings, torch.device("cpu"))  # because bfloat16 is slower than float32 on a CPU
+    trainer = Program(deepcopy(module), clients)
+    trainer._context.use_patches = True  # as on a GPU
+    actual = trainer.train(Layout.of_module(module).split(start), range(4), train_settings, 1).models()
+    in_float32 = one_by_one(module, start, clients, train_settings.model_copy(update={"precision": "float32"}), 1)
+    in_bfloat16 = one_by_one(module, start, clients, train_settings, 1)
+    assert (actual - in_bfloat16).norm() < 0.01 * (in_bfloat16 - start).norm()
+    assert (actual - in_float32).norm() > 0.001 * (in_float32 - start).norm()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-def test_on_each_device_they_are_close(device: str) -> None:
+def test_on_each_device_the_engine_is_serial(device: str) -> None:
     torch.manual_seed(3)
     module: nn.Module = nn.Sequential(
         nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(27, 40), nn.ReLU(),
         nn.Linear(40, 4),
     )  # fmt: skip
-    module, people = in_double(module, population([9, 4, 12, 1]))
-    trainer = Program(module, people, device=torch.device(device))
-    how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
-    assert max(differences(module, trainer, people, how)) < EXACT
+    module, clients = in_double(module, population([9, 4, 12, 1]))
+    trainer = Program(module, clients, device=torch.device(device))
+    train_settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options={"momentum": 0.9})
+    assert max(differences(module, trainer, clients, train_settings)) < EXACT
 
 
-def test_a_wrong_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutation check of the two tests above: with a mask an example too long, or too short, they fail.
+def test_a_wrong_padding_mask_makes_the_comparison_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mutation check of the tests above: they fail if the padding mask is one example too long or too short.
 
-    The mistake is injected into what `Batches.drawn` returns, so that it is made anew in every run of the tests.
+    The test injects the mistake into the return value of `Batches.draw`.
     """
     torch.manual_seed(0)
     module = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 4))
-    people, how = population([7, 12, 3]), TrainSettings(batch_size=5, epochs=2)
-    right = Batches.drawn
+    clients, train_settings = population([7, 12, 3]), TrainSettings(batch_size=5, epochs=2)
+    correct = Batches.draw
     for shift in (1, -1):
 
         def wrong(*arguments: Any, shift: int = shift) -> Batches:
-            batches = right(*arguments)
+            batches = correct(*arguments)
             lengths = (batches.weights > 0).sum(dim=2, keepdim=True)
-            there = (torch.arange(batches.weights.shape[2]) < lengths + shift) & (lengths > 0)
-            return Batches(batches.rows, there / lengths.clamp(min=1), batches.steps)
+            is_example = (torch.arange(batches.weights.shape[2]) < lengths + shift) & (lengths > 0)
+            return Batches(batches.rows, is_example / lengths.clamp(min=1), batches.steps)
 
         for low_rank in (True, False):
-            trainer = Program(module, people, low_rank)
-            monkeypatch.setattr(Batches, "drawn", right)
-            assert max(differences(module, trainer, people, how, rounds=1)) < CLOSE
-            monkeypatch.setattr(Batches, "drawn", wrong)
-            assert max(differences(module, trainer, people, how, rounds=1)) > 10 * CLOSE
+            trainer = Program(module, clients, low_rank)
+            monkeypatch.setattr(Batches, "draw", correct)
+            assert max(differences(module, trainer, clients, train_settings, rounds=1)) < CLOSE
+            monkeypatch.setattr(Batches, "draw", wrong)
+            assert max(differences(module, trainer, clients, train_settings, rounds=1)) > 10 * CLOSE
 
 
 class Scaled(nn.Module):
-    """Has a parameter of its own, which only torch's vectorisation can give every client."""
+    """Has a parameter outside its layers, which only `Vmapped` supports."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -408,19 +416,19 @@ class Scaled(nn.Module):
         return outputs
 
 
-def test_any_module_of_parameters_is_vectorised() -> None:
-    people = population([9, 4, 12])
+def test_a_module_with_own_parameters_is_vmapped() -> None:
+    clients = population([9, 4, 12])
     torch.manual_seed(1)
     module = Scaled()
-    trainer = trainer_for(lambda: module, people)
+    trainer = trainer_for(lambda: module, clients)
     assert isinstance(trainer, Vmapped)
     for options in LINEAR:
-        how = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options)
-        assert max(differences(module, trainer, people, how)) < CLOSE
+        train_settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.05, optimizer_options=options)
+        assert max(differences(module, trainer, clients, train_settings)) < CLOSE
 
 
 class Residual(nn.Module):
-    """Looks at its input twice, so the first layer must not stand on the examples alone."""
+    """Uses its input twice, so that the first layer must not use `GramWeights`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -432,18 +440,18 @@ class Residual(nn.Module):
         return outputs
 
 
-def test_a_first_layer_that_is_not_alone_with_the_input() -> None:
-    people = population([9, 4])
+def test_no_gram_weights_if_the_input_is_used_twice() -> None:
+    clients = population([9, 4])
     torch.manual_seed(1)
     module = Residual()
-    trainer = trainer_for(lambda: module, people)
+    trainer = trainer_for(lambda: module, clients)
     assert isinstance(trainer, Program)
-    assert trainer._first is None
-    assert max(differences(module, trainer, people, TrainSettings(batch_size=4, epochs=1))) < CLOSE
+    assert trainer._gram_layer is None
+    assert max(differences(module, trainer, clients, TrainSettings(batch_size=4, epochs=1))) < CLOSE
 
 
 class Clamped(nn.Module):
-    """Does nothing to small examples, and something to large ones."""
+    """Changes only large examples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -455,7 +463,7 @@ class Clamped(nn.Module):
 
 
 class Twice(nn.Module):
-    """Uses a layer twice, so that it would learn between its two ways back."""
+    """Uses a layer twice; its weights would change between its two backward passes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -467,21 +475,21 @@ class Twice(nn.Module):
         return outputs
 
 
-def positive_first(shape: tuple[int, ...] = (), classes: int = 4) -> nn.Module:
+def relu_first(shape: tuple[int, ...] = (), classes: int = 4) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(36, 4))
 
 
-@pytest.mark.parametrize("make", [Clamped, Twice, positive_first, lambda: nn.Sequential(nn.Flatten(), Inner())])
-def test_what_a_module_s_own_code_does_is_done(make: Any) -> None:
-    people = population([9, 4])
-    people.store.inputs[:6].abs_().clamp_(max=1)  # on which the code would not show
-    people.store.inputs[6:].mul_(4)
+@pytest.mark.parametrize("make", [Clamped, Twice, relu_first, lambda: nn.Sequential(nn.Flatten(), Inner())])
+def test_the_code_of_a_module_is_respected(make: Any) -> None:
+    clients = population([9, 4])
+    clients.store.inputs[:6].abs_().clamp_(max=1)  # the code does not change such small examples
+    clients.store.inputs[6:].mul_(4)
     torch.manual_seed(1)
     module = make()
-    trainer = trainer_for(lambda: module, people)
+    trainer = trainer_for(lambda: module, clients)
     for options in LINEAR:
-        how = TrainSettings(batch_size=4, epochs=1, learning_rate=0.01, optimizer_options=options)
-        assert max(differences(module, trainer, people, how, rounds=2)) < CLOSE
+        train_settings = TrainSettings(batch_size=4, epochs=1, learning_rate=0.01, optimizer_options=options)
+        assert max(differences(module, trainer, clients, train_settings, rounds=2)) < CLOSE
 
 
 class Inner(nn.Module):
@@ -494,58 +502,60 @@ class Inner(nn.Module):
         return outputs
 
 
-def test_one_broken_example_does_not_refuse_the_engine() -> None:
-    people = population([9, 4])
-    people.store.inputs[0] = torch.nan
-    assert isinstance(trainer_for(linear, people), Program)
+def test_one_nan_example_does_not_rule_out_the_engine() -> None:
+    clients = population([9, 4])
+    clients.store.inputs[0] = torch.nan
+    assert isinstance(trainer_for(linear, clients), Program)
 
 
 def test_blocks_outlive_their_round() -> None:
-    """Models that a rule keeps, sums that nobody reads, and many sums at once."""
-    people = population([5] * 12)
+    """Models read in a later round, sums that are never read, and more sums at once than a worker has slots for."""
+    clients = population([5] * 12)
     module = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     layout = Layout.of_module(module)
-    engines = [make_engine(name, maker_for(linear, people), people, layout, 2) for name in ("low_rank", "processes")]
-    pair = [trainer_for(linear, people) for _ in range(2)]
-    engines.append(OnDevices(pair, layout))
-    how = TrainSettings(batch_size=5, epochs=1)
+    engines = [make_engine(name, maker_for(linear, clients), clients, layout, 2) for name in ("low_rank", "processes")]
+    pair = [trainer_for(linear, clients) for _ in range(2)]
+    engines.append(MultiDeviceEngine(pair, layout))
+    train_settings = TrainSettings(batch_size=5, epochs=1)
     start = torch.zeros(layout.num_parameters)
-    found = []
+    results = []
     for engine in engines:
-        tasks = [Task((client,), (client,), how, 1) for client in range(12)]
+        tasks = [Task((client,), (client,), train_settings, 1) for client in range(12)]
         blocks: list[Any] = [block for _, block, _ in engine.train(tasks, start)]
-        later = engine.train([Task((0,), (0,), how, 2)], start + 1)
+        later = engine.train([Task((0,), (0,), train_settings, 2)], start + 1)
         sums = torch.zeros(len(blocks), len(start), dtype=torch.float64)
         one = torch.ones(1, dtype=torch.float64)
-        added = [b.add_to(total, one, start) for b, total in zip(blocks, sums, strict=True)]  # more than have room
+        added = [b.add_to(total, one, start) for b, total in zip(blocks, sums, strict=True)]  # more than SLOTS
         models = [torch.cat(list(block.pieces(0))) for block in blocks[::-1]][::-1]
         next(later)
-        far = [block.squared_distances(start + 1) for block in blocks]
+        pending = [block.squared_distances(start + 1) for block in blocks]
         rows = torch.empty(len(blocks), len(start))
-        written = [block.copy_to([(0, row)]) for block, row in zip(blocks, rows, strict=True)]  # one at a time has room
+        written = [
+            block.copy_to([(0, row)]) for block, row in zip(blocks, rows, strict=True)
+        ]  # one block at a time fits
         for finish in written:
             finish()
         torch.testing.assert_close(rows, torch.stack(models), rtol=0, atol=0)
-        found_far = torch.cat([squares() for squares in far])
-        torch.testing.assert_close(found_far, (rows - 1).double().square().sum(dim=1), rtol=1e-5, atol=0)
+        squares = torch.cat([finish() for finish in pending])
+        torch.testing.assert_close(squares, (rows - 1).double().square().sum(dim=1), rtol=1e-5, atol=0)
         unread = [block.add_to(torch.zeros_like(sums[0]), one, start) for block in blocks[:2]]
         for finish in added:
             finish()
-        found.append((sums, torch.stack(models)))
+        results.append((sums, torch.stack(models)))
         del unread
-        ((_, block, _),) = engine.train([Task((0,), (0,), how, 3)], start)  # sums that nobody read are in nobody's way
+        ((_, block, _),) = engine.train([Task((0,), (0,), train_settings, 3)], start)  # despite the unread sums
         assert not isinstance(block, Exception)
         engine.close()
-    for others in found[1:]:
-        for mine, theirs in zip(found[0], others, strict=True):
-            torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-6, atol=1e-7)
+    for other in results[1:]:
+        for first_result, other_result in zip(results[0], other, strict=True):
+            torch.testing.assert_close(first_result.float(), other_result.float(), rtol=1e-6, atol=1e-7)
 
 
-def test_a_worker_that_dies_is_told() -> None:
-    people = population([5] * 8)
+def test_a_dead_worker_raises_an_error() -> None:
+    clients = population([5] * 8)
     layout = Layout.of_module(nn.Sequential(nn.Flatten(), nn.Linear(36, 4)))
-    engine = make_engine("processes", maker_for(linear, people), people, layout, 2)
-    assert isinstance(engine, Workers)
+    engine = make_engine("processes", maker_for(linear, clients), clients, layout, 2)
+    assert isinstance(engine, WorkerEngine)
     engine._workers[0].process.kill()
     engine._workers[0].process.join()
     tasks = [Task((client,), (client,), TrainSettings(epochs=1), 1) for client in range(8)]
@@ -555,7 +565,7 @@ def test_a_worker_that_dies_is_told() -> None:
 
 
 class Mixing(nn.Linear):
-    """Subtracts the mean of the batch, which is another when clients are trained together."""
+    """Subtracts the mean of the batch, which differs if clients train together."""
 
     def __init__(self) -> None:
         super().__init__(36, 4)
@@ -577,7 +587,7 @@ class MixingInside(nn.Module):
 
 
 class MixingAtLast(nn.Module):
-    """Mixes with a weight that is zero at the start."""
+    """Mixes the examples with a weight that is zero at the start."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -588,21 +598,21 @@ class MixingAtLast(nn.Module):
         return outputs + self.share * outputs.mean(dim=0)
 
 
-def test_a_module_that_mixes_its_batch_trains_by_itself() -> None:
+def test_a_module_that_mixes_its_batch_is_rejected() -> None:
     for make in (Mixing, MixingInside, MixingAtLast):
-        with pytest.raises(ValueError, match="its code mixes the examples of a batch"):
+        with pytest.raises(ValueError, match="the model's code mixes the examples of a batch"):
             trainer_for(make, population([5, 6]))
 
 
-def test_hooks_of_parameters_train_by_themselves() -> None:
+def test_a_module_with_parameter_hooks_is_rejected() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
-    next(module.parameters()).register_hook(lambda slopes: slopes.clamp(-100, 100))  # of which a trial shows nothing
-    with pytest.raises(ValueError, match="its parameters have hooks"):
+    next(module.parameters()).register_hook(lambda gradients: gradients.clamp(-100, 100))  # no effect in the trial
+    with pytest.raises(ValueError, match="the model's parameters have hooks"):
         trainer_for(lambda: module, population([5, 6]))
 
 
 class Gated(nn.Module):
-    """Looks at the examples beside its first layer, which shows on few of them only."""
+    """Reads the examples outside its first layer too, with an effect on few of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -611,13 +621,13 @@ class Gated(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.flatten(1)
         gate = (flat.mean(1, keepdim=True) > 1).float()
-        found = torch.relu(self.first(flat))
-        outputs: Tensor = gate * self.one(found) + (1 - gate) * self.other(found)
+        hidden = torch.relu(self.first(flat))
+        outputs: Tensor = gate * self.one(hidden) + (1 - gate) * self.other(hidden)
         return outputs
 
 
-class Unlike(nn.Module):
-    """With what cannot be copied, a dropout that is no layer, and seldom shows."""
+class FunctionalDropout(nn.Module):
+    """Has an attribute that cannot be copied, and a functional dropout that seldom has an effect."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -625,21 +635,21 @@ class Unlike(nn.Module):
         self.first, self.last = nn.Linear(36, 8), nn.Linear(8, 4)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        found = torch.relu(self.first(inputs.view(inputs.size(0), -1)))
-        outputs: Tensor = self.last(nn.functional.dropout(found, 0.01, self.training))
+        hidden = torch.relu(self.first(inputs.view(inputs.size(0), -1)))
+        outputs: Tensor = self.last(nn.functional.dropout(hidden, 0.01, self.training))
         return outputs
 
 
-@pytest.mark.parametrize("make", [Gated, Unlike])
-def test_what_a_trial_would_not_show_is_known(make: Any) -> None:
-    people = population([30, 4, 60])
-    people.store.inputs[::2] += 2
+@pytest.mark.parametrize("make", [Gated, FunctionalDropout])
+def test_effects_that_a_trial_would_miss_are_traced(make: Any) -> None:
+    clients = population([30, 4, 60])
+    clients.store.inputs[::2] += 2
     torch.manual_seed(1)
     module = make()
-    trainer = trainer_for(lambda: module, people)
+    trainer = trainer_for(lambda: module, clients)
     assert isinstance(trainer, Program)
-    how = TrainSettings(batch_size=5, epochs=2, learning_rate=0.05)
-    assert max(differences(module, trainer, people, how)) < CLOSE
+    train_settings = TrainSettings(batch_size=5, epochs=2, learning_rate=0.05)
+    assert max(differences(module, trainer, clients, train_settings)) < CLOSE
 
 
 def tied(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -650,17 +660,20 @@ def tied(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "text"),
     [
         ({"model": {"kind": "corymb.tests.simulations.engine.test_engines:tied"}}, "share their parameters"),
-        ({"train": {"optimizer": "Adafactor"}}, "one after another, as Adafactor does not"),
-        ({"train": {"precision": "bfloat16"}}, "one after another, as precision = 'bfloat16' is not"),
-        ({"train": {"learning_rate": 1e38, "epochs": 2}}, "Not one reply was admitted, so the model is the one at"),
+        ({"train": {"optimizer": "Adafactor"}}, "one after another because the optimizer 'Adafactor' does not"),
+        (
+            {"train": {"precision": "bfloat16"}},
+            "one after another because blocks on 'cpu' do not support precision = 'bfloat16'",
+        ),
+        ({"train": {"learning_rate": 1e38, "epochs": 2}}, "No reply was admitted, so the model is untrained"),
     ],
 )
-def test_what_is_unlike_others_is_told_once(
+def test_each_warning_is_logged_once(
     changes: dict[str, Any],
-    told: str,
+    text: str,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -669,40 +682,44 @@ def test_what_is_unlike_others_is_told_once(
     small = Experiment(**{**SMALL, **changes})
     with caplog.at_level(logging.WARNING):
         run_rule(small, 0, 0, tmp_path)
-    assert [told in line for line in caplog.messages].count(True) == 1
+    assert [text in line for line in caplog.messages].count(True) == 1
 
 
-def test_an_example_without_numbers_reaches_those_only_who_draw_it() -> None:
-    people, how = population([40, 30]), TrainSettings(batch_size=4, steps=2)
-    people.store.inputs[7] = torch.nan
+def test_a_nan_example_affects_only_the_clients_that_draw_it() -> None:
+    clients, train_settings = population([40, 30]), TrainSettings(batch_size=4, steps=2)
+    clients.store.inputs[7] = torch.nan
     module = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
-    trainer = Program(module, people, static=Static.ALWAYS)
+    trainer = Program(module, clients, use_gram=UseGram.ALWAYS)
     start = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     layout = Layout.of_module(module)
     drew = []
     for number in range(1, 9):
-        expected = one_by_one(module, start, people, how, number)
-        found = trainer.train(layout.split(start), range(2), how, number).models()
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+        expected = one_by_one(module, start, clients, train_settings, number)
+        actual = trainer.train(layout.split(start), range(2), train_settings, number).models()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6, equal_nan=True)
         drew.append(bool(expected.isnan().any()))
     assert set(drew) == {True, False}
 
 
 @pytest.mark.parametrize("end", [[nn.Conv2d(4, 4, 4)], [nn.Conv2d(4, 4, 2), nn.ReLU(), nn.MaxPool2d(3)]])
-def test_what_clients_tell_is_right_where_a_convolution_comes_last(end: list[nn.Module]) -> None:
-    """It uses its memory again in the next step."""
+def test_metrics_are_right_if_a_convolution_comes_last(end: list[nn.Module]) -> None:
+    """The convolution reuses the memory of its outputs in the next step."""
     torch.manual_seed(2)
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), *end, nn.Flatten())
-    people, how = population([9, 4]), TrainSettings(batch_size=4, epochs=2)
-    trainer = trainer_for(lambda: deepcopy(module), people)
+    clients, train_settings = population([9, 4]), TrainSettings(batch_size=4, epochs=2)
+    trainer = trainer_for(lambda: deepcopy(module), clients)
     assert isinstance(trainer, Program)
     start = dict(module.named_parameters())
-    report = trainer.train({name: tensor.detach() for name, tensor in start.items()}, range(2), how, 1).report
+    report = trainer.train(
+        {name: tensor.detach() for name, tensor in start.items()}, range(2), train_settings, 1
+    ).report
     for client in range(2):
-        batches = training_batches(TensorDataset(*people.examples(client)), how, batch_generator(how.seed, client, 1))
-        told = train(deepcopy(module), batches, how)
-        assert report.losses[client] / report.examples[client] == pytest.approx(told["loss"], rel=1e-5)
-        assert report.correct[client] / report.examples[client] == pytest.approx(told["accuracy"])
+        batches = training_batches(
+            TensorDataset(*clients.examples(client)), train_settings, batch_generator(train_settings.seed, client, 1)
+        )
+        metrics = train(deepcopy(module), batches, train_settings)
+        assert report.losses[client] / report.examples[client] == pytest.approx(metrics["loss"], rel=1e-5)
+        assert report.correct[client] / report.examples[client] == pytest.approx(metrics["accuracy"])
 
 
 def with_norm(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -710,14 +727,16 @@ def with_norm(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(size), nn.Linear(size, classes))
 
 
-def test_what_it_cannot_train_is_refused(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_no_engine_supports_is_rejected(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes = {"engine": "batched", "model": {"kind": "corymb.tests.simulations.engine.test_engines:with_norm"}}
     with pytest.raises(ValueError, match="cannot train this model: the layer '1' is a BatchNorm1d"):
         resolve(Experiment(**{**SMALL, **changes}))
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert find_trainer("auto", lambda: with_norm((36,), 4), population([5, 6]).store) is None
-    assert caplog.messages == ["Clients are trained one after another, as the layer '1' is a BatchNorm1d."]
+    assert caplog.messages == ["Clients train one after another because the layer '1' is a BatchNorm1d."]
 
 
 @pytest.mark.parametrize(
@@ -744,24 +763,26 @@ def test_a_federation_is_the_same_under_every_engine(
     changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
-    models, records, told = {}, {}, {}
+    models, verdicts, metrics = {}, {}, {}
     for engine in ("serial", "batched", "low_rank", "processes"):
         experiment = Experiment(**{**SMALL, **changes, "engine": engine})
         seen: list[Any] = []
         run_rule(experiment, 0, 0, tmp_path / engine, seen.append, workers=2)
         models[engine] = load_file(tmp_path / engine / "model-000003.safetensors")
-        if (memory := tmp_path / engine / "state-000003.safetensors").is_file():  # an election's model never changes
+        if (
+            memory := tmp_path / engine / "state-000003.safetensors"
+        ).is_file():  # the model of an election never changes
             models[engine] |= {f"memory {name}": tensor for name, tensor in load_file(memory).items()}
-        records[engine] = [[(v.node, v.code, v.examples) for v in record.verdicts] for record in seen]
-        told[engine] = [record.train.get(kind) for record in seen for kind in ("loss", "accuracy", "steps")]
+        verdicts[engine] = [[(v.node, v.code, v.examples) for v in record.verdicts] for record in seen]
+        metrics[engine] = [record.train.get(kind) for record in seen for kind in ("loss", "accuracy", "steps")]
     for engine in ("batched", "low_rank", "processes"):
-        assert records["serial"] == records[engine]
-        assert told[engine] == pytest.approx(told["serial"], rel=1e-4)
+        assert verdicts["serial"] == verdicts[engine]
+        assert metrics[engine] == pytest.approx(metrics["serial"], rel=1e-4)
         for name, tensor in models["serial"].items():
             torch.testing.assert_close(models[engine][name], tensor, rtol=1e-5, atol=1e-5)
     for name, tensor in models["low_rank"].items():
-        assert torch.equal(models["processes"][name], tensor), "it matters who trains a block"
-    assert "as it failed" not in caplog.text  # which would hide behind clients that train by themselves
+        assert torch.equal(models["processes"][name], tensor), "the result depends on which process trains a block"
+    assert "the block failed" not in caplog.text  # the fallback would hide the failure
 
 
 def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
@@ -774,17 +795,19 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["low_rank", "processes"])
-def test_one_client_s_broken_data_cost_nobody_else(engine: str, tmp_path: Path) -> None:
-    """A client whose numbers are no numbers is turned away; the others' model is what it is without it."""
+def test_one_client_s_nan_data_do_not_affect_the_others(engine: str, tmp_path: Path) -> None:
+    """A client with NaN in its data is rejected, and the model equals that of a round without it."""
     inputs = np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32)
     targets = np.random.default_rng(1).integers(0, 3, 60)
     offsets = np.arange(7) * 10
     models = []
     for broken in (False, True):
-        mine = inputs.copy()
+        train_inputs = inputs.copy()
         if broken:
-            mine[25] = np.nan
-        np.savez(tmp_path / "data.npz", x_train=mine, y_train=targets, x_test=inputs, y_test=targets, offsets=offsets)
+            train_inputs[25] = np.nan
+        np.savez(
+            tmp_path / "data.npz", x_train=train_inputs, y_train=targets, x_test=inputs, y_test=targets, offsets=offsets
+        )
         seen: list[Any] = []
         trace = tmp_path / "trace.csv"
         trace.write_text("1,1,1,1,1,1\n" if broken else "1,1,0,1,1,1\n")
@@ -803,10 +826,10 @@ def test_one_client_s_broken_data_cost_nobody_else(engine: str, tmp_path: Path) 
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=300))
-def test_blocks_hold_everybody_once_and_little_padding(sizes: list[int]) -> None:
-    blocks = cut(sizes, TrainSettings(epochs=1))
-    assert sorted(place for block in blocks for place in block) == list(range(len(sizes)))
+def test_blocks_hold_each_client_once_and_little_padding(sizes: list[int]) -> None:
+    blocks = cut_into_blocks(sizes, TrainSettings(epochs=1))
+    assert sorted(index for block in blocks for index in block) == list(range(len(sizes)))
     for block in blocks:
-        mine = [sizes[place] for place in block]
-        assert mine == sorted(mine, reverse=True)
-        assert mine[0] * len(mine) <= PADDED * sum(mine)
+        block_sizes = [sizes[index] for index in block]
+        assert block_sizes == sorted(block_sizes, reverse=True)
+        assert block_sizes[0] * len(block_sizes) <= MAX_PADDING * sum(block_sizes)

@@ -1,4 +1,4 @@
-"""Hostile clients, target sites, and what the server keeps for itself."""
+"""Tests of scenarios: hostile clients, the target client, proxy data, claims, and user-supplied functions."""
 
 from __future__ import annotations
 
@@ -41,46 +41,46 @@ def rows(inputs: torch.Tensor) -> set[bytes]:
     return {row.numpy().tobytes() for row in inputs}
 
 
-def test_proxy_test_and_training_data_are_apart() -> None:
+def test_proxy_test_and_training_data_are_disjoint() -> None:
     setting = experiment(proxy={"examples": 53}, data={"examples": 300})
-    found = scenario_of_seed(setting, 0)
+    scenario = scenario_of_seed(setting, 0)
     source = setting.data.load()
-    assert found.proxy is not None
-    assert sorted(found.proxy.targets.bincount().tolist()) == [5] * 7 + [6] * 3
-    assert len(found.test) + 53 == len(source.test)
-    assert rows(found.proxy.inputs) | rows(found.test.inputs) == rows(source.test.inputs)
-    assert not rows(found.proxy.inputs) & rows(found.test.inputs)
-    assert len(found.population.store) == 300
-    assert rows(found.population.store.inputs) <= rows(source.train.inputs)
+    assert scenario.proxy is not None
+    assert sorted(scenario.proxy.targets.bincount().tolist()) == [5] * 7 + [6] * 3
+    assert len(scenario.test) + 53 == len(source.test)
+    assert rows(scenario.proxy.inputs) | rows(scenario.test.inputs) == rows(source.test.inputs)
+    assert not rows(scenario.proxy.inputs) & rows(scenario.test.inputs)
+    assert len(scenario.population.store) == 300
+    assert rows(scenario.population.store.inputs) <= rows(source.train.inputs)
     again, other = scenario_of_seed(setting, 0), scenario_of_seed(setting, 1)
-    assert torch.equal(again.population.store.inputs, found.population.store.inputs)
-    assert not torch.equal(other.population.store.inputs, found.population.store.inputs)
+    assert torch.equal(again.population.store.inputs, scenario.population.store.inputs)
+    assert not torch.equal(other.population.store.inputs, scenario.population.store.inputs)
 
 
-def test_shuffled_labels_are_the_hostile_clients_only() -> None:
+def test_only_the_labels_of_hostile_clients_are_shuffled() -> None:
     clean = scenario_of_seed(experiment(), 0)
-    found = scenario_of_seed(experiment(attack={"kind": "shuffled_labels", "clients": 2}), 0)
-    assert len(found.hostile) == 2
-    for client in range(len(found.names)):
-        part = found.population.places_of(client)
-        same = torch.equal(found.population.store.targets[part], clean.population.store.targets[part])
-        assert same == (client not in found.hostile)
-        assert np.array_equal(found.labels[client], clean.labels[client])
+    scenario = scenario_of_seed(experiment(attack={"kind": "shuffled_labels", "clients": 2}), 0)
+    assert len(scenario.hostile) == 2
+    for client in range(len(scenario.names)):
+        part = scenario.population.places_of(client)
+        same = torch.equal(scenario.population.store.targets[part], clean.population.store.targets[part])
+        assert same == (client not in scenario.hostile)
+        assert np.array_equal(scenario.labels[client], clean.labels[client])
 
 
-def test_a_target_site_has_its_own_kind_of_data() -> None:
+def test_target_client_and_test_set_have_noisy_inputs() -> None:
     setting = experiment(target={"examples": 40, "noise": 0.5})
-    found = scenario_of_seed(setting, 0)
-    assert found.names[-1] == "target"
-    assert found.population.size(len(found.names) - 1) == 40
+    scenario = scenario_of_seed(setting, 0)
+    assert scenario.names[-1] == "target"
+    assert scenario.population.size(len(scenario.names) - 1) == 40
     source = setting.data.load()
-    assert (found.test.inputs - source.test.inputs).std() == pytest.approx(0.5, rel=0.05)
-    assert rows(found.population.store.inputs[:-40]) < rows(source.train.inputs)
-    assert not rows(found.population.store.inputs[-40:]) & rows(source.train.inputs)
+    assert (scenario.test.inputs - source.test.inputs).std() == pytest.approx(0.5, rel=0.05)
+    assert rows(scenario.population.store.inputs[:-40]) < rows(source.train.inputs)
+    assert not rows(scenario.population.store.inputs[-40:]) & rows(source.train.inputs)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "sign_flip", "reversed_scores"])
-def test_hostile_models_do_harm_and_a_median_helps(kind: str, tmp_path: Path) -> None:
+def test_model_attacks_harm_the_mean_but_not_the_median(kind: str, tmp_path: Path) -> None:
     attack = {"kind": kind, "clients": 2, "scale": 30.0}
     setting = experiment("fedavg", "median", {"name": "fedavg", "label": "honest", "attacked": False}, attack=attack)
     mean, median, honest = (records(setting, tmp_path / str(i), i)[-1].server["accuracy"] for i in range(3))
@@ -88,7 +88,7 @@ def test_hostile_models_do_harm_and_a_median_helps(kind: str, tmp_path: Path) ->
     assert median > honest - 0.15
 
 
-def test_the_target_sends_its_batches_and_trains_in_its_own_way(tmp_path: Path) -> None:
+def test_the_target_client_sends_batch_updates_and_has_its_own_settings(tmp_path: Path) -> None:
     target = {"examples": 40, "noise": 0.3, "train": {"batch_size": 10, "learning_rate": 0.01}}
     setting = experiment({"name": "fedgp", "parameters": {"target": "target", "auto": True}}, target=target)
     last = records(setting, tmp_path)[-1]
@@ -98,7 +98,7 @@ def test_the_target_sends_its_batches_and_trains_in_its_own_way(tmp_path: Path) 
     assert steps["client-0"] == 9
 
 
-def test_classes_and_probabilities_are_reported(tmp_path: Path) -> None:
+def test_class_counts_and_participation_probabilities_are_reported(tmp_path: Path) -> None:
     setting = experiment(
         {"name": "run_off", "parameters": {"abstain": True}, "train": {"report_classes": True}},
         "known_participation",
@@ -112,7 +112,7 @@ def test_classes_and_probabilities_are_reported(tmp_path: Path) -> None:
     assert all(verdict.weight == pytest.approx(1 / 0.8 / 5) for verdict in last.admitted)
 
 
-def test_rules_with_a_proxy_an_optimiser_and_an_election_run(tmp_path: Path) -> None:
+def test_rules_with_proxy_server_optimizer_and_candidate_election_run(tmp_path: Path) -> None:
     adam = {"optimizer": "Adam", "learning_rate": 0.01}
     setting = experiment(
         {"name": "fedlaw", "server_optimizer": adam},
@@ -126,26 +126,29 @@ def test_rules_with_a_proxy_an_optimiser_and_an_election_run(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rules": ["fedlaw"]}, "rule 'fedlaw' needs data of the server's own; set proxy.examples"),
+        ({"rules": ["fedlaw"]}, "rule 'fedlaw' needs proxy data; set proxy.examples"),
         ({"attack": {"clients": 9}}, "attack.clients = 9 is more than the 5 clients"),
-        ({"proxy": {"examples": 350}}, r"proxy.examples = 350 takes 35 of class \d, of which the test set has"),
-        ({"data": {"examples": 9999}}, "data.examples = 9999 is more than the 1438 examples"),
-        ({"target": {"examples": 5, "train": {"batchsize": 3}}}, r"target\.train\.batchsize is no known key"),
-        ({"claims": [{"paper": "x", "rule": "ida", "least": 1}]}, "a claim is about 'ida', and the rules are fedavg"),
-        ({"claims": [{"paper": "x", "rule": "fedavg"}]}, "a claim needs least, most, or both"),
-        ({"rules": [{"name": "fedavg", "candidate_election": ["nobody"]}]}, "There is no rule 'nobody'"),
+        (
+            {"proxy": {"examples": 350}},
+            r"proxy.examples = 350 takes 35 examples of class \d from the test set, which has",
+        ),
+        ({"data": {"examples": 9999}}, "data.examples = 9999 is more than the 1438 training examples"),
+        ({"target": {"examples": 5, "train": {"batchsize": 3}}}, r"target\.train\.batchsize is not a known key"),
+        ({"claims": [{"paper": "x", "rule": "ida", "least": 1}]}, "a claim names the rule 'ida'; the rules are fedavg"),
+        ({"claims": [{"paper": "x", "rule": "fedavg"}]}, "a claim has no bounds; set least, most, or both"),
+        ({"rules": [{"name": "fedavg", "candidate_election": ["nobody"]}]}, "Unknown rule 'nobody'"),
         (
             {"rules": [{"name": "fedavg", "server_optimizer": {"optimizer": "Adamm"}}]},
-            "torch.optim cannot make 'Adamm'",
+            "server optimiser 'Adamm' cannot be used",
         ),
     ],
 )
-def test_what_is_wrong_is_told(changes: dict[str, Any], message: str) -> None:
+def test_invalid_experiments_are_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(Experiment(**{**SMALL, "rules": ["fedavg"], **changes}))
 
 
-def test_every_shipped_experiment_is_whole() -> None:
+def test_every_shipped_experiment_with_claims_has_a_setting() -> None:
     from corymb.simulations.experiments.reader import SHIPPED
 
     for path in SHIPPED.glob("*.toml"):
@@ -176,27 +179,27 @@ def test_claims_are_measured() -> None:
         for seed in range(2)
     ]
     first, second = findings(resolve(setting), made)
-    assert (round(first.found, 6), first.holds) == (4, False)
-    assert (second.found, second.holds) == (1.0, True)
+    assert (round(first.result, 6), first.holds) == (4, False)
+    assert (second.result, second.holds) == (1.0, True)
     text = table({"small": (setting, [first, second])})
     assert "| a beats b | a 80.50 ± 0.71, b 76.50 ± 0.71: +4.00 | ≥ 5 | **no** |" in text
     assert "| gamma is small | a gamma 1.000 ± 0.707 | ≤ 1 | yes |" in text
-    with pytest.raises(ValueError, match="No round of 'a' recorded 'delta'; there are gamma"):
+    with pytest.raises(ValueError, match="No round of 'a' recorded 'delta'; it recorded gamma"):
         measured("delta", made[0], setting, set())
 
 
-def test_finished_results_are_known_again(tmp_path: Path) -> None:
+def test_is_finished_ignores_settings_without_effect_on_results(tmp_path: Path) -> None:
     setting = experiment(seeds=1)
     assert not is_finished(setting, tmp_path)
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "config.toml").write_text(tomli_w.dumps(setting.model_dump(mode="json", exclude_none=True)))
     assert is_finished(setting, tmp_path)
     claims = [{"paper": "x", "rule": "fedavg", "least": 1}]
-    assert is_finished(experiment(seeds=1, claims=claims, setting="told otherwise"), tmp_path)
+    assert is_finished(experiment(seeds=1, claims=claims, setting="another text"), tmp_path)
     assert not is_finished(experiment(seeds=2), tmp_path)
 
 
-def test_the_table_takes_its_place_in_a_document() -> None:
+def test_the_table_replaces_the_text_between_its_markers() -> None:
     once = put_into("# Title\n\nText.\n", "one\n")
     assert once == f"# Title\n\nText.\n\n{BEGIN}\none\n{END}\n"
     assert put_into(once + "After.\n", "two\n") == f"# Title\n\nText.\n\n{BEGIN}\ntwo\n{END}\nAfter.\n"
@@ -208,27 +211,30 @@ def test_a_key_of_another_kind_is_an_error() -> None:
     for changes, message in (
         (
             {"participation": {"kind": "bernoulli", "probability": 0.9, "cycle": 7}},
-            r"participation\.cycle is no known key",
+            r"participation\.cycle is not a known key",
         ),
-        ({"partition": {"kind": "iid", "alpha": 7}}, r"partition\.alpha is no known key \(known here: clients, kind\)"),
-        ({"partition": {"kind": "site", "clients": 3}}, r"partition\.clients is no known key \(known here: kind\)"),
-        ({"attack": {"kind": "shuffled_labels", "clients": 1, "scale": 2.0}}, r"attack\.scale is no known key"),
-        ({"partition": {"alfa": 7}}, r"partition\.alfa is no known key \(did you mean 'alpha'\?\)"),
+        (
+            {"partition": {"kind": "iid", "alpha": 7}},
+            r"partition\.alpha is not a known key \(known keys: clients, kind\)",
+        ),
+        ({"partition": {"kind": "site", "clients": 3}}, r"partition\.clients is not a known key \(known keys: kind\)"),
+        ({"attack": {"kind": "shuffled_labels", "clients": 1, "scale": 2.0}}, r"attack\.scale is not a known key"),
+        ({"partition": {"alfa": 7}}, r"partition\.alfa is not a known key \(did you mean 'alpha'\?\)"),
         (
             {"participation": {"kind": "bernouli"}},
             "kind = 'bernouli' is unknown; choose one of always, bernoulli, cyclic",
         ),
-        ({"participation": {"kind": "trace"}}, r"participation\.path: field required"),
+        ({"participation": {"kind": "trace"}}, r"participation\.path is required"),
     ):
         with pytest.raises(ValidationError) as caught:
             Experiment(**{**SMALL, "partition": {"clients": 5}, "rules": ["fedavg"], **changes})
         assert re.search(message, problems(caught.value, Experiment)), problems(caught.value, Experiment)
-    with pytest.raises(ValueError, match=r"data\.label is of no use to the digits at 'digits'; leave it out"):
+    with pytest.raises(ValueError, match=r"data\.label does not apply to the digits at 'digits'; remove it"):
         resolve(experiment(data={"label": "x"}))
 
 
-class Lunar:
-    """Odd clients in odd rounds."""
+class Alternating:
+    """Odd clients are online in odd rounds, even clients in even rounds."""
 
     def __init__(self, labels: np.ndarray[Any, Any], rng: np.random.Generator, phase: int = 0) -> None:
         self._clients, self._round = np.arange(len(labels)), phase
@@ -250,13 +256,13 @@ def blobs(size: int = 60) -> tuple[np.ndarray[Any, Any], ...]:
     return x, y, x[:30], y[:30]
 
 
-def test_participation_partition_and_data_of_ones_own(tmp_path: Path) -> None:
-    """As functions by reference; `with_kind` and `Registry` find those of installed packages by name."""
+def test_user_supplied_participation_partition_and_data(tmp_path: Path) -> None:
+    """Given as "module:name"; names registered by installed packages go through the same `Registry`."""
     here = "corymb.tests.simulations.experiments.test_scenario"
     setting = experiment(
         data={"source": f"{here}:blobs", "options": {"size": 90}},
         partition={"kind": f"{here}:halves", "options": {"names": 3}},
-        participation={"kind": f"{here}:Lunar", "options": {"phase": 1}},
+        participation={"kind": f"{here}:Alternating", "options": {"phase": 1}},
     )
     assert Experiment(**tomllib.loads(tomli_w.dumps(setting.model_dump(mode="json", exclude_none=True)))) == setting
     rounds = records(setting, tmp_path)
@@ -278,7 +284,7 @@ def counted(calls: Counter[str], name: str, original: Any) -> Any:
 
 
 def test_an_experiment_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FAULTS P4: one scenario for a seed, one proof for a model, one engine for the clients of a seed."""
+    """FAULTS P4: one scenario per seed, one engine check per model, one engine per scenario."""
     from rich.console import Console
 
     from corymb.simulations.engine import factory

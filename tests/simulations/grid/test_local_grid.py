@@ -19,7 +19,7 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     arrays = message.content.array_records["arrays"]
-    state = arrays.to_torch_state_dict(keep_input=False)  # takes its own message apart
+    state = arrays.to_torch_state_dict(keep_input=False)  # removes the arrays from its message
     visits = int(context.state.metric_records.get("visits", MetricRecord({"n": 0}))["n"]) + 1  # type: ignore[arg-type]
     context.state["visits"] = MetricRecord({"n": visits})
     moved = {name: tensor + int(context.node_config["partition-id"]) for name, tensor in state.items()}
@@ -41,7 +41,7 @@ def messages(grid: Grid, kind: str = "train") -> list[Message]:
     return [Message(content, node_id, kind) for node_id in grid.get_node_ids()]
 
 
-def test_flowers_fedavg_runs_on_it() -> None:
+def test_flowers_fedavg_runs_on_a_local_grid() -> None:
     grid = LocalGrid(app, 4, run_config={"lr": 0.5})
     server = ServerApp()
 
@@ -50,13 +50,13 @@ def test_flowers_fedavg_runs_on_it() -> None:
         assert context.run_config == {"lr": 0.5}
         result = FedAvg().start(grid, ArrayRecord({"w": torch.zeros(2)}), num_rounds=3)
         assert to_state(result.arrays)["w"].tolist() == [4.5, 4.5]  # three times the mean of 0, 1, 2, 3
-        assert result.train_metrics_clientapp[3]["visits"] == 3  # the state of a Context lasts
+        assert result.train_metrics_clientapp[3]["visits"] == 3  # the state of a Context persists
         assert result.evaluate_metrics_clientapp[1]["lr"] == 0.5
 
     server(grid=grid, context=grid.server_context())
 
 
-def test_many_messages_may_share_a_content_and_none_is_touched() -> None:
+def test_messages_may_share_a_content_which_stays_unchanged() -> None:
     grid = LocalGrid(app, 3)
     sent = messages(grid)
     replies = grid.send_and_receive(sent)
@@ -65,7 +65,7 @@ def test_many_messages_may_share_a_content_and_none_is_touched() -> None:
     assert list(sent[0].content.array_records["arrays"]) == ["w"]
 
 
-def test_a_client_runs_when_it_is_asked_for_and_once() -> None:
+def test_a_client_runs_once_when_its_reply_is_pulled() -> None:
     runs = []
 
     def count(message: Message, context: Context) -> Message:
@@ -80,7 +80,7 @@ def test_a_client_runs_when_it_is_asked_for_and_once() -> None:
     assert grid.pull_messages([ids[1], "unknown"]) == []
 
 
-def test_offline_nodes_answer_with_an_error_and_each_training_push_is_a_round() -> None:
+def test_offline_nodes_reply_with_an_error_and_each_training_push_is_a_round() -> None:
     probabilities = np.full(200, 0.3)
     local = LocalGrid(app, 200, run_config={"lr": 1.0})
     grid = with_availability(local, Bernoulli(probabilities, np.random.default_rng(0)))
@@ -102,18 +102,19 @@ def test_an_exception_of_the_app_is_an_error_reply() -> None:
     assert (reply.error.code, reply.error.reason) == (2, "KeyError: 'lr'")
 
 
-def test_an_app_that_forgets_to_return_is_told() -> None:
+def test_an_app_that_returns_no_message_is_an_error() -> None:
     grid = LocalGrid(lambda message, context: None, 2)  # type: ignore[arg-type,return-value]
     assert [reply.error.code for reply in grid.send_and_receive(messages(grid))] == [2, 2]
     with pytest.raises(
-        ValueError, match="Every client failed, 2 times with: TypeError: The client app returned a None"
+        ValueError,
+        match=r"Every client failed; the most frequent error \(2 times\): TypeError: The client app returned a None",
     ):
         grid.require_answers()
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_an_empty_grid_and_an_unknown_node_are_errors() -> None:
     with pytest.raises(ValueError, match="0 nodes"):
         LocalGrid(app, 0)
     grid = LocalGrid(app, 2)
-    with pytest.raises(ValueError, match="Node 7 is not in this grid of 2 nodes"):
+    with pytest.raises(ValueError, match="Node 7 does not exist in this grid of 2 nodes"):
         grid.push_messages([Message(RecordDict(), 7, "train")])

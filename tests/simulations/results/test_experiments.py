@@ -50,31 +50,34 @@ BASE = 'rounds = 2\nrules = ["fedavg"]\n'
     [
         (
             'rounds = 2\nrules = ["fedavgg"]',
-            r"rules\.0: There is no rule 'fedavgg'; did you mean 'fedavg'\? The known ones are bulyan",
+            r"rules\.0: Unknown rule 'fedavgg'\. Did you mean 'fedavg'\? Known names: bulyan",
         ),
         (
             'rounds = 2\n[[rules]]\nname = "fedau"\nparameters = { cutof = 3 }',
-            "no parameter of rule 'fedau' 'cutof'; did you mean 'cutoff'",
+            r"Rule 'fedau' has no parameter 'cutof'\. Did you mean 'cutoff'",
         ),
         (
             'rounds = 2\n[[rules]]\nname = "fedau"\ntrain = { step = 3 }',
-            r"rules\.0\.train\.step is no known key \(did you mean 'steps'",
+            r"rules\.0\.train\.step is not a known key \(did you mean 'steps'",
         ),
-        (BASE + "roundz = 3", r"roundz is no known key \(did you mean 'rounds'\?\)"),
-        (BASE + "[partition]\nalfa = 3", r"partition\.alfa is no known key \(did you mean 'alpha'\?\)"),
+        (BASE + "roundz = 3", r"roundz is not a known key \(did you mean 'rounds'\?\)"),
+        (BASE + "[partition]\nalfa = 3", r"partition\.alfa is not a known key \(did you mean 'alpha'\?\)"),
         (BASE + "[partition]\nalpha = 0", r"partition\.alpha = 0: input should be greater than 0"),
-        (BASE + "[participation]\nkind = 'trace'", r"participation\.path: field required"),
-        (BASE + "[train]\nepochs = 1\nsteps = 1", "exclude each other"),
-        ("rounds = 0", r"rounds = 0: .*; rules: field required"),
+        (BASE + "[participation]\nkind = 'trace'", r"participation\.path is required"),
+        (BASE + "[train]\nepochs = 1\nsteps = 1", "set only one of them"),
+        ("rounds = 0", r"rounds = 0: .*; rules is required"),
         ("rounds = ", "not valid TOML"),
-        ('rounds = 2\nrules = ["ida", "ida"]', "stands for two rules"),
+        ('rounds = 2\nrules = ["ida", "ida"]', "two rules have the label"),
         (BASE + "seeds = []", "seeds"),
-        (BASE + "seeds = [1, 1]", "different numbers"),
-        ('rounds = 2\nrules = [{name = "ida", label = "a b"}, {name = "ida", label = "a-b"}]', "stands for two rules"),
+        (BASE + "seeds = [1, 1]", "different whole numbers"),
+        (
+            'rounds = 2\nrules = [{name = "ida", label = "a b"}, {name = "ida", label = "a-b"}]',
+            "two rules have the label",
+        ),
         (BASE + 'name = "../up"', "name"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_experiments_are_errors_that_name_the_key(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.compile(message, re.IGNORECASE)) as caught:
         read(toml(tmp_path, text))
     assert "\n" not in str(caught.value)
@@ -86,29 +89,29 @@ def test_changes_and_names(tmp_path: Path) -> None:
     assert (experiment.name, experiment.seeds) == ("experiment", [0, 1, 2])
     assert experiment.partition == DirichletSettings(alpha=0.5)
     assert experiment.data.source == "some/path"
-    with pytest.raises(ValueError, match="has no key and value"):
+    with pytest.raises(ValueError, match="is not KEY=VALUE"):
         parse_change("alpha")
-    with pytest.raises(ValueError, match="no experiment 'nowhere'; give a TOML file or a shipped one: demo, di"):
+    with pytest.raises(ValueError, match="no experiment 'nowhere'; give a TOML file or one of: demo, di"):
         read(Path("nowhere"))
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.toml")), ids=lambda path: path.stem)
-def test_what_ships_is_valid(path: Path) -> None:
+def test_shipped_experiments_are_valid(path: Path) -> None:
     assert read(path).name == path.stem
 
 
-def test_data_that_does_not_fit_is_told_before_anything_runs() -> None:
+def test_data_model_and_device_are_checked_before_any_run() -> None:
     for changes, message in (
         (
             {"partition": {"clients": 2000}},
-            "partition.clients = 2000 needs 2000 examples or more and there are 1438",
+            "partition.clients = 2000 needs at least 2000 examples, and there are 1438",
         ),
         ({"partition": {"kind": "site"}}, "have no sites"),
         ({"data": {"source": "nowhere"}}, "no data at 'nowhere'"),
-        ({"model": {"kind": "nothing"}}, "no model 'nothing'"),
+        ({"model": {"kind": "nothing"}}, "Unknown model 'nothing'"),
         ({"model": {"kind": "mlp", "options": {"hidden": -1}}}, "'mlp' cannot be made"),
         ({"model": {"kind": "torch.nn:Identity"}}, "cannot be made|does not fit"),
-        ({"train": {"device": "warp"}}, "'warp' cannot be used here"),
+        ({"train": {"device": "warp"}}, "'warp' is not available"),
     ):
         with pytest.raises(ValueError, match=message):
             resolve(Experiment(**{**SMALL, **changes}))
@@ -126,7 +129,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_what_is_left_behind(finished: Path) -> None:
+def test_result_files(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert [(run["rule"], run["seed"]) for run in summary["runs"]] == [
         (rule, seed) for rule in ("fedavg", "median", "FedAU / 3") for seed in (0, 1)
@@ -141,7 +144,7 @@ def test_what_is_left_behind(finished: Path) -> None:
     assert again == Experiment(**SMALL)
 
 
-def test_rounds_and_clients_add_up(finished: Path) -> None:
+def test_rounds_and_clients_files_are_consistent(finished: Path) -> None:
     rounds = [json.loads(line) for line in (finished / "rounds.jsonl").read_text().splitlines()]
     clients = [json.loads(line) for line in (finished / "clients.jsonl").read_text().splitlines()]
     assert len(rounds) == 3 * 2 * 4
@@ -149,23 +152,23 @@ def test_rounds_and_clients_add_up(finished: Path) -> None:
     assert sum(row["replies"].get("admitted", 0) for row in rounds) == len(clients)
     assert all(("server" in row) == (row["round"] % 2 == 0) for row in rounds)
     for row in rounds:
-        mine = [c for c in clients if all(c[k] == row[k] for k in ("rule", "seed", "round"))]
-        if row["rule"] == "fedavg" and mine:
-            assert sum(c["weight"] for c in mine) == pytest.approx(1)
+        of_round = [c for c in clients if all(c[k] == row[k] for k in ("rule", "seed", "round"))]
+        if row["rule"] == "fedavg" and of_round:
+            assert sum(c["weight"] for c in of_round) == pytest.approx(1)
         if row["rule"] == "median":
-            assert all("weight" not in c for c in mine)
+            assert all("weight" not in c for c in of_round)
 
 
-def test_all_rules_meet_the_same_participation(finished: Path) -> None:
+def test_all_rules_have_the_same_participation(finished: Path) -> None:
     clients = [json.loads(line) for line in (finished / "clients.jsonl").read_text().splitlines()]
-    came = {
+    participants = {
         rule: {(c["seed"], c["round"], c["node"]) for c in clients if c["rule"] == rule}
         for rule in ("fedavg", "median", "FedAU / 3")
     }
-    assert came["fedavg"] == came["median"] == came["FedAU / 3"]
+    assert participants["fedavg"] == participants["median"] == participants["FedAU / 3"]
 
 
-def test_the_report_is_one_file_that_needs_nothing_else(finished: Path) -> None:
+def test_the_report_is_one_self_contained_file(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "http" not in page.split("base64")[0]
@@ -185,7 +188,7 @@ def test_scores() -> None:
     assert scores(runs)["b"] == (0.9, 0.0)
 
 
-def test_smoothing_keeps_length_and_level() -> None:
+def test_smoothing_keeps_length_and_constant_values() -> None:
     for points in (1, 49, 100, 151, 2000):
         smooth = _smooth(np.full(points, 3.0))
         assert len(smooth) == points
@@ -224,43 +227,43 @@ def test_another_seed_gives_another_model(finished: Path) -> None:
     assert len({run_["model_sha256"] for run_ in runs}) == len(runs)
 
 
-def test_results_are_not_written_over_other_things(tmp_path: Path) -> None:
+def test_results_do_not_overwrite_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.docx").write_text("years of work")
-    with pytest.raises(ValueError, match=r"holds thesis\.docx, which is no result"):
+    with pytest.raises(ValueError, match=r"contains thesis\.docx, which is not a result"):
         prepare(tmp_path)
     assert (tmp_path / "thesis.docx").exists()
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    (pictures / "labels.png").write_text("mine, with a name like ours")
-    with pytest.raises(ValueError, match="is no result"):
+    (pictures / "labels.png").write_text("not a plot of Corymb")
+    with pytest.raises(ValueError, match="is not a result"):
         prepare(pictures)
     with pytest.raises(ValueError, match="There is a file at"):
         prepare(tmp_path / "thesis.docx")
 
 
-def test_a_mistake_leaves_earlier_results_alone(tmp_path: Path) -> None:
+def test_an_invalid_setting_keeps_earlier_results(tmp_path: Path) -> None:
     (tmp_path / "runs" / "demo" / "journals").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "summary.json").write_text("{}")
     assert corymb("simulate", "--set", "data.source=nowhere", cwd=tmp_path).returncode == 2
     assert (tmp_path / "runs" / "demo" / "summary.json").exists()
 
 
-def test_several_experiments_are_run_at_once(tmp_path: Path) -> None:
+def test_several_experiments_run_in_parallel(tmp_path: Path) -> None:
     small = ["rounds = 2", 'rules = ["fedavg"]', "train.steps = 1", "evaluate.every = 2", 'based_on = "demo"']
     for name, kind in (("often", "always"), ("in_turn", "cyclic")):
         (tmp_path / f"{name}.toml").write_text("\n".join([*small, f'participation.kind = "{kind}"']))
     result = corymb("simulate", "often.toml", "in_turn.toml", "--jobs", "2", "--out", "both", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    came = []
+    admitted = []
     for name in ("often", "in_turn"):
         rounds = (tmp_path / "both" / name / "rounds.jsonl").read_text().splitlines()
-        came.append(sum(json.loads(line)["replies"]["admitted"] for line in rounds))
+        admitted.append(sum(json.loads(line)["replies"]["admitted"] for line in rounds))
         assert (tmp_path / "both" / name / "report.html").exists()
         assert f"\n{name}\n" in result.stdout
-    assert came[0] > came[1]
+    assert admitted[0] > admitted[1]
     (tmp_path / "both" / "in_turn" / "thesis.docx").write_text("mine")
     refused = corymb("simulate", "often.toml", "in_turn.toml", "--out", "both", cwd=tmp_path)
-    assert "holds thesis.docx" in refused.stderr
+    assert "contains thesis.docx" in refused.stderr
     assert (tmp_path / "both" / "often" / "report.html").exists()
     assert "share a folder" in corymb("simulate", "often.toml", "often.toml", cwd=tmp_path).stderr
 
@@ -285,12 +288,10 @@ class Harmful(nn.Linear):
     ("harm", "message"),
     [
         ("raise RuntimeError('out of order')", "Every client failed"),
-        ("time.sleep(3) or os._exit(1)", "maybe for want of memory"),
+        ("time.sleep(3) or os._exit(1)", "possibly because memory ran out"),
     ],
 )
-def test_a_run_that_ends_badly_ends_the_others_and_leaves_what_was_finished(
-    tmp_path: Path, harm: str, message: str
-) -> None:
+def test_a_failed_run_stops_the_others_and_keeps_finished_results(tmp_path: Path, harm: str, message: str) -> None:
     (tmp_path / "harmful.py").write_text(HARMFUL.format(harm=harm))
     small = ['rules = ["fedavg"]', "seeds = 1", 'based_on = "demo"', 'participation.kind = "always"']
     (tmp_path / "good.toml").write_text("\n".join(["rounds = 1", *small]))
@@ -303,7 +304,7 @@ def test_a_run_that_ends_badly_ends_the_others_and_leaves_what_was_finished(
     assert not (tmp_path / "both" / "bad" / "summary.json").exists()
 
 
-def test_a_run_whose_clients_all_fail_is_no_run(tmp_path: Path) -> None:
+def test_a_run_whose_clients_all_fail_is_an_error(tmp_path: Path) -> None:
     module = """
 from torch import nn
 
@@ -325,8 +326,8 @@ class Broken(nn.Linear):
     assert result.stderr.count("Traceback") == 1
 
 
-def test_sites_of_their_own(tmp_path: Path) -> None:
-    """A folder with one table per hospital: as many clients as files, named after them."""
+def test_one_client_per_table(tmp_path: Path) -> None:
+    """A folder with one table per hospital gives one client per file, named after the file."""
     rng = np.random.default_rng(0)
     for name, size in (("basel", 30), ("zurich", 60)):
         rows = [",".join(f"{x:.3f}" for x in rng.normal(size=3)) + f",{rng.integers(0, 3)}" for _ in range(size)]
@@ -354,22 +355,22 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
     [
         (
             ["compare", "--rules", "fedavg,nonsense"],
-            "The known ones are bulyan, centred_clipping, fedau",
+            "Known names: bulyan, centred_clipping, fedau",
         ),
         (["simulate", "--set", "partition.alpha=0"], "partition.alpha = 0: input should be greater than 0"),
         (["simulate", "--set", "trian.steps=3"], "did you mean 'train'?"),
         (["simulate", "--set", "data.source=nowhere"], "There is no data at 'nowhere'"),
-        (["simulate", "--set", "partition.clients=9999"], "needs 9999 examples or more and there are 1438"),
+        (["simulate", "--set", "partition.clients=9999"], "needs at least 9999 examples, and there are 1438"),
         (["simulate", "nowhere.toml"], "There is no experiment 'nowhere.toml'"),
         (["simulate", "--app", "."], "has no ServerApp: set serverapp"),
         (["simulate", "--app", "nowhere"], "has no pyproject.toml"),
-        (["simulate", "--app", ".", "--out", "x"], "--out and --jobs belong to experiments"),
+        (["simulate", "--app", ".", "--out", "x"], "--out and --jobs apply to experiments only"),
         (["simulate", "--set", "train.seed=3"], "set seeds"),
         (["simulate", "--out", "pyproject.toml"], "There is a file at pyproject.toml"),
         (["simulate", "[/x]"], "There is no experiment '[/x]'"),
     ],
 )
-def test_a_mistake_at_the_command_line_is_one_sentence(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_user_error_prints_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text(APP)
     result = corymb(*arguments, cwd=tmp_path)
     assert result.returncode != 0

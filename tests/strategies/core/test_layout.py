@@ -73,7 +73,7 @@ def model_with_variance(variance: float) -> Model:
     return Layout.of(state).flatten(state)
 
 
-def test_buffers_are_averaged_by_size_and_variances_stay_above_zero() -> None:
+def test_buffers_are_averaged_by_examples_and_variances_are_not_negative() -> None:
     origin = model_with_variance(1.0)
     replies = [
         Reply.of("a", torch.zeros(1), 1, buffers=torch.tensor([3.0])),
@@ -91,15 +91,15 @@ def test_a_robust_rule_is_robust_in_its_buffers_too() -> None:
     assert Median().aggregate(origin, replies, None).model.buffers.tolist() == [2.0]
 
 
-def test_a_vector_is_the_memory_of_a_state_in_one_piece() -> None:
+def test_the_vector_of_a_contiguous_state_is_a_view() -> None:
     layout = Layout.of({"a": torch.zeros(2, 3), "b": torch.zeros(4)})
     whole = torch.arange(12.0)
     pieces = layout.split(whole[2:])
     assert layout.vector(pieces).data_ptr() == whole[2:].data_ptr()
     assert torch.equal(layout.vector(pieces), whole[2:])
-    apart = {"a": pieces["a"], "b": pieces["b"].clone()}
-    turned = {"a": whole[:6].view(3, 2).T, "b": whole[6:10]}
-    for state in (apart, turned, {"a": whole[4:10].view(2, 3), "b": whole[:4]}):
+    separate = {"a": pieces["a"], "b": pieces["b"].clone()}
+    transposed = {"a": whole[:6].view(3, 2).T, "b": whole[6:10]}
+    for state in (separate, transposed, {"a": whole[4:10].view(2, 3), "b": whole[:4]}):
         vector = layout.vector(state)
         assert vector.data_ptr() != state["a"].data_ptr()
         assert torch.equal(vector, torch.cat([state["a"].flatten(), state["b"]]))

@@ -17,7 +17,7 @@ def test_ranks_are_those_of_a_sort(clients: int, width: int, data: st.DataObject
     np.testing.assert_allclose(middle(models, first, last).numpy(), expected, rtol=1e-12)
 
 
-def test_what_lies_outside_the_ranks_has_no_effect() -> None:
+def test_values_outside_the_ranks_have_no_effect() -> None:
     rows = [[0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.4, 0.4], [float("inf"), float("nan")]]
     models = torch.tensor(rows, dtype=torch.float64)
     assert median(models).tolist() == [0.3, 0.3]

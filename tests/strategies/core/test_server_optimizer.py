@@ -1,4 +1,4 @@
-"""Server optimisers against torch on its own, and stored between rounds."""
+"""Server optimisers give the same results as torch's optimisers, also if their state is stored between rounds."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ STEPS = [
 
 
 @pytest.mark.parametrize("step", STEPS, ids=repr)
-@pytest.mark.parametrize("rests", [False, True])
-def test_it_is_torchs_optimiser_on_the_difference(step: ServerOptimizer, rests: bool) -> None:
-    """Also when its state is stored after each round."""
+@pytest.mark.parametrize("stored", [False, True])
+def test_steps_equal_those_of_torch(step: ServerOptimizer, stored: bool) -> None:
+    """With `stored`, the optimiser's state is stored and loaded after each round."""
     generator = torch.Generator().manual_seed(0)
     alone = torch.randn(6, generator=generator).requires_grad_()
     model, memory = Model(alone.detach().clone()), step.initial()
@@ -41,13 +41,13 @@ def test_it_is_torchs_optimiser_on_the_difference(step: ServerOptimizer, rests: 
         alone.grad = alone.detach() - target
         optimizer.step()
         model, memory = step.step(model, Model(target), memory)
-        if rests:
+        if stored:
             plain, tensors = packed(memory)
             memory = unpacked(step.initial(), json.loads(json.dumps(plain)), load(save(tensors)) if tensors else {})
         assert torch.equal(model.parameters, alone.detach())
 
 
-def test_a_round_that_changed_nothing_makes_no_step() -> None:
+def test_a_round_that_leaves_the_model_unchanged_makes_no_step() -> None:
     step = ServerOptimizer("SGD", 1.0, {"momentum": 0.9})
     model, memory = step.step(Model(torch.zeros(2)), Model(torch.ones(2)), step.initial())
     assert step.step(model, model, memory) == (model, memory)
@@ -55,13 +55,13 @@ def test_a_round_that_changed_nothing_makes_no_step() -> None:
     assert step.step(model, same, memory) == (same, memory)
 
 
-def test_wrong_settings_are_told() -> None:
+def test_wrong_settings_are_refused() -> None:
     for unfit in ("LBFGS", "SparseAdam"):
-        with pytest.raises(ValueError, match=r"torch.optim cannot make"):
+        with pytest.raises(ValueError, match=f"server optimiser '{unfit}' cannot be used"):
             ServerOptimizer(unfit)
-    with pytest.raises(ValueError, match=r"torch.optim cannot make 'Adamm'"):
+    with pytest.raises(ValueError, match=r"server optimiser 'Adamm' cannot be used"):
         ServerOptimizer("Adamm")
-    with pytest.raises(ValueError, match=r"torch.optim cannot make 'SGD' with \{'momentun': 1\}"):
+    with pytest.raises(ValueError, match=r"server optimiser 'SGD' cannot be used with options \{'momentun': 1\}"):
         ServerOptimizer("SGD", 1.0, {"momentun": 1})
-    with pytest.raises(ValueError, match="learning_rate = 0 must be positive"):
+    with pytest.raises(ValueError, match="learning_rate is 0; use a positive"):
         ServerOptimizer(learning_rate=0)

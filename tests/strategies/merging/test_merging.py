@@ -35,7 +35,7 @@ PRECISION = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-
 def mixed(
     rule: Rule[Any], origin: Any, models: dict[str, Any], dtype: torch.dtype, proxy: Proxy | None = None
 ) -> Outcome[Any]:
-    """One round over models of a single tensor "w"."""
+    """Return the outcome of one round with models of a single tensor "w"."""
     state = {"w": torch.tensor(origin, dtype=dtype)}
     replies = [Reply.of(name, torch.tensor(m, dtype=dtype).reshape(-1)) for name, m in models.items()]
     return rule.aggregate(Layout.of(state).flatten(state), replies, rule.initial(), proxy=proxy)
@@ -44,12 +44,12 @@ def mixed(
 def merged(
     rule: Rule[Any], origin: Any, models: dict[str, Any], dtype: torch.dtype, proxy: Proxy | None = None
 ) -> Tensor:
-    """The model after it."""
+    """Return the parameters after one such round."""
     return mixed(rule, origin, models, dtype, proxy).model.parameters
 
 
 class Point(nn.Module):
-    """A model that is a point, and says so."""
+    """A model whose parameters are a point, and whose outputs are this point for any input."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,10 +59,10 @@ class Point(nn.Module):
         return self.w + 0 * inputs
 
 
-def near(dtype: torch.dtype) -> Proxy:
-    """Proxy data whose loss is the squared distance to (0.9, 0.2)."""
-    there = torch.tensor([[0.9, 0.2]], dtype=dtype)
-    return Proxy(Point(dtype), torch.zeros(1, 2, dtype=dtype), there, lambda said, true: (said - true).square().sum())
+def point_proxy(dtype: torch.dtype) -> Proxy:
+    """Return proxy data whose loss is the squared distance to (0.9, 0.2)."""
+    target = torch.tensor([[0.9, 0.2]], dtype=dtype)
+    return Proxy(Point(dtype), torch.zeros(1, 2, dtype=dtype), target, lambda out, true: (out - true).square().sum())
 
 
 @PRECISION
@@ -70,17 +70,17 @@ def test_worked_soups(dtype: torch.dtype, tolerance: float) -> None:
     soups = GOLDEN["soups"]
     uniform = merged(FedAvg(by_examples=False), [0.0, 0.0], soups["models"], dtype)
     assert_allclose(uniform, soups["uniform"], atol=tolerance)
-    outcome = mixed(GreedySoup(score="loss", mean=False), [0.0, 0.0], soups["models"], dtype, near(dtype))
+    outcome = mixed(GreedySoup(score="loss", mean=False), [0.0, 0.0], soups["models"], dtype, point_proxy(dtype))
     assert {name for name, weight in outcome.weights.items() if weight} == set(soups["greedy_ingredients"])
     greedy = outcome.model.parameters
     assert_allclose(greedy, soups["greedy"], atol=tolerance)
-    assert -near(dtype).loss_of(greedy, torch.zeros(0)) == pytest.approx(soups["greedy_score"], abs=tolerance)
+    assert -point_proxy(dtype).loss_of(greedy, torch.zeros(0)) == pytest.approx(soups["greedy_score"], abs=tolerance)
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
-def test_a_learned_soup_is_at_least_as_near_as_the_best_model(by_layer: bool) -> None:
+def test_a_learned_soup_is_at_least_as_good_as_the_best_model(by_layer: bool) -> None:
     rule = LearnedSoup(by_layer=by_layer, epochs=200)
-    proxy = near(torch.float64)
+    proxy = point_proxy(torch.float64)
     found = merged(rule, [0.0, 0.0], GOLDEN["soups"]["models"], torch.float64, proxy)
     assert proxy.loss_of(found, torch.zeros(0)) < -max(GOLDEN["soups"]["individual"].values())
 
@@ -123,12 +123,12 @@ def test_the_fisher_of_softmax_regression(dtype: torch.dtype, tolerance: float) 
     assert_allclose(found.reshape(3, 2), worked["closed_form_p(1-p)x^2"], rtol=tolerance)
 
 
-def test_fisher_merging_keeps_what_each_model_needs() -> None:
-    """Of two inputs each model looks at one only: each keeps its own weight where the other does not look."""
+def test_the_batched_fisher_equals_the_one_computed_by_hand() -> None:
+    """Each of the two models depends on only one of the two inputs."""
     module = nn.Linear(2, 2, bias=False)
-    looks = {"a": [[4.0, 0.0], [-4.0, 0.0]], "b": [[0.0, 4.0], [0.0, -4.0]]}
+    models = {"a": [[4.0, 0.0], [-4.0, 0.0]], "b": [[0.0, 4.0], [0.0, -4.0]]}
     state = module.state_dict()
-    replies = [Reply.of(name, torch.tensor(weights).reshape(-1)) for name, weights in looks.items()]
+    replies = [Reply.of(name, torch.tensor(weights).reshape(-1)) for name, weights in models.items()]
     proxy = Proxy(module, torch.tensor([[0.1, 0.1], [1.0, -1.0]]))
     rule = FisherMerging()
     found = rule.aggregate(Layout.of_module(module).flatten(state), replies, None, proxy=proxy).model
@@ -169,8 +169,8 @@ def test_worked_weight_matching() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_permuted_network_computes_the_same_and_is_found_again(seed: int) -> None:
-    """Convolutions, norms, flattening and linear layers, in a chain."""
+def test_matching_undoes_a_permutation_that_keeps_the_outputs(seed: int) -> None:
+    """The network is a chain of convolutions, norms, flattening and linear layers."""
     torch.manual_seed(seed)
     module = nn.Sequential(
         nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.GroupNorm(5, 5), nn.ReLU(),
@@ -188,10 +188,10 @@ def test_a_permuted_network_computes_the_same_and_is_found_again(seed: int) -> N
     assert torch.equal(back, vector)
 
 
-def test_what_is_no_chain_is_refused() -> None:
+def test_layers_that_are_no_chain_are_refused() -> None:
     with pytest.raises(ValueError, match="'c' has 5 inputs after a layer of 3 units; weight matching needs a plain"):
         layer_axes(Layout.of({"a": torch.zeros(3, 2), "c": torch.zeros(4, 5)}))
-    with pytest.raises(ValueError, match=r"'b' of shape \[4\] fits no layer of 3 units"):
+    with pytest.raises(ValueError, match=r"'b' of shape \[4\] does not fit a layer of 3 units"):
         layer_axes(Layout.of({"a": torch.zeros(3, 2), "b": torch.zeros(4)}))
 
 
@@ -212,7 +212,7 @@ def test_worked_isotropic_merging(rule: Rule[Any], tasks: str, name: str, dtype:
     assert_allclose(found.reshape(size, size), worked[name], atol=tolerance * 10)
 
 
-def test_other_tensors_than_matrices_take_the_mean() -> None:
+def test_tensors_other_than_matrices_take_the_mean_update() -> None:
     models = {"a": [1.0, 2.0], "b": [3.0, 0.0]}
     for rule in (IsoC(scale=2.0), IsoCTS()):
         assert merged(rule, [0.0, 0.0], models, torch.float64).tolist() == [2.0, 1.0]
@@ -233,14 +233,14 @@ def test_worked_outputs_of_matched_networks() -> None:
     """At the input (0.7, -0.3), with rectified hidden units."""
     inputs = torch.tensor([0.7, -0.3], dtype=torch.float64)
 
-    def said(layout: Layout, vector: Tensor) -> Tensor:
+    def outputs(layout: Layout, vector: Tensor) -> Tensor:
         net = layout.split(vector)
         return net["W2"] @ (net["W1"] @ inputs + net["b1"]).relu() + net["b2"]
 
     (layout, a), (_, b) = network(MATCHING["A"]), network(MATCHING["B"])
     ordered = permuted(layout, b, match(layout, a, b))
-    assert_allclose(said(layout, a), MATCHING["A_output"], atol=1e-9)
-    assert_allclose(said(layout, b), MATCHING["function_unchanged_on_x"], atol=1e-9)
-    assert_allclose(said(layout, ordered), MATCHING["function_unchanged_on_x"], atol=1e-9)
-    assert_allclose(said(layout, (a + b) / 2), MATCHING["midpoint_output_before"], atol=1e-9)
-    assert_allclose(said(layout, (a + ordered) / 2), MATCHING["midpoint_output_after"], atol=1e-9)
+    assert_allclose(outputs(layout, a), MATCHING["A_output"], atol=1e-9)
+    assert_allclose(outputs(layout, b), MATCHING["function_unchanged_on_x"], atol=1e-9)
+    assert_allclose(outputs(layout, ordered), MATCHING["function_unchanged_on_x"], atol=1e-9)
+    assert_allclose(outputs(layout, (a + b) / 2), MATCHING["midpoint_output_before"], atol=1e-9)
+    assert_allclose(outputs(layout, (a + ordered) / 2), MATCHING["midpoint_output_after"], atol=1e-9)

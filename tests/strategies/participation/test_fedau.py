@@ -19,9 +19,11 @@ def test_weights_follow_the_worked_histories(case: dict[str, Any]) -> None:
     rule = FedAU(cutoff=case["K"])
     memory = rule.initial()
     nodes = [f"node-{i}" for i in range(len(case["history"][0]))]
-    for came, expected in zip(case["history"], case["weights_used_at_round"], strict=True):
+    for participated, expected in zip(case["history"], case["weights_used_at_round"], strict=True):
         assert_allclose([rule.weight(Report(node, 1), memory) for node in nodes], expected, rtol=1e-12)
-        replies = [Reply.of(node, vector(1.0)) for node, there in zip(nodes, came, strict=True) if there]
+        replies = [
+            Reply.of(node, vector(1.0)) for node, took_part in zip(nodes, participated, strict=True) if took_part
+        ]
         memory = rule.aggregate(Model(vector(0.0)), replies, memory, nodes).memory
     assert_allclose(memory.mean, case["weights_after_last_round"], rtol=1e-12)
     assert memory.closed.tolist() == case["M"]
@@ -58,12 +60,12 @@ def test_one_step(rule: FedAU, expected: list[float]) -> None:
     assert_allclose(after(rule, origin, [], attendance, nodes), GOLDEN["one_step"]["no_participant"], atol=0)
 
 
-def test_one_step_of_its_baselines() -> None:
+def test_one_step_of_the_baselines() -> None:
     origin, replies, _, nodes = one_step()
-    alike = after(FedAvg(by_examples=False), origin, replies)
-    assert_allclose(alike, GOLDEN["one_step"]["average_participating"], rtol=0, atol=1e-9)
-    all_sites = after(FedAU(cutoff=1), origin, replies, known=nodes)
-    assert_allclose(all_sites, GOLDEN["one_step"]["average_all"], rtol=0, atol=1e-9)
+    equal_weights = after(FedAvg(by_examples=False), origin, replies)
+    assert_allclose(equal_weights, GOLDEN["one_step"]["average_participating"], rtol=0, atol=1e-9)
+    all_clients = after(FedAU(cutoff=1), origin, replies, known=nodes)
+    assert_allclose(all_clients, GOLDEN["one_step"]["average_all"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,13 @@ def test_six_rounds(rule: Any, name: str) -> None:
     rounds = GOLDEN["baselines_6_rounds"]
     origin, memory = vector(0.0), rule.initial()
     nodes = ["a", "b", "c"]
-    for came, deltas, expected in zip(
+    for participated, deltas, expected in zip(
         rounds["history"], rounds["deltas"], rounds["x_after_each_round"][name], strict=True
     ):
         replies = [
-            Reply.of(node, origin + delta) for node, there, delta in zip(nodes, came, deltas, strict=True) if there
+            Reply.of(node, origin + delta)
+            for node, took_part, delta in zip(nodes, participated, deltas, strict=True)
+            if took_part
         ]
         outcome = rule.aggregate(Model(origin), replies, memory, nodes)
         origin, memory = outcome.model.parameters, outcome.memory
@@ -90,22 +94,22 @@ def test_six_rounds(rule: Any, name: str) -> None:
 
 
 def test_quadratic_federation_finds_the_optimum_that_averaging_misses() -> None:
-    """F_n(x) = (x - c_n)^2 / 2 with the sites near 1 online far more often: the optimum is 0."""
-    centres, online = np.linspace(-1, 1, 10), np.linspace(0.05, 0.95, 10)
+    """F_n(x) = (x - c_n)^2 / 2. The optimum is 0, but clients with c_n near 1 participate far more often."""
+    centres, probabilities = np.linspace(-1, 1, 10), np.linspace(0.05, 0.95, 10)
     nodes = [f"site-{i}" for i in range(10)]
     rounds, rng = 8000, np.random.default_rng(0)
-    came = rng.random((rounds, 10)) < online
+    participation = rng.random((rounds, 10)) < probabilities
     found: dict[type, Any] = {}
-    both: list[Rule[Any]] = [FedAU(cutoff=50, server_rate=0.1), FedAvg(by_examples=False)]
-    for rule in both:
+    rules: list[Rule[Any]] = [FedAU(cutoff=50, server_rate=0.1), FedAvg(by_examples=False)]
+    for rule in rules:
         origin, memory = vector(0.0), rule.initial()
         trail = []
-        for present in came:
+        for present in participation:
             shift = (1 - 0.02) ** 5  # five steps of gradient descent at rate .02
             local = [centres[i] + shift * (float(origin) - centres[i]) for i in range(10)]
             replies = [Reply.of(nodes[i], vector(local[i])) for i in np.flatnonzero(present)]
             outcome = rule.aggregate(Model(origin), replies, memory, nodes)
-            # FedAvg takes the global learning rate of .1 here, so that only the weights differ.
+            # The global learning rate of 0.1 is applied to FedAvg here, so that only the weights differ.
             rate = 1.0 if isinstance(rule, FedAU) else 0.1
             origin, memory = origin + rate * (outcome.model.parameters - origin), outcome.memory
             trail.append(float(origin))
@@ -114,7 +118,7 @@ def test_quadratic_federation_finds_the_optimum_that_averaging_misses() -> None:
     assert found[FedAvg] > 0.3
 
 
-def test_a_newcomer_counts_once_and_the_population_grows_with_it() -> None:
+def test_a_new_client_has_weight_one_and_increases_the_population() -> None:
     rule = FedAU()
     memory = rule.aggregate(Model(vector(0.0)), [Reply.of("a", vector(1.0))], rule.initial(), ["a"]).memory
     outcome = rule.aggregate(Model(vector(0.0)), [Reply.of("b", vector(1.0))], memory, ["a", "b"])

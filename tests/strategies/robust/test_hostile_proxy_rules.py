@@ -1,4 +1,4 @@
-"""Rules with data of the server's own against finite replies that are too large to be used."""
+"""Rules with proxy data against replies that are finite but so large that their outputs overflow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from corymb.strategies.merging.fisher import fisher_mean
 from corymb.strategies.merging.isotropic import ranks
 from corymb.tests.support import with_parts
 
-NEEDY = [name for name, kind in RULES.items() if kind.needs_proxy]
+PROXY_RULES = [name for name, kind in RULES.items() if kind.needs_proxy]
 
 
 def outcome(rule: Rule[Any], hostile: int, examples: int = 60, norm: bool = False) -> Outcome[Any]:
@@ -48,31 +48,31 @@ def outcome(rule: Rule[Any], hostile: int, examples: int = 60, norm: bool = Fals
     return rule.aggregate(origin, replies, rule.initial(), proxy=proxy)
 
 
-@pytest.mark.parametrize("name", NEEDY)
+@pytest.mark.parametrize("name", PROXY_RULES)
 @pytest.mark.parametrize("hostile", [0, 3, 6])
-def test_a_model_too_large_to_be_used_is_left_out(name: str, hostile: int) -> None:
+def test_a_model_whose_outputs_overflow_is_dropped(name: str, hostile: int) -> None:
     found = outcome(make_rule(name), hostile)
     assert found.model.parameters.abs().max() < 100
-    if name != "run_off_distillation":  # where it is a voter
+    if name != "run_off_distillation":  # which keeps the model as a voter
         assert found.notes["dropped"] == 1
         assert f"site-{hostile}" not in found.weights
 
 
-@pytest.mark.parametrize("name", NEEDY)
+@pytest.mark.parametrize("name", PROXY_RULES)
 @pytest.mark.parametrize("examples", [33, 1025])
 def test_a_last_batch_of_one_does_no_harm(name: str, examples: int) -> None:
     parameters = {} if name in ("fisher", "greedy_soup") else {"batch_size": 32, "epochs": 1}
     assert outcome(make_rule(name, **parameters), -1, examples, norm=True).model.parameters.isfinite().all()
 
 
-def test_a_model_that_is_sure_of_everything_does_not_take_all_of_the_weight() -> None:
+def test_a_model_with_zero_fisher_does_not_take_all_of_the_weight() -> None:
     models = torch.tensor([[1.0, 1.0], [5.0, 5.0]])
     merged = fisher_mean(models, torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([0.5, 0.5]))
     assert (merged < 4).all()
 
 
-def test_a_broken_round_leaves_no_momentum_behind() -> None:
-    """A site that breaks one round must not stop the server optimiser for good."""
+def test_a_failed_round_does_not_change_the_momentum() -> None:
+    """A client that makes one round fail must not change the momentum of the server optimiser."""
     from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 
     from corymb.protocol.codec import to_arrays, to_state
@@ -92,16 +92,16 @@ def test_a_broken_round_leaves_no_momentum_behind() -> None:
         on_round=lambda record: models.append(strategy.state.model.parameters.clone()),
     )
     strategy.start(LocalGrid(site, 3), to_arrays({"w": torch.zeros(2).half()}), num_rounds=4)
-    moved = [float((b - a).abs().max()) for a, b in pairwise(models)]
-    assert moved[0] == 0  # beyond float16, so the round keeps the model before it
-    assert all(0 < step < 10 for step in moved[1:])
+    steps = [float((b - a).abs().max()) for a, b in pairwise(models)]
+    assert steps[0] == 0  # the result overflows float16, so the round keeps the old model
+    assert all(0 < step < 10 for step in steps[1:])
 
 
-def test_votes_of_broken_models_count() -> None:
+def test_models_whose_outputs_overflow_still_vote() -> None:
     assert outcome(RunOffDistillation(epochs=1), 2).model.parameters.isfinite().all()
 
 
-def test_ranks_never_exceed_what_there_is() -> None:
+def test_the_ranks_add_up_to_the_rank_of_the_matrix() -> None:
     for rank in range(1, 12):
         for tasks in range(1, 20):
             for common in (0.0, 0.1, 0.5, 1.0):
@@ -114,7 +114,7 @@ def test_ranks_never_exceed_what_there_is() -> None:
 def test_a_proxy_with_shared_parameters_is_refused() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[1].weight = module[0].weight
-    with pytest.raises(ValueError, match=r"uses '1.weight' under two names"):
+    with pytest.raises(ValueError, match=r"shares the parameter '1.weight' between layers"):
         Proxy(module, torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="epochs = 13 is too small"):
+    with pytest.raises(ValueError, match="epochs is 13; use at least 14"):
         FedLAW(average=True, epochs=13)

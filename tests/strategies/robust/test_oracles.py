@@ -1,4 +1,4 @@
-"""Our robust rules against byzfl's and Flower's, and against bare loops, on random input."""
+"""The robust rules against those of byzfl, and against plain loops, on random input."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from corymb.strategies import (
     TrimmedMean,
 )
 from corymb.strategies.core.geometry import squared_distances
-from corymb.strategies.robust.foolsgold import unlikeness
+from corymb.strategies.robust.foolsgold import dissimilarity_weights
 
-# byzfl's own __init__ wants torchvision for its data sets; its aggregators need torch and scipy only.
+# byzfl's __init__ imports torchvision for its data sets; its aggregators need only torch and scipy.
 spec = importlib.util.find_spec("byzfl")
 assert spec is not None
 sys.modules.setdefault("byzfl", importlib.util.module_from_spec(spec))
@@ -49,31 +49,31 @@ def mixed(rule: SightedRule[Any], models: Tensor, origin: Tensor | None = None) 
     return rule.aggregate(Model(start), replies, rule.initial()).model.parameters
 
 
-def theirs(aggregator: Any, models: Tensor) -> Tensor:
-    return torch.from_numpy(aggregator(models.numpy().copy()))  # their numpy path works in float64
+def byzfl_result(aggregator: Any, models: Tensor) -> Tensor:
+    return torch.from_numpy(aggregator(models.numpy().copy()))  # byzfl computes in float64 for numpy input
 
 
 @given(seed=seeds, clients=st.integers(5, 12), hostile=st.integers(1, 2))
-def test_byzfl_agrees(seed: int, clients: int, hostile: int) -> None:
+def test_rules_equal_those_of_byzfl(seed: int, clients: int, hostile: int) -> None:
     models = cohort(seed, clients)
     pairs: list[tuple[SightedRule[Any], Any]] = [
         (Median(), byzfl.Median()),
-        # theirs take one neighbour more than the paper's K - f - 2
+        # byzfl takes one neighbour more than the paper's K - f - 2
         (Krum(hostile=hostile - 1), byzfl.Krum(f=hostile)),
         (Krum(hostile=hostile - 1, selected=clients - hostile), byzfl.MultiKrum(f=hostile)),
         (GeometricMedian(steps=400), byzfl.GeometricMedian(nu=1e-6, T=400)),
         (CentredClipping(radius=1.5, steps=4), byzfl.CenteredClipping(L=4, tau=1.5)),
     ]
     for rule, oracle in pairs:
-        torch.testing.assert_close(mixed(rule, models), theirs(oracle, models), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(mixed(rule, models), byzfl_result(oracle, models), rtol=1e-6, atol=1e-6)
     clipped = torch.from_numpy(byzfl.Clipping(c=2.0)(models.numpy().copy()))
     torch.testing.assert_close(mixed(NormClipping(radius=2.0), models), clipped.mean(dim=0))
-    trimmed = theirs(byzfl.TrMean(f=hostile), models)
+    trimmed = byzfl_result(byzfl.TrMean(f=hostile), models)
     torch.testing.assert_close(mixed(TrimmedMean(trim=(hostile + 0.2) / clients), models), trimmed)
 
 
 def test_distances_are_exact_where_models_lie_close_together() -> None:
-    """Late in training: far from zero and near each other, where a^2 + b^2 - 2ab in float32 is noise."""
+    """Late in training, models are far from zero and close together: a^2 + b^2 - 2ab is noise in float32."""
     close = 10 + 1e-4 * cohort(0, 8, 1000).float()
     exact = torch.stack([(close.double() - model.double()).square().sum(dim=1) for model in close])
     torch.testing.assert_close(squared_distances(close), exact, rtol=1e-5, atol=0)
@@ -87,7 +87,7 @@ def test_distances_are_exact_where_models_lie_close_together() -> None:
 
 @given(st.integers(0, 1000))
 def test_equal_models_are_equally_far_from_all_others(seed: int) -> None:
-    """Whom Krum prefers must not depend on rounding, which differs from place to place in a product of matrices."""
+    """Krum's choice must not depend on rounding, which differs between the entries of a matrix product."""
     models = torch.randn(11, 300, generator=torch.Generator().manual_seed(seed))
     models[7] = models[3]
     distances = squared_distances(models)
@@ -98,7 +98,7 @@ def test_equal_models_are_equally_far_from_all_others(seed: int) -> None:
 
 
 @given(seed=seeds, hostile=st.integers(0, 2))
-def test_bulyan_is_its_paper_by_hand(seed: int, hostile: int) -> None:
+def test_bulyan_equals_a_plain_implementation(seed: int, hostile: int) -> None:
     clients = 4 * hostile + 4
     models = cohort(seed, clients, 5)
     left = list(range(clients))
@@ -119,7 +119,7 @@ def test_bulyan_is_its_paper_by_hand(seed: int, hostile: int) -> None:
 
 
 @given(seed=seeds, clients=st.integers(2, 6))
-def test_foolsgold_is_its_paper_by_hand(seed: int, clients: int) -> None:
+def test_foolsgold_equals_a_plain_implementation(seed: int, clients: int) -> None:
     past = cohort(seed, clients, 4)
     cosine = [[float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for b in past] for a in past]
     most = [max(row[j] for j in range(clients) if j != i) for i, row in enumerate(cosine)]
@@ -131,10 +131,10 @@ def test_foolsgold_is_its_paper_by_hand(seed: int, clients: int) -> None:
     weights = [min(0.99, w / top) for w in weights]
     logits = [torch.tensor(w / (1 - w), dtype=torch.float64).log() + 0.5 for w in weights]
     pairs = torch.tensor(cosine, dtype=torch.float64)
-    torch.testing.assert_close(unlikeness(pairs), torch.stack(logits).clamp(0, 1))
+    torch.testing.assert_close(dissimilarity_weights(pairs), torch.stack(logits).clamp(0, 1))
 
 
-def test_sybils_count_little_in_foolsgold() -> None:
+def test_foolsgold_gives_sybils_little_weight() -> None:
     rule, memory = FoolsGold(), FoolsGold().initial()
     for number in range(4):
         honest = cohort(number, 5)
@@ -146,7 +146,7 @@ def test_sybils_count_little_in_foolsgold() -> None:
     assert sum(weight for node, weight in outcome.weights.items() if "sybil" in node) < 0.01
 
 
-def test_fltrust_is_its_paper_by_hand() -> None:
+def test_fltrust_equals_a_plain_implementation() -> None:
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 3).double()
     proxy = Proxy(module, torch.randn(30, 4, dtype=torch.float64), torch.arange(30) % 3)

@@ -1,4 +1,4 @@
-"""Elections and their certificates, against worked cases and against every attack there is."""
+"""Elections and their certificates, against worked cases and against an exhaustive search over all attacks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corymb.strategies import Plurality, RunOff
-from corymb.strategies.voting.election import Election, both, certified_accuracy, count, finalists
+from corymb.strategies.voting.election import Election, certified_accuracy, count, finalists, voters_to_close_two
 from corymb.strategies.voting.finite_aggregation import spread_plurality, spread_run_off
 from corymb.tests.support import golden
 
@@ -22,12 +22,12 @@ RULES = [Plurality(), RunOff()]
 
 
 def scores(logits: list[list[float | None]]) -> Tensor:
-    """One input's scores `[V, 1, C]`."""
+    """Return the scores `[V, 1, C]` of as_dict input."""
     rows = [[float("nan") if score is None else score for score in row] for row in logits]
     return torch.tensor(rows, dtype=torch.float64)[:, None]
 
 
-def one(election: Election) -> dict[str, int]:
+def as_dict(election: Election) -> dict[str, int]:
     return {"label": int(election.classes), "cert": int(election.certificates)}
 
 
@@ -41,8 +41,8 @@ def test_worked_elections(case: dict[str, Any]) -> None:
     assert counted.votes[0].tolist() == case["votes"]
     assert [int(first), int(second)] == case["finalists"]
     assert [(voters + lead) // 2, (voters - lead) // 2] == case["runoff_votes"]
-    assert one(Plurality().elect(ballots)) == case["dpa"]
-    assert one(RunOff().elect(ballots)) == {key: case["roe"][key] for key in ("label", "cert")}
+    assert as_dict(Plurality().elect(ballots)) == case["dpa"]
+    assert as_dict(RunOff().elect(ballots)) == {key: case["roe"][key] for key in ("label", "cert")}
 
 
 def test_several_versions_of_a_voter_are_summed() -> None:
@@ -51,16 +51,16 @@ def test_several_versions_of_a_voter_are_summed() -> None:
     assert torch.equal(summed, scores(star["summed"]["logits"]))
 
 
-def test_two_gaps_at_once() -> None:
+def test_voters_to_close_two_gaps() -> None:
     for one_gap, other_gap, voters in GOLDEN["certv2"]:
-        assert int(both(torch.tensor(one_gap), torch.tensor(other_gap))) == voters
+        assert int(voters_to_close_two(torch.tensor(one_gap), torch.tensor(other_gap))) == voters
 
 
 @pytest.mark.parametrize("case", GOLDEN["finite_aggregation"]["cases"])
 def test_worked_finite_aggregation(case: dict[str, Any]) -> None:
     ballots, shifts = scores(case["logits"]), tuple(GOLDEN["finite_aggregation"]["shifts"])
-    assert one(spread_plurality(ballots, shifts)) == case["fa"]
-    assert one(spread_run_off(ballots, shifts)) == case["fa_roe"]
+    assert as_dict(spread_plurality(ballots, shifts)) == case["fa"]
+    assert as_dict(spread_run_off(ballots, shifts)) == case["fa_roe"]
 
 
 def test_certified_accuracy() -> None:
@@ -72,19 +72,19 @@ def test_certified_accuracy() -> None:
 
 
 @pytest.mark.parametrize("case", GOLDEN["exhaustive"], ids=lambda case: case["name"])
-def test_the_certificate_is_exact_in_the_worked_searches(case: dict[str, Any]) -> None:
+def test_the_certificate_equals_the_radius_of_the_worked_searches(case: dict[str, Any]) -> None:
     ballots = scores(CASES[case["name"]]["logits"])
     assert radius(RunOff(), ballots, case["searched_up_to"]) == case["exact_radius"]
-    assert one(RunOff().elect(ballots))["cert"] == case["exact_radius"]
+    assert as_dict(RunOff().elect(ballots))["cert"] == case["exact_radius"]
 
 
 def radius(rule: Plurality | RunOff, ballots: Tensor, most: int) -> int:
-    """The most voters of whom none, by any order of the classes, changes the label; no more than `most`.
+    """Return the largest number of corrupted voters, up to `most`, that cannot change the label by any attack.
 
-    Only the order of a voter's scores counts, so all strict orders are all attacks.
+    Only the order of a voter's scores matters, so the search over all strict orders covers all attacks.
     """
     voters, _, classes = ballots.shape
-    label = one(rule.elect(ballots))["label"]
+    label = as_dict(rule.elect(ballots))["label"]
     orders = torch.tensor(list(permutations(range(classes))), dtype=ballots.dtype)
     for size in range(1, min(most, voters) + 1):
         attacks = torch.stack([torch.stack(chosen) for chosen in product(orders, repeat=size)], dim=1)  # [size, N, C]
@@ -106,7 +106,7 @@ def test_no_certificate_exceeds_the_radius_of_all_attacks(
 ) -> None:
     rows = st.lists(logits, min_size=3, max_size=3)
     ballots = scores(data.draw(st.lists(rows, min_size=voters, max_size=voters)))
-    certificate = one(rule.elect(ballots))["cert"]
+    certificate = as_dict(rule.elect(ballots))["cert"]
     assert radius(rule, ballots, min(certificate + 1, 3)) >= min(certificate, 3)
 
 
@@ -134,8 +134,8 @@ def test_corrupting_certified_voters_never_changes_the_label(rule: Plurality | R
 
 
 @given(seed=st.integers(0, 10**6))
-def test_voters_who_abstain_are_certified_too(seed: int) -> None:
-    """Who lies may also lie about what it has seen."""
+def test_certificates_hold_for_voters_that_abstain(seed: int) -> None:
+    """A corrupted voter may also report wrong classes as seen."""
     generator = torch.Generator().manual_seed(seed)
     ballots = torch.randn(7, 5, 3, generator=generator)
     ballots[:, :, 1] += 1
@@ -150,15 +150,15 @@ def test_voters_who_abstain_are_certified_too(seed: int) -> None:
             assert int(rule.elect(attacked, lie).classes) == int(elected.classes[item])
 
 
-def test_a_voter_is_silent_on_what_it_has_not_seen() -> None:
+def test_a_voter_abstains_on_classes_that_it_has_not_seen() -> None:
     ballots = scores([[9.0, 1.0, 0.0], [9.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     seen = torch.tensor([[False, True, True], [False, True, True], [True, True, True]])
-    assert one(Plurality().elect(ballots))["label"] == 0
-    assert one(Plurality().elect(ballots, seen))["label"] == 1
-    assert count(ballots, seen).leads[0, 0, 1] == -1  # the third alone compares 0 with 1
+    assert as_dict(Plurality().elect(ballots))["label"] == 0
+    assert as_dict(Plurality().elect(ballots, seen))["label"] == 1
+    assert count(ballots, seen).leads[0, 0, 1] == -1  # only the third voter compares classes 0 and 1
 
 
-def test_only_ranks_count() -> None:
+def test_only_the_order_of_scores_matters() -> None:
     ballots = torch.randn(9, 50, 4, dtype=torch.float64)
     for rule in RULES:
         plain, loud = rule.elect(ballots), rule.elect(ballots * torch.logspace(-9, 9, 9)[:, None, None])

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from torch import Tensor
 
 from corymb.strategies import FedDA, FedGP, Layout, Model, Outcome, Reply
-from corymb.strategies.weighting.domain_adaptation import Adaptation, TargetRule, projections, trust
+from corymb.strategies.weighting.domain_adaptation import RoundUpdates, TargetRule, automatic_weights, projections
 from corymb.tests.support import golden
 
 GOLDEN = golden("fedgp")
@@ -26,13 +26,13 @@ def outcome(
     layers: tuple[int, ...] = (4,),
     steps: Tensor | None = None,
 ) -> Outcome[int]:
-    """A round that began at 1."""
+    """Return the outcome of one round that starts from a model of ones."""
     state = {f"layer{i}": torch.ones(size, dtype=dtype) for i, size in enumerate(layers)}
     sources = {f"source-{i}": update for i, update in enumerate(GOLDEN["source_updates"])}
-    everybody = sources | ({"target": target} if target else {})
+    clients = sources | ({"target": target} if target else {})
     replies = [
         Reply.of(name, 1 + torch.tensor(update, dtype=dtype), size, {k: v[i] for k, v in (metrics or {}).items()})
-        for i, ((name, update), size) in enumerate(zip(everybody.items(), (*examples, 5), strict=False))
+        for i, ((name, update), size) in enumerate(zip(clients.items(), (*examples, 5), strict=False))
     ]
     replies = [replace(r, steps=steps if r.report.node == "target" else None) for r in replies]
     return rule.aggregate(Layout.of(state).flatten(state), replies, 0)
@@ -64,7 +64,7 @@ def test_worked_updates(
     ("rule", "name"), [(FedDA("target", auto=True), "fedda_auto"), (FedGP("target", auto=True), "fedgp_auto")]
 )
 def test_worked_automatic_weights(rule: TargetRule, name: str, dtype: torch.dtype, tolerance: float) -> None:
-    """The target made three batches, so its whole update is three of theirs; the sources made one."""
+    """The target's update is the sum of its three batches; each source trained on one batch."""
     batches = torch.tensor(GOLDEN["target_batch_updates"], dtype=dtype)
     metrics = {"steps": [1.0, 1.0, 1.0, 3.0]}
     found = update(rule, dtype, target=batches.sum(dim=0).tolist(), metrics=metrics, steps=batches)
@@ -74,20 +74,20 @@ def test_worked_automatic_weights(rule: TargetRule, name: str, dtype: torch.dtyp
 def test_worked_estimates() -> None:
     batches = torch.tensor(GOLDEN["target_batch_updates"], dtype=torch.float64)
     sources = torch.tensor(GOLDEN["source_updates"], dtype=torch.float64)
-    found = trust(Adaptation(batches.sum(dim=0), 3 * sources, batches))
+    found = automatic_weights(RoundUpdates(batches.sum(dim=0), 3 * sources, batches))
     for kind, name in zip(found, ("beta_fedda", "beta_fedgp", "beta_fedgp_thresh"), strict=True):
         assert_allclose(kind, [source[name] for source in GOLDEN["auto"]], atol=1e-12)
     assert_allclose(projections(batches.mean(dim=0), sources), GOLDEN["proj_plus"], atol=1e-12)
 
 
-def test_the_official_code() -> None:
+def test_the_variant_of_the_official_code() -> None:
     metrics = {"steps": [6.0, 6.0, 6.0, 3.0]}
     rule = FedGP("target", cosine=True, rate_ratio=OFFICIAL["lr_target"] / OFFICIAL["lr_source"])
     found = update(rule, metrics=metrics, examples=tuple(OFFICIAL["n_source"]))
     assert_allclose(found, OFFICIAL["update"], atol=1e-9)
 
 
-def test_edges() -> None:
+def test_edge_cases() -> None:
     edge = GOLDEN["edge"]
     target = torch.tensor(GOLDEN["target_update"], dtype=torch.float64)
     assert_allclose(0.5 * target + 0.5 * projections(target, -target[None])[0], edge["opposite_source"], atol=1e-12)
@@ -95,11 +95,11 @@ def test_edges() -> None:
     same = target.expand(3, 4)
     first = torch.tensor(GOLDEN["source_updates"][:1])
     for sources, name in ((first, "identical_batches_sigma0"), (target[None], "identical_everything")):
-        found = trust(Adaptation(3 * target, 3 * sources.double(), same))
+        found = automatic_weights(RoundUpdates(3 * target, 3 * sources.double(), same))
         names = ("beta_fedda", "beta_fedgp", "beta_fedgp_thresh")
         assert [float(kind) for kind in found] == pytest.approx([edge[name][key] for key in names], abs=1e-9)
-    one = trust(Adaptation(target, target[None], target[None]))
-    assert one.added.tolist() == [0.5]  # a single batch says nothing of variance
+    single_batch = automatic_weights(RoundUpdates(target, target[None], target[None]))
+    assert single_batch.update.tolist() == [0.5]  # the variance is unknown
 
 
 @pytest.mark.parametrize("rule", [FedDA("target"), FedGP("target", auto=True)])
@@ -107,7 +107,7 @@ def test_a_round_without_the_target_changes_nothing(rule: TargetRule) -> None:
     assert update(rule, target=None).tolist() == [0] * 4
 
 
-def test_a_round_without_sources_is_the_targets() -> None:
+def test_a_round_without_sources_takes_the_targets_update() -> None:
     reply = Reply.of("target", torch.ones(3))
     assert FedGP("target").aggregate(Model(torch.zeros(3)), [reply], 0).model.parameters.tolist() == [1] * 3
 

@@ -17,7 +17,7 @@ PRECISION = [(torch.float64, 1e-9), (torch.float32, 1e-4)]
 
 
 def mixture(outcome: Outcome[None]) -> list[float]:
-    """The paper's lambda: a weight on record is gamma times it."""
+    """Return the paper's lambda: the recorded weights divided by gamma."""
     return [weight / outcome.notes["gamma"] for weight in outcome.weights.values()]
 
 
@@ -69,7 +69,7 @@ def test_the_first_steps(step: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("step", GOLDEN["adam_lr0.01_e20_trace_first3"])
 def test_the_gradients_of_the_first_steps(step: dict[str, Any]) -> None:
-    """By autograd through the mixture, as the rule learns."""
+    """The rule also takes gradients by autograd through the mixture."""
     proxy = Proxy(nn.Linear(2, 3, dtype=torch.float64), torch.tensor(GOLDEN["X"]).double(), torch.tensor(GOLDEN["Y"]))
     models = torch.tensor(GOLDEN["client_models_flat"], dtype=torch.float64)
     mixture = torch.tensor(step["lam"], dtype=torch.float64).log().requires_grad_()
@@ -80,7 +80,7 @@ def test_the_gradients_of_the_first_steps(step: dict[str, Any]) -> None:
     assert_allclose(found, step["grad"], rtol=1e-7, atol=1e-9)
 
 
-def test_a_single_site_is_shrunk() -> None:
+def test_a_single_model_is_shrunk() -> None:
     outcome = learned(FedLAW(learning_rate=0.01), clients=1)
     assert_allclose(outcome.notes["gamma"], GOLDEN["single_client_e20"]["gamma"], rtol=1e-9)
     assert_allclose(outcome.model.parameters, GOLDEN["single_client_e20"]["model"], atol=1e-9)
@@ -108,16 +108,16 @@ def test_coherence() -> None:
     found = coherence(models, torch.zeros(9, dtype=torch.float64))
     assert_allclose(found.pairs, expected["pairwise_cosine"], rtol=1e-9)
     assert_allclose(found.mean, expected["mean_offdiag"], rtol=1e-9)
-    assert_allclose(found.site, expected["per_client_mean_offdiag"], rtol=1e-9)
-    assert_allclose(found.centre, expected["cos_to_mean_update"], rtol=1e-9)
-    still = coherence(torch.cat([models, torch.zeros(1, 9)]), torch.zeros(9, dtype=torch.float64))
-    assert still.mean == pytest.approx(expected["mean_offdiag"])
+    assert_allclose(found.client_mean, expected["per_client_mean_offdiag"], rtol=1e-9)
+    assert_allclose(found.with_mean, expected["cos_to_mean_update"], rtol=1e-9)
+    with_zero_update = coherence(torch.cat([models, torch.zeros(1, 9)]), torch.zeros(9, dtype=torch.float64))
+    assert with_zero_update.mean == pytest.approx(expected["mean_offdiag"])
     shares = torch.tensor(expected["label_dists"], dtype=torch.float64)
-    everybody = torch.tensor(expected["global_label_dist"], dtype=torch.float64)
-    assert_allclose(label_coherence(shares, everybody), expected["label_cos_to_global"], rtol=1e-9)
+    total = torch.tensor(expected["global_label_dist"], dtype=torch.float64)
+    assert_allclose(label_coherence(shares, total), expected["label_cos_to_global"], rtol=1e-9)
 
 
-def test_the_coherence_of_reported_labels_is_noted() -> None:
+def test_the_coherence_of_reported_labels_is_a_note() -> None:
     shares = [[8, 2, 0], [1, 6, 3], [0, 0, 10]]
     metrics = [{f"examples-of-class-{c}": float(n) for c, n in enumerate(row) if n} for row in shares]
     found = learned(FedLAW(epochs=1), metrics=metrics).notes["label-coherence"]
@@ -127,7 +127,7 @@ def test_the_coherence_of_reported_labels_is_noted() -> None:
 
 
 def test_batch_norm_follows_the_shrunk_model() -> None:
-    """Statistics averaged over sites would belong to another scale: those of the proxy data are right."""
+    """The statistics must be those of the proxy data; an average over the clients would belong to another scale."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     layout = Layout.of_module(module)
@@ -144,6 +144,6 @@ def test_batch_norm_follows_the_shrunk_model() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-def test_it_needs_a_proxy() -> None:
-    with pytest.raises(ValueError, match="FedLAW needs proxy data at the server and there are none"):
+def test_proxy_data_are_required() -> None:
+    with pytest.raises(ValueError, match="FedLAW needs proxy data, but the server has none"):
         FedLAW().aggregate(Model(torch.zeros(2)), [Reply.of("a", torch.ones(2))], None)

@@ -73,7 +73,7 @@ def test_edge_cases() -> None:
     assert_allclose(weights(IDA(), far["params"]), far["weights"], rtol=1e-9)
 
 
-def test_accuracy_must_be_reported_where_it_is_used() -> None:
+def test_the_accuracy_factor_needs_a_reported_accuracy() -> None:
     silent, reporting = Reply.of("a", vector(1.0)), Reply.of("b", vector(3.0), 1, {"accuracy": 0.5})
     with pytest.raises(ValueError, match="needs the metric 'accuracy'"):
         IDA("accuracy").aggregate(Model(vector(0.0)), [silent], None)
