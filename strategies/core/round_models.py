@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from corymb.strategies.core.reply import Reply
-from corymb.strategies.core.rows import Matrix, Rows
+from corymb.strategies.core.rows import Matrix, Rows, SingleRow
 
 Place = tuple[Rows, int]  # where a model is: a set of rows, and a row number in it
 
@@ -24,7 +24,10 @@ class RoundModels:
         """Return the models of `replies`. Empties the list, so that no model is in memory twice."""
         places = [(reply.rows, reply.row) for reply in replies]
         replies.clear()
-        return cls(places, like)
+        result = cls(places, like)
+        if any(isinstance(rows, SingleRow) for rows, _ in places):  # its values are in memory already
+            result.matrix()
+        return result
 
     @classmethod
     def of_matrix(cls, models: Tensor) -> RoundModels:
