@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy
 from corymb.simulations.grid.local_grid import LocalGrid
-from corymb.simulations.scaffold import promises
+from corymb.simulations.scaffold import checks
 from corymb.simulations.scaffold.fixtures import CLIENTS, equal_memories, make_module, make_proxy
 from corymb.strategies import Layout, Rule
 
@@ -22,9 +22,9 @@ def check_rule(rule: Rule[Any]) -> None:
     """Raise `AssertionError` for the first requirement that `rule` violates; the message names it.
 
     The requirements are those on all rules (order of replies, empty rounds, stored memory, dtypes, ...) and the
-    properties that the rule declares: `unanimous`, `shift_equivariant`, `scale_equivariant`, `tolerates`. The test
-    clients are "site-00" to "site-10" and report the metrics "accuracy" and "steps". The rule gets proxy data with a
-    small classifier.
+    properties that the rule declares: `preserves_consensus`, `shift_equivariant`, `scale_equivariant`, `tolerates`. The
+    test clients are "site-00" to "site-10" and report the metrics "accuracy" and "steps". The rule gets proxy data
+    with a small classifier.
     """
     for check in CHECKS:
         check(rule)
@@ -69,20 +69,20 @@ def _noisy_app() -> ClientApp:
 
 
 CHECKS: tuple[Callable[[Rule[Any]], None], ...] = (
-    promises.check_frozen_dataclass,
-    promises.check_reply_order,
-    promises.check_model_parts,
-    promises.check_empty_round,
-    promises.check_single_reply,
-    promises.check_unanimous,
-    promises.check_equivariance,
-    promises.check_example_counts,
-    promises.check_zero_updates,
-    promises.check_inputs_unchanged,
-    promises.check_proxy_unchanged,
-    promises.check_resumed_run,
-    promises.check_half_precision,
-    promises.check_tolerated_attacks,
-    promises.check_privacy_modes,
+    checks.check_frozen_dataclass,
+    checks.check_reply_order,
+    checks.check_model_parts,
+    checks.check_empty_round,
+    checks.check_single_reply,
+    checks.check_unanimous,
+    checks.check_equivariance,
+    checks.check_example_counts,
+    checks.check_zero_updates,
+    checks.check_inputs_unchanged,
+    checks.check_proxy_unchanged,
+    checks.check_resumed_run,
+    checks.check_half_precision,
+    checks.check_tolerated_attacks,
+    checks.check_privacy_modes,
     check_flower_start,
 )

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy.multikrum import compute_distances
 from corymb.strategies import Model, Reply
 from corymb.strategies.core.blind import WeightedSum
 from corymb.strategies.core.geometry import squared_distances
-from corymb.strategies.core.order_statistics import median, middle
+from corymb.strategies.core.order_statistics import median, rank_mean
 
 
 def seconds(*functions: Callable[[], Any], repeats: int = 5) -> list[float]:
@@ -83,7 +83,7 @@ def robust(numbers: int, clients: int) -> int:
     missed = 0
     missed += misses_target(f"median of {clients} x {numbers:,}", corymb, flower, 10)
     corymb, flower = seconds(
-        lambda: middle(models, cut, clients - cut - 1), lambda: trim_mean(np.stack(arrays), 0.2), repeats=3
+        lambda: rank_mean(models, cut, clients - cut - 1), lambda: trim_mean(np.stack(arrays), 0.2), repeats=3
     )
     missed += misses_target(f"trimmed mean of {clients} x {numbers:,}", corymb, flower, 10)
     records = [ArrayRecord({"model": Array(array)}) for array in arrays]

@@ -19,7 +19,7 @@ from corymb.client.trainer import Loss, evaluate, train
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, ROUND, STEPS, of_kind
 from corymb.protocol.train_settings import TrainSettings
-from corymb.strategies.core.reply import CLASS
+from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 
 Data = Callable[[Context], tuple[Examples, Examples | None]]
 
@@ -58,15 +58,15 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
         server_round = round_of(configs)
         device = choose_device(settings.device)
         module = fresh_module(settings.seed)
-        module.load_state_dict(to_state(only_arrays(message.content)))
-        _seed_torch(seed_of(settings.seed, site_of(context), server_round), device)
+        module.load_state_dict(to_state(model_record(message.content)))
+        _seed_torch(derive_seed(settings.seed, client_identity(context), server_round), device)
         return module.to(device), settings, server_round
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
         module, settings, server_round = prepare(message, context)
         examples, _ = data(context)
-        generator = batch_generator(settings.seed, site_of(context), server_round)
+        generator = batch_generator(settings.seed, client_identity(context), server_round)
         batches = training_batches(examples, settings, generator)
         parameters = dict(module.named_parameters())
         states: list[dict[str, Tensor]] = []  # with batch_updates: the parameters at the start and after each batch
@@ -78,7 +78,7 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
         record_state()
         metrics = train(module, batches, settings, loss, server_round, record_state)
         metrics |= _class_counts(examples) if settings.report_classes else {}
-        metrics |= own_metrics(context)
+        metrics |= participation_metric(context)
         content = RecordDict(
             {ARRAYS: to_arrays(_on_cpu(module.state_dict())), METRICS: _metrics(count(examples), metrics)}
         )
@@ -116,20 +116,20 @@ def _class_counts(examples: Examples) -> dict[str, float]:
     """Return the number of examples of each class, as metrics."""
     data = examples.dataset if isinstance(examples, DataLoader) else examples
     targets = data.tensors[1] if isinstance(data, TensorDataset) else torch.tensor([int(t) for _, t in data])  # type: ignore[attr-defined]
-    return {f"{CLASS}{c}": float(n) for c, n in enumerate(targets.bincount().tolist()) if n}
+    return {f"{CLASS_COUNT_PREFIX}{c}": float(n) for c, n in enumerate(targets.bincount().tolist()) if n}
 
 
 def _metrics(examples: int, metrics: Mapping[str, float]) -> MetricRecord:
     return MetricRecord({EXAMPLES: examples, **metrics})
 
 
-def own_metrics(context: Context) -> dict[str, float]:
+def participation_metric(context: Context) -> dict[str, float]:
     """Return `participation` from the client's node config as a metric; nothing if the key is missing."""
     node = context.node_config
     return {"participation": float(node["participation"])} if "participation" in node else {}
 
 
-def only_arrays(content: RecordDict) -> ArrayRecord:
+def model_record(content: RecordDict) -> ArrayRecord:
     """Return the model in a message. Raises `ValueError` unless the message has exactly one ArrayRecord."""
     records = of_kind(content, ArrayRecord)
     if len(records) != 1:
@@ -144,16 +144,16 @@ def round_of(configs: list[ConfigRecord]) -> int:
 
 def batch_generator(seed: int, site: object, server_round: int) -> torch.Generator:
     """Return the generator that shuffles a client's examples in a round."""
-    return torch.Generator().manual_seed(seed_of(seed, site, server_round, "batches"))
+    return torch.Generator().manual_seed(derive_seed(seed, site, server_round, "batches"))
 
 
-def site_of(context: Context) -> object:
+def client_identity(context: Context) -> object:
     """Return the client's identity in seeds: `name` or `partition-id` in its node config, else Flower's node id."""
     node = context.node_config
     return node.get("name", node.get("partition-id", context.node_id))
 
 
-def seed_of(*parts: object) -> int:
+def derive_seed(*parts: object) -> int:
     """Return a seed that depends on `parts` only, such as the run's seed, a client and a round."""
     return random.Random("/".join(map(str, parts))).getrandbits(63)
 

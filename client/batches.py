@@ -50,7 +50,7 @@ def shuffled_rows(examples: int, settings: TrainSettings, generator: torch.Gener
     return batches
 
 
-def drawn_rows(examples: int, settings: TrainSettings, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+def draw_rows(examples: int, settings: TrainSettings, generator: torch.Generator) -> tuple[Tensor, list[int]]:
     """Return the indices of the examples in all batches of one round, concatenated, and the length of each batch."""
     order = _order(examples, settings, generator)
     full, rest = divmod(len(order), settings.batch_size)

@@ -1,4 +1,4 @@
-"""For mkdocs: show mkdocstrings the package alone. The repository's root also holds environments, which it would read."""
+"""A hook for mkdocs that shows mkdocstrings the package alone, without the environments beside it."""
 
 from __future__ import annotations
 

@@ -17,15 +17,15 @@ INTRODUCTION = """# Keys
 
 Every key of an experiment and of a deployment, generated from the code. A key that is not listed here is an error.
 
-In an experiment's TOML file a dotted key is a key of a table: `train.steps` is `steps` under `[train]`. On the command line,
-`--set train.steps=5` sets it, and `--set train.steps=` removes it.
+In an experiment's TOML file a dotted key is a key of a table: `train.steps` is `steps` under `[train]`. On the command
+line, `--set train.steps=5` sets it, and `--set train.steps=` removes it.
 """
 DEPLOYMENT = """
 ## The server in a deployment
 
 `corymb.server.app:app` reads these keys from the run config: `[tool.flwr.app.config]` in the app's `pyproject.toml`, or
-`flwr run --run-config`. Tables are dotted keys, and lists are JSON strings: `rules.candidate_election = '["median"]'`. A site overrides
-`train.*` in its node config: `flower-supernode --node-config 'train.batch_size=8'`.
+`flwr run --run-config`. Tables are dotted keys, and lists are JSON strings: `rules.candidate_election = '["median"]'`.
+A site overrides `train.*` in its node config: `flower-supernode --node-config 'train.batch_size=8'`.
 """
 SHARED = {"rules", "train"}  # tables of a deployment that are those of an experiment
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "table", Path: "path"}
@@ -58,9 +58,7 @@ def _table_of(kind: type[BaseModel], title: str, prefix: str, level: int, shared
     return lines
 
 
-def _tables_of(
-    name: str, members: list[type[BaseModel]], default: str | None, prefix: str, level: int
-) -> list[str]:
+def _tables_of(name: str, members: list[type[BaseModel]], default: str | None, prefix: str, level: int) -> list[str]:
     """The sections of a table, one for each of its kinds. `default` is the kind of a table that names none."""
     if len(members) == 1:
         return _table_of(members[0], f"`{prefix}{name}`" if prefix else f"`[{name}]`", f"{prefix}{name}.", level)
@@ -68,7 +66,7 @@ def _tables_of(
     lines = [f"\n{'#' * level} `[{name}]`\n", f"`kind` selects one of these tables, each with its own keys.{otherwise}"]
     for member in members:
         (tag,) = get_args(member.model_fields["kind"].annotation)
-        title = "`kind = \"module:name\"`" if tag == "custom" else f'`kind = "{tag}"`'
+        title = '`kind = "module:name"`' if tag == "custom" else f'`kind = "{tag}"`'
         lines += _table_of(member, title, f"{prefix}{name}.", level + 1)
     return lines
 
@@ -116,7 +114,13 @@ def _literal(value: Any) -> str:
 
 
 def _literal_text(value: Any) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else f"{value}"
+    return (
+        {True: "true", False: "false"}[value]
+        if isinstance(value, bool)
+        else f'"{value}"'
+        if isinstance(value, str)
+        else f"{value}"
+    )
 
 
 def _members(kind: Any) -> list[Any]:

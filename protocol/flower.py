@@ -35,19 +35,19 @@ def empty_run(run_id: int) -> Run:
     return Run.create_empty(run_id)
 
 
-def inside_task(run_id: int, node_id: int) -> None:
+def set_task_identity(run_id: int, node_id: int) -> None:
     """Set the task of this process, because Flower allows the creation of messages only inside a running task."""
     TaskIdentity.task_id = 1
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
 
 
-def stamp(message: Message, message_id: str) -> None:
+def set_message_id(message: Message, message_id: str) -> None:
     """Set the id of `message`, as a grid does when the message is pushed."""
     message.metadata.__dict__["_message_id"] = message_id
 
 
-def quick_metrics(numbers: dict[str, int | float]) -> MetricRecord:
+def unchecked_metrics(numbers: dict[str, int | float]) -> MetricRecord:
     """Return `MetricRecord(numbers)` without Flower's type check of each value.
 
     The check takes longer than a training step of a small model.
@@ -57,14 +57,14 @@ def quick_metrics(numbers: dict[str, int | float]) -> MetricRecord:
     return record
 
 
-def quick_record(records: Mapping[str, ArrayRecord | MetricRecord]) -> RecordDict:
+def unchecked_record(records: Mapping[str, ArrayRecord | MetricRecord]) -> RecordDict:
     """Return `RecordDict(records)` without Flower's type check of each record."""
     content = RecordDict()
     content.__dict__["_data"] = dict(records)
     return content
 
 
-def quick_messages(content: RecordDict, node_ids: list[int], kind: str, group_id: str) -> list[Message]:
+def unchecked_messages(content: RecordDict, node_ids: list[int], kind: str, group_id: str) -> list[Message]:
     """Return `Message(content, node_id, kind, group_id=group_id)` for each of `node_ids`.
 
     Flower checks the arguments for the first message only.
@@ -82,7 +82,7 @@ def quick_messages(content: RecordDict, node_ids: list[int], kind: str, group_id
     return messages
 
 
-def quick_reply(message: Message, content: RecordDict | None = None, error: Error | None = None) -> Message:
+def unchecked_reply(message: Message, content: RecordDict | None = None, error: Error | None = None) -> Message:
     """Return `Message(content or error, reply_to=message)` for a reply within this process.
 
     Unlike Flower's constructor, it copies the creation time and the TTL from `message`.

@@ -35,7 +35,7 @@ class TrainSettings(Settings):
     shuffle: bool = True
     """Draw a new order of the examples for every epoch; false keeps the given order."""
     proximal: float = Field(0.0, ge=0)
-    """mu of FedProx (Li et al. 2020, eq. 2): each step also moves the model towards the one that the client received."""
+    """mu of FedProx (Li et al. 2020, eq. 2): each step also moves the model towards the one that was sent."""
     optimizer: str = "SGD"
     """A class of `torch.optim`."""
     optimizer_options: dict[str, Any] = Field(default_factory=dict)

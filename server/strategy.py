@@ -104,16 +104,16 @@ class FlowerStrategy(RoundLoop):
         """Log the rule and the sampling of nodes."""
         log.info("\t├── Rule: %s", self.rule)
         log.info("\t├── Sampled fractions: train %g | evaluate %g", self.sampling.train, self.sampling.evaluate)
-        log.info("\t└── Required nodes: %d | seed %d", self.sampling.available, self.sampling.seed)
+        log.info("\t└── Required nodes: %d | seed %d", self.sampling.min_nodes, self.sampling.seed)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return a training message for each sampled node. Neither `arrays` nor `config` is changed."""
-        self.take(arrays)
+        self.set_model(arrays)
         self._grid = grid
         connected, chosen = self.sampling.for_training(grid, server_round)
-        return self._phase.ask(
+        return self._phase.begin(
             MessageType.TRAIN, server_round, config, connected, chosen, self._model_for, self._arrays
         )
 
@@ -142,9 +142,9 @@ class FlowerStrategy(RoundLoop):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return an evaluation message for each sampled node."""
-        self.take(arrays)
+        self.set_model(arrays)
         connected, chosen = self.sampling.for_evaluation(grid, server_round)
-        return self._phase.ask(
+        return self._phase.begin(
             MessageType.EVALUATE, server_round, config, connected, chosen, self._model_for, self._arrays
         )
 
@@ -157,8 +157,8 @@ class FlowerStrategy(RoundLoop):
                 log.info("\t│ %s (evaluation: %s)", verdict.reason, verdict.code)
         return as_metrics(mean_metrics(report for report in reports if isinstance(report, Report)))
 
-    def take(self, arrays: ArrayRecord) -> ArrayRecord:
-        """See `RoundLoop.take`.
+    def set_model(self, arrays: ArrayRecord) -> ArrayRecord:
+        """See `RoundLoop.set_model`.
 
         Raises `CodecError` if an array is invalid, and `ValueError` if the proxy's module does not match the model.
         """
@@ -169,9 +169,9 @@ class FlowerStrategy(RoundLoop):
             self._sent = SentModel.of(model)
         return self._sent.arrays
 
-    def sent(self, messages: Iterable[Message]) -> None:
-        """See `RoundLoop.sent`."""
-        self._phase.sent(messages)
+    def messages_pushed(self, messages: Iterable[Message]) -> None:
+        """See `RoundLoop.messages_pushed`."""
+        self._phase.messages_pushed(messages)
 
     def _model_for(self, name: str) -> Model:
         return self.method.rule.model_for(name, self.state.model, self.state.memory)

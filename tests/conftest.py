@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
+import venv
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -31,3 +34,25 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    """Make a virtual environment with the packages of this one; return the environment variables that select it."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    packages = Path(pytest.__file__).parent.parent
+    (site / "packages.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    python = tmp_path / "venv" / "bin" / "python"
+    # An editable install works without a network, because the build backend is installed already.
+    pip = f'exec "{sys.executable}" -m pip --python "{python}" "$@" --no-build-isolation --no-deps --quiet'
+    for name, command in (
+        ("pip", pip),
+        ("pytest", f'exec "{python}" -m pytest "$@"'),
+        ("corymb", f'exec "{python}" -c "from corymb.cli import main; main()" "$@"'),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tools / name).chmod(0o755)
+    return os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "COLUMNS": "200"}

@@ -13,7 +13,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from corymb.protocol.codec import to_arrays
-from corymb.protocol.flower import inside_task, stamp
+from corymb.protocol.flower import set_message_id, set_task_identity
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import resolve
 from corymb.simulations.experiments.scenario import Scenario, scenario_of
@@ -23,14 +23,14 @@ from corymb.strategies.core.rows import SingleRow
 
 GOLDEN = Path(__file__).parent / "golden"
 State = Mapping[str, Tensor]
-NEEDED: dict[str, dict[str, Any]] = {  # parameters without defaults
+REQUIRED_PARAMETERS: dict[str, dict[str, Any]] = {  # parameters without defaults
     "fedda": {"target": "site-00"},
     "fedgp": {"target": "site-00"},
     "layerwise": {"rule": "median"},
 }
 # The rules that need neither proxy data nor a certain kind of model.
-PLAIN = {
-    name: make_rule(name, **NEEDED.get(name, {}))
+RULES_WITHOUT_PROXY = {
+    name: make_rule(name, **REQUIRED_PARAMETERS.get(name, {}))
     for name, kind in RULES.items()
     if not kind.needs_proxy and name != "weight_matching"
 }
@@ -60,9 +60,9 @@ def content(state: State, examples: Any = 1, **metrics: float) -> RecordDict:
 
 def reply(node_id: int, records: RecordDict) -> Message:
     """Return a reply from `node_id`, with the content `records`, to a real message."""
-    inside_task(run_id=1, node_id=1)
+    set_task_identity(run_id=1, node_id=1)
     request = Message(RecordDict(), node_id, "train")
-    stamp(request, f"request-{node_id}")
+    set_message_id(request, f"request-{node_id}")
     return Message(records, reply_to=request)
 
 
@@ -73,7 +73,7 @@ def run_rule(
     resolved = resolve(experiment)
     settings = experiment.rules[rule]
     with clients_of(resolved, resolved.key(settings, seed), workers) as clients:
-        Run(resolved, settings, seed).on_this_machine(clients, folder, on_round)
+        Run(resolved, settings, seed).run_locally(clients, folder, on_round)
 
 
 def scenario_of_seed(experiment: Experiment, seed: int = 0) -> Scenario:

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
-import venv
 from pathlib import Path
 
 import pytest
 
 PAGE = (Path(__file__).parent.parent / "docs" / "add-a-rule.md").read_text()
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> dict[str, str]:
-    """Make a virtual environment with the packages of this one; return the environment variables that select it."""
-    venv.create(tmp_path / "venv", with_pip=False)
-    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    packages = Path(pytest.__file__).parent.parent
-    (site / "packages.pth").write_text(f"import site; site.addsitedir({str(packages)!r})\n")
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    python = tmp_path / "venv" / "bin" / "python"
-    # An editable install works without a network, because the build backend is installed already.
-    pip = f'exec "{sys.executable}" -m pip --python "{python}" "$@" --no-build-isolation --no-deps --quiet'
-    for name, command in (
-        ("pip", pip),
-        ("pytest", f'exec "{python}" -m pytest "$@"'),
-        ("corymb", f'exec "{python}" -c "from corymb.cli import main; main()" "$@"'),
-    ):
-        (tools / name).write_text(f"#!/bin/sh\n{command}\n")
-        (tools / name).chmod(0o755)
-    return os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "COLUMNS": "200"}
 
 
 def run(command: str, folder: Path, shell: dict[str, str]) -> str:

@@ -57,7 +57,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
 
 def test_the_tutorials_lesson_holds(tmp_path: Path) -> None:
     """FedAU is above FedAvg by several points where one office takes part on Mondays only, as the page says."""
-    for language, file, text in blocks("tutorial.md"):
+    for _, file, text in blocks("tutorial.md"):
         if file in ("make_offices.py", "offices.toml", "weekly.py"):
             (tmp_path / file).write_text(text)
     run(f"{sys.executable} make_offices.py", tmp_path)

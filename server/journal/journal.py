@@ -20,7 +20,7 @@ from corymb.server.journal.files import save, sha256
 from corymb.server.journal.rows import DATABASE, SCHEMA, insert, read_rounds
 from corymb.server.rounds.record import RoundRecord
 from corymb.server.rounds.state import RunState
-from corymb.strategies.core.serialization import packed, unpacked
+from corymb.strategies.core.serialization import pack_memory, unpack_memory
 
 KEPT_MODELS = 2  # files of the newest models
 COMMIT_SECONDS = 1.0  # between two commits of a journal that is not durable
@@ -67,7 +67,7 @@ class Journal:
         newest = f"model-{records[-1].round:06d}.safetensors"
         model = self._state.model
         save(model.layers.restore(model), self.folder / newest, self._durable)
-        plain, tensors = packed(_without_model(self._state))
+        plain, tensors = pack_memory(_without_model(self._state))
         if tensors:
             save(tensors, self.folder / _state_of(newest), self._durable)
         insert(self._database, records, (newest, sha256(self.folder / newest), json.dumps(plain)))
@@ -104,7 +104,7 @@ class Journal:
         `initial` is the state before the first round; it gives the types of the fields and the layout of the model.
         """
         plain, tensors = json.loads(self._newest("state")), self.folder / _state_of(self._newest("model"))
-        restored = unpacked(_without_model(initial), plain, load_file(tensors) if tensors.exists() else {})
+        restored = unpack_memory(_without_model(initial), plain, load_file(tensors) if tensors.exists() else {})
         return replace(initial, model=initial.model.layers.flatten(self.model()), **restored)
 
     def _newest(self, column: str) -> str:

@@ -13,7 +13,7 @@ from corymb.strategies import Layout
 from corymb.strategies.core.rows import CHUNK
 
 MOST_STEPS = 256  # a client may send the updates of at most this many batches
-# The largest absolute value that a model may have. Trained models stay far below it, and its product with MOST_EXAMPLES
+# The largest absolute value that a model may have. Trained models stay far below it, and its product with MAX_EXAMPLES
 # is finite in float32.
 LARGEST_NUMBER = 1e20
 

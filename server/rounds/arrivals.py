@@ -10,12 +10,12 @@ from math import inf
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from corymb.protocol.flower import quick_reply
+from corymb.protocol.flower import unchecked_reply
 from corymb.protocol.grids import StreamingGrid
 from corymb.server.rounds.rejections import UNREADABLE
 
 POLL_SECONDS = 0.2  # the first pause after a poll that brought no reply
-SLOWEST_POLL_SECONDS = 3.0  # the longest pause
+MAX_POLL_SECONDS = 3.0  # the longest pause
 TRIES = 3  # attempts to pull a reply before it counts as unreadable
 
 
@@ -69,7 +69,7 @@ def _polled(grid: Grid, sent: Mapping[str, Message], deadline: float) -> Iterato
                 yield _checked_reply(pending.pop(message_id), replies.pop())
             if time.monotonic() > deadline:
                 return
-        pause = POLL_SECONDS if has_news else min(1.5 * pause, SLOWEST_POLL_SECONDS)
+        pause = POLL_SECONDS if has_news else min(1.5 * pause, MAX_POLL_SECONDS)
         if pending and not has_news:
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             if time.monotonic() >= deadline:
@@ -87,4 +87,4 @@ def _checked_reply(message: Message, reply: Message) -> Message:
 
 
 def _unreadable(message: Message, problem: str) -> Message:
-    return quick_reply(message, error=Error(UNREADABLE, problem))
+    return unchecked_reply(message, error=Error(UNREADABLE, problem))

@@ -26,7 +26,7 @@ class Gradients:
     """
 
     variance: float
-    length: float
+    squared_norm: float
 
     @classmethod
     def of(cls, squares: float, mean_square: float, count: int, variance: float | None = None) -> Gradients | None:
@@ -54,8 +54,8 @@ def smoothness(gradients: Gradients, count: int, rate: float, decrease: float) -
 
     L is such that a step of size `rate` along the mean of `count` gradients lowers the loss by `decrease`.
     """
-    expected = gradients.length + gradients.variance / count
-    return max(0.0, 2 * (rate * gradients.length - decrease) / (rate**2 * expected)) if expected else 0.0
+    expected = gradients.squared_norm + gradients.variance / count
+    return max(0.0, 2 * (rate * gradients.squared_norm - decrease) / (rate**2 * expected)) if expected else 0.0
 
 
 def gains(gradients: Gradients, smooth: float, rate: float, clients: int) -> list[float]:
@@ -63,7 +63,7 @@ def gains(gradients: Gradients, smooth: float, rate: float, clients: int) -> lis
 
     `smooth` is the smoothness L of the loss, `rate` the size of the step.
     """
-    noiseless = (rate - smooth * rate**2 / 2) * gradients.length
+    noiseless = (rate - smooth * rate**2 / 2) * gradients.squared_norm
     return [noiseless - smooth * rate**2 * gradients.variance / (2 * count) for count in range(1, clients + 1)]
 
 
@@ -82,7 +82,7 @@ def replies_to_wait_for(expected: Sequence[float], times: Sequence[float]) -> in
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Estimates:
     """The estimates that `DynamicBackupWorkers` carries from round to round.
 
     `times[k - 1]` is the mean time of the k-th reply in seconds, over the `rounds[k - 1]` rounds that had a k-th
@@ -91,12 +91,12 @@ class Learnt:
 
     gradients: Gradients | None = None
     count: int = 0  # replies in the last aggregation
-    smooth: tuple[float, ...] = ()
+    smoothness: tuple[float, ...] = ()
     times: tuple[float, ...] = ()
     rounds: tuple[int, ...] = ()
-    waited: int = 0  # number of replies that the last round waited for
+    waited_for: int = 0  # number of replies that the last round waited for
     loss: float | None = None
-    rose: bool = False  # whether the loss rose in the last round
+    loss_rose: bool = False  # whether the loss rose in the last round
 
     def time(self, place: int) -> float:
         """Return the expected time in seconds of the reply at `place`, counted from 1; 0.0 before the first round.
@@ -107,7 +107,7 @@ class Learnt:
 
 
 @dataclass(frozen=True)
-class DynamicBackupWorkers(RoundSize[Learnt]):
+class DynamicBackupWorkers(RoundSize[Estimates]):
     """Wait for the number of replies with the largest loss decrease per second (Xu, Neglia & Sebastianelli 2020).
 
     An update divided by `rate` (the local learning rate times the number of steps) counts as a gradient. The policy
@@ -124,35 +124,35 @@ class DynamicBackupWorkers(RoundSize[Learnt]):
         positive(rate=self.rate)
         at_least(1, window=self.window)
 
-    def initial(self) -> Learnt:
+    def initial(self) -> Estimates:
         """Return empty estimates."""
-        return Learnt()
+        return Estimates()
 
-    def choose(self, requested: int, learnt: Learnt) -> tuple[int, Learnt]:
+    def choose(self, requested: int, estimates: Estimates) -> tuple[int, Estimates]:
         """See `RoundSize.choose`."""
         chosen = requested
-        if learnt.gradients is not None and learnt.smooth:
-            expected = gains(learnt.gradients, fmean(learnt.smooth), self.rate, requested)
-            chosen = replies_to_wait_for(expected, [learnt.time(k) for k in range(1, requested + 1)])
-        if learnt.rose:
-            chosen = max(chosen, learnt.waited + 1)
+        if estimates.gradients is not None and estimates.smoothness:
+            expected = gains(estimates.gradients, fmean(estimates.smoothness), self.rate, requested)
+            chosen = replies_to_wait_for(expected, [estimates.time(k) for k in range(1, requested + 1)])
+        if estimates.loss_rose:
+            chosen = max(chosen, estimates.waited_for + 1)
         chosen = min(chosen, requested)
-        return chosen, replace(learnt, waited=chosen)
+        return chosen, replace(estimates, waited_for=chosen)
 
-    def observer(self, learnt: Learnt, origin: Model) -> GradientSums:
+    def observer(self, estimates: Estimates, origin: Model) -> GradientSums:
         """See `RoundSize.observer`."""
-        return GradientSums(self, learnt, origin)
+        return GradientSums(self, estimates, origin)
 
-    def after(self, seconds: Sequence[float], learnt: Learnt) -> Learnt:
+    def after(self, seconds: Sequence[float], estimates: Estimates) -> Estimates:
         """See `RoundSize.after`."""
-        times, rounds = list(learnt.times), list(learnt.rounds)
+        times, rounds = list(estimates.times), list(estimates.rounds)
         for place, time in enumerate(sorted(seconds)):
             if place == len(times):
                 times.append(0.0)
                 rounds.append(0)
             rounds[place] += 1
             times[place] += (time - times[place]) / rounds[place]
-        return replace(learnt, times=tuple(times), rounds=tuple(rounds))
+        return replace(estimates, times=tuple(times), rounds=tuple(rounds))
 
 
 @dataclass
@@ -163,7 +163,7 @@ class GradientSums:
     """
 
     policy: DynamicBackupWorkers
-    before: Learnt
+    before: Estimates
     origin: Model
     count: int = 0
     squares: float = 0.0
@@ -185,9 +185,9 @@ class GradientSums:
             self.count += 1
             yield reply
 
-    def learnt(self, loss: float | None) -> Learnt:
-        """See `Observer.learnt`."""
-        before, smooth = self.before, self.before.smooth
+    def estimates(self, loss: float | None) -> Estimates:
+        """See `Observer.estimates`."""
+        before, smooth = self.before, self.before.smoothness
         has_both = loss is not None and before.loss is not None
         decrease = (before.loss or 0.0) - (loss or 0.0)
         if has_both and before.gradients is not None and before.count:
@@ -200,5 +200,5 @@ class GradientSums:
             gradients = Gradients.of(self.squares, mean_square, self.count, variance) or gradients
             count = self.count
         return replace(
-            before, gradients=gradients, count=count, smooth=smooth, loss=loss, rose=has_both and decrease < 0
+            before, gradients=gradients, count=count, smoothness=smooth, loss=loss, loss_rose=has_both and decrease < 0
         )

@@ -13,7 +13,7 @@ from corymb.strategies import Model, Proxy, Reply, Report, Rule
 from corymb.strategies.voting.election import count, run_off
 
 
-class Choice(NamedTuple):
+class ElectionResult(NamedTuple):
     """The result of an election.
 
     `candidate` is the index of the elected candidate. The result would be the same if up to `certificate` clients had
@@ -56,7 +56,7 @@ class CandidateElection:
         ]
         return [outcome.model for outcome in outcomes], tuple(outcome.memory for outcome in outcomes)
 
-    def choose(self, reports: Sequence[Iterable[Report | Rejection]]) -> Choice | None:
+    def choose(self, reports: Sequence[Iterable[Report | Rejection]]) -> ElectionResult | None:
         """Hold the election. `reports[c]` are the reports on candidate c. Returns None if none has the metric."""
         losses: dict[str, dict[int, float]] = {}
         for candidate, candidate_reports in enumerate(reports):
@@ -68,7 +68,7 @@ class CandidateElection:
         return elected([losses[node] for node in sorted(losses)], len(reports))
 
 
-def elected(losses: Sequence[Mapping[int, float]], candidates: int) -> Choice:
+def elected(losses: Sequence[Mapping[int, float]], candidates: int) -> ElectionResult:
     """Elect one of `candidates` models.
 
     `losses[v][c]` is the loss that voter v reports for candidate c. A candidate without a loss is ranked last.
@@ -78,4 +78,4 @@ def elected(losses: Sequence[Mapping[int, float]], candidates: int) -> Choice:
         for candidate, loss in voter_losses.items():
             scores[voter, 0, candidate] = -loss
     election = run_off(count(scores))
-    return Choice(int(election.classes), int(election.certificates))
+    return ElectionResult(int(election.classes), int(election.certificates))

@@ -16,7 +16,7 @@ from corymb.server.rounds.door import Door
 from corymb.server.rounds.record import RoundRecord, mean_metrics, verdicts
 from corymb.server.rounds.rejections import Rejection
 from corymb.server.rounds.round import Requests, Round
-from corymb.server.rounds.state import Method, RunState, Spent
+from corymb.server.rounds.state import Cost, Method, RunState
 from corymb.strategies import Model, Reply, Report
 
 NamedReplies = Iterable[tuple[str, Message]]  # replies with the names of their nodes
@@ -44,8 +44,8 @@ def conclude(
     election calls it. Raises `ValueError` if there is an election and `evaluate` is missing.
     """
     method, requests = round.method, round.requests
-    state = state.knowing(requests.nodes).knowing(requests.connected.values())
-    door = Door(state.model.layers, method.examples_key, method.rule.wants_steps)
+    state = state.with_known_nodes(requests.nodes).with_known_nodes(requests.connected.values())
+    door = Door(state.model.layers, method.examples_key, method.rule.wants_batch_updates)
     checked = _Checked()
     admitted = _admitted(door, requests, replies, checked)
     observer = method.round_size.observer(state.round_size, state.model) if method.round_size else None
@@ -54,7 +54,7 @@ def conclude(
     stored: list[Reply] = []
     if method.candidate_election is not None and method.candidate_election.rules:  # its rules read them again
         admitted = iter(stored := list(admitted))
-    outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known, method.proxy)
+    outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known_nodes, method.proxy)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})
     record = RoundRecord(
@@ -64,8 +64,8 @@ def conclude(
         state,
         round=round.number,
         memory=outcome.memory,
-        spent=Spent(state.spent.messages + len(requests.by_message), state.spent.admitted + len(record.admitted)),
-        round_size=state.round_size if observer is None else observer.learnt(train.get("loss")),
+        cost=Cost(state.cost.messages + len(requests.by_message), state.cost.admitted + len(record.admitted)),
+        round_size=state.round_size if observer is None else observer.estimates(train.get("loss")),
     )
     if outcome.model is state.model:
         return concluded, record
@@ -93,7 +93,7 @@ def _after_rule(
         if evaluate is None:
             raise ValueError("A candidate election needs evaluations by the clients; pass `evaluate` to `conclude`.")
         others, memories = method.candidate_election.candidates(
-            state.model, replies, memories, state.known, method.proxy
+            state.model, replies, memories, state.known_nodes, method.proxy
         )
         candidates = [model, *others, state.model]
         reports = [[door.admit_metrics(*reply) for reply in evaluate(candidate)] for candidate in candidates]

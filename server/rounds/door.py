@@ -15,14 +15,14 @@ from corymb.protocol.row_arrays import row_in
 from corymb.server.rounds.array_checks import LARGEST_NUMBER, decoded_model, decoded_steps
 from corymb.server.rounds.rejections import Code, Refused, Rejection, rejection_of_error, rejection_of_exception, short
 from corymb.strategies import Layout, Reply, Report
-from corymb.strategies.core.reply import CLASS
+from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 from corymb.strategies.core.rows import SingleRow
 
 Records = list[tuple[str, Any]]  # the records of a message with their names
 
-MOST_EXAMPLES = 2**53  # floats represent all whole numbers up to this one
-MOST_METRICS = 100
-MOST_CLASSES = 1000  # most metrics of examples per class; allowed in addition to MOST_METRICS
+MAX_EXAMPLES = 2**53  # floats represent all whole numbers up to this one
+MAX_METRICS = 100
+MAX_CLASSES = 1000  # most metrics of examples per class; allowed in addition to MAX_METRICS
 LARGEST_METRIC = 1e100
 
 
@@ -30,13 +30,13 @@ LARGEST_METRIC = 1e100
 class Door:
     """The check of replies that hold a model of the given `layout`.
 
-    `examples_key` is the metric with a client's number of examples. `wants_steps(node)` decides whether the door
-    reads the updates of single batches in this node's reply.
+    `examples_key` is the metric with a client's number of examples. `wants_batch_updates(node)` decides whether the
+    door reads the updates of single batches in this node's reply.
     """
 
     layout: Layout
     examples_key: str = EXAMPLES
-    wants_steps: Callable[[str], bool] = lambda node: False
+    wants_batch_updates: Callable[[str], bool] = lambda node: False
 
     def admit(self, node: str, message: Message) -> Reply | Rejection:
         """Return the admitted reply to a training message, or its rejection. Cheap checks come first."""
@@ -67,7 +67,7 @@ class Door:
     def _report(self, node: str, records: Records) -> Report:
         metrics: Mapping[str, Any] = _only(records, MetricRecord)
         examples = metrics.get(self.examples_key)
-        if not (isinstance(examples, (int, float)) and 0 <= examples <= MOST_EXAMPLES and examples == int(examples)):
+        if not (isinstance(examples, (int, float)) and 0 <= examples <= MAX_EXAMPLES and examples == int(examples)):
             raise Refused(
                 Code.EXAMPLES,
                 f"the metric {self.examples_key!r} is {short(examples)}, not a whole number from 0 to 2^53",
@@ -79,15 +79,15 @@ class Door:
             if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC and name != self.examples_key
             if name.isprintable() and len(name) < 100
         }
-        if len(numbers) > MOST_METRICS:
-            classes = {name: value for name, value in numbers.items() if name.startswith(CLASS)}
+        if len(numbers) > MAX_METRICS:
+            classes = {name: value for name, value in numbers.items() if name.startswith(CLASS_COUNT_PREFIX)}
             others = {name: value for name, value in numbers.items() if name not in classes}
-            numbers = dict(islice(others.items(), MOST_METRICS)) | dict(islice(classes.items(), MOST_CLASSES))
+            numbers = dict(islice(others.items(), MAX_METRICS)) | dict(islice(classes.items(), MAX_CLASSES))
         return Report(node, int(examples), numbers)
 
     def _steps(self, node: str, message: Message) -> Tensor | None:
         """Return the updates of single batches `[S, P]` in a reply, if it has them and the rule uses them."""
-        if not self.wants_steps(node) or not isinstance(record := message.content.get(STEPS), ArrayRecord):
+        if not self.wants_batch_updates(node) or not isinstance(record := message.content.get(STEPS), ArrayRecord):
             return None
         return decoded_steps(record, self.layout)
 

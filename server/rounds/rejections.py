@@ -24,7 +24,7 @@ class Code(StrEnum):
     SHAPE = "shape"
     DTYPE = "dtype"
     BYTES = "bytes"  # the bytes do not match the header, or the reply could not be received
-    NOT_FINITE = "not finite"  # a number is NaN, infinite or too large
+    NOT_FINITE = "not-finite"  # a number is NaN, infinite or too large
 
 
 @dataclass(frozen=True)

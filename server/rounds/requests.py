@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from corymb.protocol.flower import quick_messages
+from corymb.protocol.flower import unchecked_messages
 from corymb.protocol.records import ARRAYS, CONFIG, ROUND
 from corymb.server.rounds.arrivals import arrivals
 from corymb.server.rounds.round import Requests
@@ -44,7 +44,7 @@ class Phase:
     _requests: Requests = field(default_factory=Requests)
     _messages: list[Message] = field(default_factory=list)  # messages that are not yet known to have been pushed
 
-    def ask(
+    def begin(
         self, kind: str, server_round: int, config: ConfigRecord, connected: Nodes, nodes: Nodes,
         model_for: Callable[[str], Model], arrays_of: ArraysOf,
     ) -> list[Message]:  # fmt: skip
@@ -58,7 +58,7 @@ class Phase:
         self._messages = self._create(nodes, model_for, arrays_of, kind, str(server_round))
         return list(self._messages)
 
-    def sent(self, messages: Iterable[Message]) -> None:
+    def messages_pushed(self, messages: Iterable[Message]) -> None:
         """Record that `messages` have been pushed, so that replies can be matched to nodes by message id."""
         self._requests, self._messages = Requests.of(messages, self.connected), []
 
@@ -66,7 +66,7 @@ class Phase:
     def requests(self) -> Requests:
         """The messages of this phase that have been pushed."""
         if self._messages:  # Flower's own loop has pushed them, but does not call `sent`
-            self.sent(self._messages)
+            self.messages_pushed(self._messages)
         return self._requests
 
     def evaluations(
@@ -94,7 +94,7 @@ class Phase:
         messages: dict[str, Message] = {}
         for model, names in models.values():
             content = RecordDict({self.keys.arrays: arrays_of(model), self.keys.config: self.config})
-            messages |= zip(names, quick_messages(content, [nodes[n] for n in names], kind, group), strict=True)
+            messages |= zip(names, unchecked_messages(content, [nodes[n] for n in names], kind, group), strict=True)
         return [messages[name] for name in nodes]
 
 

@@ -23,14 +23,14 @@ class Sampling:
     """Settings for the sampling of nodes. `train` and `evaluate` are the sampled fractions in the two phases of a
     round.
 
-    A round begins once `available` nodes are connected. If that takes longer than `seconds`, `TimeoutError` is
+    A round begins once `min_nodes` nodes are connected. If that takes longer than `timeout`, `TimeoutError` is
     raised.
     """
 
     train: float = 1.0
     evaluate: float = 1.0
-    available: int = 2
-    seconds: float = 3600.0
+    min_nodes: int = 2
+    timeout: float = 3600.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Sampling:
 
     def for_training(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:
         """Wait for enough nodes. Return the connected nodes and the sampled ones, each as `{name: node id}`."""
-        nodes = wait_for(grid, self.available, self.seconds)
+        nodes = wait_for(grid, self.min_nodes, self.timeout)
         return nodes, self._sampled(nodes, self.train, server_round, "train")
 
     def for_evaluation(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:

@@ -49,14 +49,14 @@ class RoundLoop(Strategy):
     timeout: float | None
 
     @abstractmethod
-    def take(self, arrays: ArrayRecord) -> ArrayRecord:
+    def set_model(self, arrays: ArrayRecord) -> ArrayRecord:
         """Make `arrays` the model of the state, unless they are the unchanged record of that model.
 
         Returns a record that shares the memory of the state's model.
         """
 
     @abstractmethod
-    def sent(self, messages: Iterable[Message]) -> None:
+    def messages_pushed(self, messages: Iterable[Message]) -> None:
         """Record that the `messages` of a phase have been pushed, so that replies can be matched by message id."""
 
     def start(
@@ -78,7 +78,7 @@ class RoundLoop(Strategy):
         if self.journal is not None:
             self.journal.require_empty()
         self.timeout = timeout
-        result = Result(arrays=self.take(initial_arrays))
+        result = Result(arrays=self.set_model(initial_arrays))
         del initial_arrays  # frees the second copy of the model
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
@@ -112,11 +112,11 @@ class RoundLoop(Strategy):
         sent = self._push(grid, messages)
         size, enough = self.method.round_size, None
         if size is not None and sent:
-            enough, learnt = size.choose(len(sent), self.state.round_size)
-            self.state = replace(self.state, round_size=learnt)
+            enough, estimates = size.choose(len(sent), self.state.round_size)
+            self.state = replace(self.state, round_size=estimates)
         arrival_times = _ArrivalTimes()
         arrays, metrics = self.aggregate_train(number, arrival_times.watch(arrivals(grid, sent, self.timeout, enough)))
-        result.arrays = self.take(result.arrays if arrays is None else arrays)
+        result.arrays = self.set_model(result.arrays if arrays is None else arrays)
         if size is not None:
             self.state = replace(self.state, round_size=size.after(arrival_times.seconds, self.state.round_size))
             self.record = replace(self.record, notes={**self.record.notes, "waited-for": float(enough or 0)})
@@ -124,7 +124,7 @@ class RoundLoop(Strategy):
 
     def _push(self, grid: Grid, messages: list[Message]) -> dict[str, Message]:
         accepted = push(grid, messages)
-        self.sent(messages)
+        self.messages_pushed(messages)
         return accepted
 
     def _finish(self, num_rounds: int) -> None:

@@ -22,7 +22,7 @@ class Observer(Protocol[L_co]):
     def watch(self, replies: Iterator[Reply]) -> Iterator[Reply]:
         """Yield `replies` unchanged and observe each."""
 
-    def learnt(self, loss: float | None) -> L_co:
+    def estimates(self, loss: float | None) -> L_co:
         """Return the estimates after the round. `loss` is the mean training loss, None if no client reports it."""
 
 
@@ -35,16 +35,16 @@ class RoundSize(ABC, Generic[L]):
         return None  # type: ignore[return-value]  # correct for every policy that learns nothing
 
     @abstractmethod
-    def choose(self, requested: int, learnt: L) -> tuple[int, L]:
+    def choose(self, requested: int, estimates: L) -> tuple[int, L]:
         """Return the number of replies to wait for, from 1 to `requested`, and the new estimates."""
 
-    def observer(self, learnt: L, origin: Model) -> Observer[L] | None:
+    def observer(self, estimates: L, origin: Model) -> Observer[L] | None:
         """Return an observer of the replies to `origin`; None if the policy does not learn from replies."""
         return None
 
-    def after(self, seconds: Sequence[float], learnt: L) -> L:
+    def after(self, seconds: Sequence[float], estimates: L) -> L:
         """Return the estimates after a round whose replies arrived `seconds` after the requests."""
-        return learnt
+        return estimates
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,6 @@ class WaitForShare(RoundSize[None]):
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; use a value in (0, 1], such as 0.8 to wait for 4 of 5 replies.")
 
-    def choose(self, requested: int, learnt: None) -> tuple[int, None]:
+    def choose(self, requested: int, estimates: None) -> tuple[int, None]:
         """See `RoundSize.choose`."""
         return max(1, round(self.share * requested)), None

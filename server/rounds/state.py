@@ -10,11 +10,11 @@ from corymb.protocol.records import EXAMPLES
 from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.server.rounds.round_size import RoundSize
 from corymb.strategies import Model, Proxy, Rule, ServerOptimizer
-from corymb.strategies.core.server_optimizer import Moments
+from corymb.strategies.core.server_optimizer import OptimizerState
 
 
 @dataclass(frozen=True)
-class Spent:
+class Cost:
     """The cost of a run so far: the number of training messages sent, and of replies admitted."""
 
     messages: int = 0
@@ -27,21 +27,21 @@ class RunState:
 
     `memory` is the memory of the rule, `moments` the state of the server optimiser, and `candidate_memories` the
     memories of the rules in a candidate election. `round_size` holds the estimates of the round-size policy.
-    `known` has the names of all nodes that were ever connected, and `spent` is the cost so far.
+    `known_nodes` has the names of all nodes that were ever connected, and `cost` is the cost so far.
     """
 
     model: Model
     memory: Any = None
-    moments: Moments | None = None
+    moments: OptimizerState | None = None
     candidate_memories: tuple[Any, ...] = ()
     round_size: Any = None
-    known: frozenset[str] = frozenset()
-    spent: Spent = field(default_factory=Spent)
+    known_nodes: frozenset[str] = frozenset()
+    cost: Cost = field(default_factory=Cost)
     round: int = 0
 
-    def knowing(self, names: Collection[str]) -> RunState:
+    def with_known_nodes(self, names: Collection[str]) -> RunState:
         """Return the state with `names` added to the known nodes."""
-        return self if self.known.issuperset(names) else replace(self, known=self.known.union(names))
+        return self if self.known_nodes.issuperset(names) else replace(self, known_nodes=self.known_nodes.union(names))
 
 
 @dataclass(frozen=True)

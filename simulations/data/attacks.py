@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from corymb.client.app import round_of, seed_of, site_of
+from corymb.client.app import client_identity, derive_seed, round_of
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import of_kind
 from corymb.protocol.settings import Settings
@@ -59,7 +59,7 @@ class ModelAttack(Settings):
                 return reply
             received = to_state(of_kind(message.content, ArrayRecord)[0])
             server_round = round_of(of_kind(message.content, ConfigRecord))
-            random = torch.Generator().manual_seed(seed_of(seed, site_of(context), server_round, "attack"))
+            random = torch.Generator().manual_seed(derive_seed(seed, client_identity(context), server_round, "attack"))
             content = RecordDict(
                 {
                     name: to_arrays(self.change(received, to_state(record), random))

@@ -9,17 +9,17 @@ from flwr.app import Context, Message
 
 Client = Callable[[Message, Context], Message]  # handles the messages of every client
 Request = tuple[Message, Context]
-Answers = Iterator[tuple[int, Message | Exception]]  # the index of a request, and its reply or the exception
+IndexedReplies = Iterator[tuple[int, Message | Exception]]  # the index of a request, and its reply or the exception
 
 
 @runtime_checkable
-class TrainsTogether(Protocol):
+class CohortTrainer(Protocol):
     """An app that can train all clients of a push in one call."""
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Return the reply of one client to `message`."""
 
-    def train_together(self, requests: Sequence[Request]) -> Answers:
+    def train_together(self, requests: Sequence[Request]) -> IndexedReplies:
         """Return an iterator of (index of the request, reply or exception), in order of completion.
 
         Training starts with this call, not with the first `next`.
@@ -34,14 +34,14 @@ def with_hooks(
     """Return `app` with hooks that change messages on their way to it and replies on their way back.
 
     `app` gets `request(message, context)` as its message; the server gets `reply(message, context, reply)`, where
-    `message` is the changed one. The result implements `TrainsTogether` if `app` does.
+    `message` is the changed one. The result implements `CohortTrainer` if `app` does.
     """
 
     def handle_one(message: Message, context: Context) -> Message:
         message = request(message, context)
         return reply(message, context, app(message, context))
 
-    if not isinstance(app, TrainsTogether):
+    if not isinstance(app, CohortTrainer):
         return handle_one
     train_all = app.train_together
 
@@ -49,11 +49,11 @@ def with_hooks(
         def __call__(self, message: Message, context: Context) -> Message:
             return handle_one(message, context)
 
-        def train_together(self, requests: Sequence[Request]) -> Answers:
+        def train_together(self, requests: Sequence[Request]) -> IndexedReplies:
             changed = [(request(message, context), context) for message, context in requests]
             return change_replies(train_all(changed), changed)
 
-    def change_replies(answers: Answers, requests: Sequence[Request]) -> Answers:
+    def change_replies(answers: IndexedReplies, requests: Sequence[Request]) -> IndexedReplies:
         for index, answer in answers:
             yield index, reply(*requests[index], answer) if isinstance(answer, Message) else answer
             del answer  # free its model before the next one is trained

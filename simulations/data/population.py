@@ -44,9 +44,9 @@ class Population:
         """The number of examples of each client, `[N]`."""
         return np.diff(self.offsets)
 
-    def places_of(self, client: int) -> Tensor:
+    def store_positions_of(self, client: int) -> Tensor:
         """Return the indices of a client's examples in the store, `[n]`."""
-        return self.places([client], torch.arange(self.size(client))[None])[0]
+        return self.store_positions([client], torch.arange(self.size(client))[None])[0]
 
     def labels(self, classes: int) -> NDArray[np.float64]:
         """Return the share of each class in each client's examples, `[N, C]`."""
@@ -78,7 +78,7 @@ class Population:
         places = span if self.rows is None else self.rows[span].to(self.store.targets.device)
         return self.store.inputs_at(places), self.store.targets[places]
 
-    def places(self, clients: Sequence[int], rows: Tensor) -> Tensor:
+    def store_positions(self, clients: Sequence[int], rows: Tensor) -> Tensor:
         """Return indices in the store, of the shape of `rows [K, ...]`.
 
         `rows[k]` are positions among the examples of `clients[k]`, counted from 0.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from corymb.client import TrainSettings
 from corymb.client.app import batch_generator
-from corymb.client.batches import drawn_rows
+from corymb.client.batches import draw_rows
 
 UNUSED = torch.Generator()  # a placeholder for draws without shuffling
 
@@ -41,9 +41,9 @@ class Batches:
         """
         if settings.shuffle:
             pairs = zip(sizes, seed_keys, strict=True)
-            drawn = [drawn_rows(size, settings, batch_generator(*key)) for size, key in pairs]
+            drawn = [draw_rows(size, settings, batch_generator(*key)) for size, key in pairs]
         else:
-            by_size = {size: drawn_rows(size, settings, UNUSED) for size in set(sizes)}
+            by_size = {size: draw_rows(size, settings, UNUSED) for size in set(sizes)}
             drawn = [by_size[size] for size in sizes]
         width = max(max(lengths) for _, lengths in drawn)
         steps = [len(lengths) for _, lengths in drawn]

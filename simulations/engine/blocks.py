@@ -15,7 +15,7 @@ from corymb.strategies import Layout
 
 MAX_CLIENTS = 32  # per block
 MAX_PARAMETERS = 1 << 26  # per block, as if every client's model were written out
-FEWEST = 4  # minimum number of blocks in a large enough push, so that as many processes have work
+MIN_BLOCKS = 4  # minimum number of blocks in a large enough push, so that as many processes have work
 MIN_WORK = 1 << 24  # examples times parameters; a block with less work is not worth its overhead
 MAX_PADDING = 1.5  # examples of a block including padding, relative to its real examples
 
@@ -38,7 +38,7 @@ def max_clients(parameters: int) -> int:
 
 
 def cut_into_blocks(
-    sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = FEWEST
+    sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = MIN_BLOCKS
 ) -> list[list[int]]:
     """Cut clients into blocks; each block is a list of indices into `sizes`, the number of examples of each client.
 

@@ -12,13 +12,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from torch import Tensor
 
 from corymb.client import TrainSettings
-from corymb.client.app import only_arrays, own_metrics, round_of
+from corymb.client.app import model_record, participation_metric, round_of
 from corymb.protocol.codec import to_state
-from corymb.protocol.flower import quick_metrics, quick_record, quick_reply
+from corymb.protocol.flower import unchecked_metrics, unchecked_record, unchecked_reply
 from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, of_kind
 from corymb.protocol.row_arrays import ModelRow
 from corymb.protocol.train_settings import PREFIX
-from corymb.simulations.data.clients import Answers, Client, Request
+from corymb.simulations.data.clients import Client, IndexedReplies, Request
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.blocks import Task, cut_into_blocks
 from corymb.simulations.engine.engine import Engine, Outcome, obstacle
@@ -59,8 +59,8 @@ class CohortApp:
         """Return the reply to one message."""
         return self._single_app(message, context)
 
-    def train_together(self, requests: Requests) -> Answers:
-        """See `TrainsTogether`."""
+    def train_together(self, requests: Requests) -> IndexedReplies:
+        """See `CohortTrainer`."""
         groups, alone = self._groups(requests)
         single = [group for group in groups if len(group.numbers) == 1] if len(groups) > 1 else []
         shared = [group for group in groups if group not in single]
@@ -75,7 +75,7 @@ class CohortApp:
         shared: list[_Group],
         single: list[_Group],
         alone: list[int],
-    ) -> Answers:
+    ) -> IndexedReplies:
         started = time.perf_counter()
         yield from self._replies(requests, first, started)
         for group in shared:
@@ -101,7 +101,7 @@ class CohortApp:
                     reason = obstacle(settings, self._engine.device)
                     if reason is not None:
                         self._log_once(f"Clients train one after another because {reason}.")
-                    arrays = only_arrays(message.content)
+                    arrays = model_record(message.content)
                     groups[key] = _Group(arrays, settings, round_of(configs), reason is not None)
                 except ValueError:
                     alone.append(number)  # the single app raises the same error, which becomes the client's reply
@@ -141,7 +141,7 @@ class CohortApp:
     def _vector(self, arrays: ArrayRecord) -> Tensor:
         return self._layout.vector(to_state(arrays))
 
-    def _replies(self, requests: Requests, outcomes: Iterator[Outcome], started: float) -> Answers:
+    def _replies(self, requests: Requests, outcomes: Iterator[Outcome], started: float) -> IndexedReplies:
         """Yield the number of each request and its reply; the models stay in their block until they are read."""
         for task, block, report in outcomes:
             if isinstance(block, Exception) or report is None:
@@ -156,18 +156,18 @@ class CohortApp:
             )
             for index, (number, loss, correct, examples, steps, bound) in enumerate(rows):
                 message, context = requests[number]
-                metrics = quick_metrics(
+                metrics = unchecked_metrics(
                     {
                         EXAMPLES: self._population.size(task.clients[index]),
                         "loss": loss / examples,
                         "accuracy": correct / examples,
                         "steps": steps,
                         "seconds": seconds,
-                        **own_metrics(context),
+                        **participation_metric(context),
                     }
                 )
                 arrays = ModelRow(block, index, self._layout, bound).to_record()
-                yield number, quick_reply(message, content=quick_record({ARRAYS: arrays, METRICS: metrics}))
+                yield number, unchecked_reply(message, content=unchecked_record({ARRAYS: arrays, METRICS: metrics}))
             del block, arrays  # frees their memory for the next block
 
     def _reply_alone(self, message: Message, context: Context) -> Message | Exception:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
-from corymb.client.app import seed_of
+from corymb.client.app import derive_seed
 from corymb.client.batches import training_batches
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
@@ -147,7 +147,7 @@ def _prove(trainer: Trainer, module: nn.Module, population: Population) -> None:
         try:
             for client in range(len(population)):
                 nn.utils.vector_to_parameters(before.clone(), module.parameters())
-                torch.default_generator.manual_seed(seed_of(settings.seed, client, 1))
+                torch.default_generator.manual_seed(derive_seed(settings.seed, client, 1))
                 batches = training_batches(TensorDataset(*population.examples(client)), settings, torch.Generator())
                 losses.append(train(module, batches, settings)["loss"])
                 expected.append(nn.utils.parameters_to_vector(module.parameters()).detach())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from corymb.client import TrainSettings
-from corymb.client.app import seed_of
+from corymb.client.app import derive_seed
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.backprop import feeds_one_client_layer, make_backprop
 from corymb.simulations.engine.batches import Batches
@@ -98,11 +98,11 @@ class Program:
         dtype = next(iter(start.values())).dtype
         batches = Batches.draw(sizes, settings, seed_keys, dtype)
         # Positions of the examples in the store, steps first: [S, K, B].
-        positions = self._population.places(clients, batches.rows).transpose(0, 1)
+        positions = self._population.store_positions(clients, batches.rows).transpose(0, 1)
         positions, batches = positions.to(store.inputs.device), batches.to(device)
         context.clients = len(clients)
         context.generators = (
-            [torch.Generator().manual_seed(seed_of(*key)) for key in seed_keys] if self._has_dropout else []
+            [torch.Generator().manual_seed(derive_seed(*key)) for key in seed_keys] if self._has_dropout else []
         )
         context.precision = None if settings.precision == "float32" else getattr(torch, settings.precision)
         context.rate = settings.rate(server_round) if is_plain(settings) else None

@@ -66,7 +66,7 @@ class Vmapped:
             return (nn.functional.cross_entropy(outputs, targets, reduction="none") * example_weights).sum(), outputs
 
         gradients_of = vmap(grad(loss, has_aux=True))
-        positions = self._population.places(clients, batches.rows)  # in the store, [K, S, B]
+        positions = self._population.store_positions(clients, batches.rows)  # in the store, [K, S, B]
         logits = []
         self._module.train()
         for step in range(positions.shape[1]):

@@ -13,7 +13,7 @@ from corymb.simulations.data.attacks import AttackSettings, ShuffledLabels
 from corymb.simulations.data.participation_settings import AlwaysSettings, ParticipationSettings
 from corymb.simulations.data.partition_settings import DirichletSettings, PartitionSettings
 from corymb.simulations.data.sources import DataSettings
-from corymb.simulations.engine.blocks import FEWEST
+from corymb.simulations.engine.blocks import MIN_BLOCKS
 from corymb.simulations.experiments.settings import (
     Claim,
     EvaluateSettings,
@@ -46,7 +46,7 @@ class Experiment(Settings):
     """The share of the clients that the server samples in each round."""
     engine: Literal["auto", "serial", "batched", "low_rank", "processes", "ray"] = "auto"
     """How clients are trained; see the guide for researchers."""
-    blocks: int = Field(FEWEST, ge=1)
+    blocks: int = Field(MIN_BLOCKS, ge=1)
     """The number of blocks that the clients of a round are trained in. Another number changes the last bits of the
     results."""
     setting: str = ""

@@ -97,7 +97,7 @@ def _shuffle_labels(
         )
     targets = population.store.targets.clone()
     for client in hostile:
-        rows = population.places_of(client)
+        rows = population.store_positions_of(client)
         targets[rows] = shuffled_labels(population.store.targets, rows.numpy(), rng)
     return replace(population, store=replace(population.store, targets=targets))
 

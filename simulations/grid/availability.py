@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from corymb.protocol.flower import NODE_UNAVAILABLE, quick_reply, stamp
+from corymb.protocol.flower import NODE_UNAVAILABLE, set_message_id, unchecked_reply
 from corymb.protocol.grids import StreamingGrid
 from corymb.simulations.data.participation import Online, Participation
 from corymb.simulations.grid.wrapped_grid import WrappedGrid
@@ -58,7 +58,7 @@ class AvailabilityGrid(WrappedGrid):
         accepted = set(self._grid.push_messages(sent)) if sent else set()
         for message, online in zip(messages, is_online, strict=True):
             if not online:
-                stamp(message, f"offline-{next(self._numbers)}")
+                set_message_id(message, f"offline-{next(self._numbers)}")
                 self._offline[message.metadata.message_id] = message
         ids = [message.metadata.message_id for message in messages]
         return [message_id for message_id in ids if message_id in accepted or message_id in self._offline]
@@ -91,7 +91,7 @@ class AvailabilityGrid(WrappedGrid):
             if message is None:
                 others.append(message_id)
             else:
-                offline.append((message_id, quick_reply(message, error=OFFLINE)))
+                offline.append((message_id, unchecked_reply(message, error=OFFLINE)))
         return offline, others
 
 

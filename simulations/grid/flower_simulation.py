@@ -140,7 +140,7 @@ def _superlink(home: Path) -> Iterator[dict[str, str]]:
         yield environment
     finally:
         process.terminate()  # without /proc, the SuperLink has to end its own children
-        end_all(home)
+        terminate_all(home)
         process.wait()
 
 
@@ -177,7 +177,7 @@ def _exit_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_all(home: Path) -> None:
+def terminate_all(home: Path) -> None:
     """Send SIGTERM, then SIGKILL, to every process with this FLWR_HOME; Flower starts some in their own sessions."""
     deadline = time.monotonic() + 10
     while (running := _processes_of(home)) and time.monotonic() < deadline:

@@ -11,8 +11,15 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.serverapp import Grid
 
-from corymb.protocol.flower import CLIENT_APP_RAISED, empty_run, inside_task, node_info, quick_reply, stamp
-from corymb.simulations.data.clients import Answers, Client, TrainsTogether
+from corymb.protocol.flower import (
+    CLIENT_APP_RAISED,
+    empty_run,
+    node_info,
+    set_message_id,
+    set_task_identity,
+    unchecked_reply,
+)
+from corymb.simulations.data.clients import Client, CohortTrainer, IndexedReplies
 from corymb.simulations.data.population import client_names
 
 log = logging.getLogger("flwr.corymb")
@@ -27,7 +34,7 @@ class LocalGrid(Grid):
     `nodes` is the number of nodes, or their names. Node `i` has `partition-id = i` and `num-partitions` in its node
     config, as in Flower's simulation, together with the entries of `node_config(i)`. Its Context keeps its state for
     the whole run. A client runs when its reply is pulled, so a strategy that pulls one id at a time needs memory for
-    one reply. An app that `TrainsTogether` trains all clients of a push in one call.
+    one reply. An app that `CohortTrainer` trains all clients of a push in one call.
 
     `answered` is the number of replies; `failures` counts the exceptions of the app by their text.
     """
@@ -45,7 +52,7 @@ class LocalGrid(Grid):
         names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
             raise ValueError("A grid of 0 nodes cannot run; give at least one node.")
-        inside_task(RUN_ID, SERVER_ID)
+        set_task_identity(RUN_ID, SERVER_ID)
         self._app = client_app
         self._names = names
         self._nodes: list[Any] = []
@@ -54,12 +61,12 @@ class LocalGrid(Grid):
         self._contexts: dict[int, Context] = {}
         self._waiting: dict[str, Message] = {}  # by message id: messages whose clients have not started
         self._begun: dict[str, Message] = {}  # messages whose clients train together and have not replied yet
-        self._answers: Answers = iter(())  # replies to the begun messages; an index refers to `_begun_ids`
+        self._answers: IndexedReplies = iter(())  # replies to the begun messages; an index refers to `_begun_ids`
         self._begun_ids: list[str] = []
         self._ready: dict[str, Message] = {}  # replies to begun messages that have not been pulled yet
         self._numbers = count(1)
         self._run = empty_run(RUN_ID)
-        self.answered = 0
+        self.replies = 0
         self.failures: Counter[str] = Counter()  # each different text is logged once
 
     def set_run(self, run: Any) -> None:
@@ -99,7 +106,7 @@ class LocalGrid(Grid):
             if not 0 <= node_id - FIRST_NODE_ID < len(self._names):
                 raise ValueError(f"Node {node_id} does not exist in this grid of {len(self._names)} nodes.")
             message_id = f"message-{next(self._numbers)}"
-            stamp(message, message_id)
+            set_message_id(message, message_id)
             self._waiting[message_id] = message
             ids.append(message_id)
         return ids
@@ -131,9 +138,9 @@ class LocalGrid(Grid):
         """Push `messages` and return all replies; `timeout` has no effect, as the clients run in this process."""
         return self.pull_messages(self.push_messages(messages))
 
-    def require_answers(self) -> None:
+    def require_replies(self) -> None:
         """Raise `ValueError` if clients ran and the app raised an exception at every one."""
-        if self.failures and not self.answered:
+        if self.failures and not self.replies:
             reason, times = self.failures.most_common(1)[0]
             raise ValueError(
                 f"Every client failed; the most frequent error ({times} times): {' '.join(reason.split())}"
@@ -155,7 +162,7 @@ class LocalGrid(Grid):
     def _start_training(self) -> None:
         """Start the training of all waiting messages together, if the app can do that."""
         ids = [message_id for message_id in self._waiting if self._is_training(message_id)]
-        if not ids or not isinstance(self._app, TrainsTogether):
+        if not ids or not isinstance(self._app, CohortTrainer):
             return
         while self._begun:  # replies to an earlier push, which a strategy may still pull
             self._receive_next()
@@ -190,15 +197,15 @@ class LocalGrid(Grid):
         if not isinstance(reply, (Message, Exception)):
             reply = TypeError(f"The client app returned a {type(reply).__name__}; return a Message.")
         if isinstance(reply, Message):
-            self.answered += 1
-            stamp(reply, f"reply-{message.metadata.message_id}")
+            self.replies += 1
+            set_message_id(reply, f"reply-{message.metadata.message_id}")
             return reply
         reason = f"{type(reply).__name__}: {reply}"
         if reason not in self.failures:
             name = self._names[message.metadata.dst_node_id - FIRST_NODE_ID]
             log.warning("The client app raised an exception at client %s.", name, exc_info=reply)
         self.failures[reason] += 1
-        return quick_reply(message, error=Error(CLIENT_APP_RAISED, reason))
+        return unchecked_reply(message, error=Error(CLIENT_APP_RAISED, reason))
 
     def _context(self, node_id: int) -> Context:
         """Return the node's Context. Only Contexts with state are stored, so that idle nodes need no memory."""

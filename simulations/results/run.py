@@ -87,7 +87,7 @@ class Run:
         is_target = experiment.target.examples and self.scenario.names[client] == TARGET
         return config | (experiment.target_train().flat() if is_target else {})
 
-    def on_this_machine(self, clients: Client, folder: Path, on_round: OnRound | None = None) -> None:
+    def run_locally(self, clients: Client, folder: Path, on_round: OnRound | None = None) -> None:
         """Run all rounds with `clients` in this process, and write the journal to `folder`."""
         grid = LocalGrid(clients, self.scenario.names, run_config=self.settings.flat(), node_config=self.node_config)
         self.serve(with_availability(grid, self.participation), folder, on_round)

@@ -140,7 +140,7 @@ def _run(plan: Plan, run: PlannedRun, clients: Clients, on_round: OnRound) -> Fi
         run_with_ray(resolved, experiment.rules.index(rule), seed, journal, on_round)
     else:
         app = clients.of(run.plan, resolved, resolved.key(rule, seed))
-        Run(resolved, rule, seed).on_this_machine(app, journal, on_round)
+        Run(resolved, rule, seed).run_locally(app, journal, on_round)
     return collect_run(experiment, folder, rule, seed)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from corymb.strategies import Layout, Model, Outcome, Proxy, Reply, Report, Rule, VotingRule
 from corymb.strategies.core.rows import SingleRow
-from corymb.strategies.core.serialization import packed
+from corymb.strategies.core.serialization import pack_memory
 
 CLIENTS = 11  # Bulyan needs 4 f + 3 clients to tolerate f = 2 hostile ones
 
@@ -75,7 +75,7 @@ def learnt_vector(rule: Rule[Any], outcome: Outcome[Any]) -> Tensor:
 
 def equal_memories(one: Any, two: Any) -> bool:
     """Return whether two memories are bitwise equal."""
-    (plain_one, tensors_one), (plain_two, tensors_two) = packed(one), packed(two)
+    (plain_one, tensors_one), (plain_two, tensors_two) = pack_memory(one), pack_memory(two)
     same = tensors_one.keys() == tensors_two.keys()
     return (
         bool(plain_one == plain_two)

@@ -23,7 +23,7 @@ class Cohort:
     `examples [K]` float64 are the numbers of training examples. `metrics {name: [K]}` are float64, with NaN for a
     client that did not send the metric. `layout` cuts vectors into layers. `known` names all clients of the
     federation, absent ones included. `steps {node: [S, P]}` are the updates of single batches, for the clients that
-    sent them. `buffers [B]` are the float buffers that the round began with, and `site_buffers [K, B]` those of the
+    sent them. `buffers [B]` are the float buffers that the round began with, and `client_buffers [K, B]` those of the
     clients.
     """
 
@@ -36,7 +36,7 @@ class Cohort:
     known: tuple[str, ...] = ()
     steps: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
-    site_buffers: Tensor = field(default_factory=lambda: torch.zeros(0, 0), repr=False)
+    client_buffers: Tensor = field(default_factory=lambda: torch.zeros(0, 0), repr=False)
     _proxy: Proxy | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -44,7 +44,7 @@ class Cohort:
         """Return the cohort of `replies`, in their order, with the round's `origin`. Empties the list `replies`."""
         reports = [reply.report for reply in replies]
         steps = {reply.report.node: reply.steps for reply in replies if reply.steps is not None}
-        site_buffers = [reply.buffers for reply in replies]
+        client_buffers = [reply.buffers for reply in replies]
         names = sorted(set().union(*(report.metrics for report in reports)))
         return cls(
             origin.parameters,
@@ -59,7 +59,7 @@ class Cohort:
             known,
             steps,
             origin.buffers,
-            torch.stack(site_buffers) if site_buffers else torch.zeros(0, origin.buffers.numel()),
+            torch.stack(client_buffers) if client_buffers else torch.zeros(0, origin.buffers.numel()),
             _proxy=proxy,
         )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK_SIZE = 1 << 18  # numbers in a block: 1 MiB of float32
 
 
-def middle(models: Tensor, first: int, last: int) -> Tensor:
+def rank_mean(models: Tensor, first: int, last: int) -> Tensor:
     """Return the mean of the values of ranks `first` to `last` in each column of `models [K, P]`, `[P]` float64.
 
     Ranks start at 0; both ends are included. Medians and trimmed means are special cases.
@@ -40,4 +40,4 @@ def middle(models: Tensor, first: int, last: int) -> Tensor:
 
 def median(models: Tensor) -> Tensor:
     """Return the median of each column of `models [K, P]`, `[P]` float64; for even K, the mean of the middle two."""
-    return middle(models, (len(models) - 1) // 2, len(models) // 2)
+    return rank_mean(models, (len(models) - 1) // 2, len(models) // 2)

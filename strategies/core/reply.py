@@ -27,12 +27,16 @@ class Report:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-CLASS = "examples-of-class-"  # prefix of the metrics with a client's number of examples per class
+CLASS_COUNT_PREFIX = "examples-of-class-"  # prefix of the metrics with a client's number of examples per class
 
 
 def class_counts(report: Report) -> Tensor:
     """Return the reported number of examples of each class, `[C]` float64; empty if the client reports none."""
-    reported = {name.removeprefix(CLASS): value for name, value in report.metrics.items() if name.startswith(CLASS)}
+    reported = {
+        name.removeprefix(CLASS_COUNT_PREFIX): value
+        for name, value in report.metrics.items()
+        if name.startswith(CLASS_COUNT_PREFIX)
+    }
     counts = {int(c): value for c, value in reported.items() if c.isdecimal() and int(c) < MAX_CLASSES}
     return torch.tensor([counts.get(c, 0.0) for c in range(max(counts, default=-1) + 1)], dtype=torch.float64)
 

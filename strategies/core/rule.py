@@ -40,7 +40,7 @@ class Rule(ABC, Generic[M]):
     kind: ClassVar[str]
     privacy_modes: ClassVar[tuple[str, ...]] = ("clear",)
     needs_proxy: ClassVar[bool] = False  # the rule needs proxy data at the server
-    unanimous: ClassVar[bool] = True  # if all replies are the same model, it is the next model
+    preserves_consensus: ClassVar[bool] = True  # if all replies are the same model, it is the next model
     shift_equivariant: ClassVar[bool] = True  # a shift of the origin and all replies shifts the next model equally
     scale_equivariant: ClassVar[bool] = True  # scaling the origin and all replies scales the next model equally
 
@@ -52,7 +52,7 @@ class Rule(ABC, Generic[M]):
         """Return how many of `clients` replies may be arbitrary without moving the model arbitrarily far."""
         return 0
 
-    def wants_steps(self, node: str) -> bool:
+    def wants_batch_updates(self, node: str) -> bool:
         """Return whether the rule uses the updates of single batches from `node`."""
         return False
 

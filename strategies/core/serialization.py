@@ -13,8 +13,8 @@ Json = Any
 TENSOR = "$tensor"  # {"$tensor": name} in the JSON refers to a tensor stored beside it
 
 
-def packed(memory: object) -> tuple[Json, dict[str, Tensor]]:
-    """Return `memory` as JSON and a dict of tensors; `unpacked` is the inverse.
+def pack_memory(memory: object) -> tuple[Json, dict[str, Tensor]]:
+    """Return `memory` as JSON and a dict of tensors; `unpack_memory` is the inverse.
 
     Memory is None, a scalar, a string, a tensor, a set of strings, or a dataclass, tuple or string-keyed dict of
     these.
@@ -43,8 +43,8 @@ def packed(memory: object) -> tuple[Json, dict[str, Tensor]]:
     return pack(memory, ""), tensors
 
 
-def unpacked(initial: M, plain: Json, tensors: Mapping[str, Tensor]) -> M:
-    """Return the memory that `packed` converted to `plain` and `tensors`; `initial` is the rule's initial memory.
+def unpack_memory(initial: M, plain: Json, tensors: Mapping[str, Tensor]) -> M:
+    """Return the memory that `pack_memory` converted to `plain` and `tensors`; `initial` is the rule's initial memory.
 
     A JSON object becomes a dataclass if `initial` has a dataclass in this place, or if the type annotation of the
     field names a dataclass.

@@ -15,7 +15,7 @@ from corymb.strategies.core.yogi import Yogi
 
 
 @dataclass(frozen=True)
-class Moments:
+class OptimizerState:
     """The state of a server optimiser between rounds: its tensors and numbers by name."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -47,11 +47,11 @@ class ServerOptimizer:
                 f"The server optimiser {self.optimizer!r} cannot be used with options {self.options}: {error}."
             ) from None
 
-    def initial(self) -> Moments:
+    def initial(self) -> OptimizerState:
         """Return the optimiser's state before the first step."""
-        return Moments()
+        return OptimizerState()
 
-    def step(self, old: Model, new: Model, moments: Moments) -> tuple[Model, Moments]:
+    def step(self, old: Model, new: Model, moments: OptimizerState) -> tuple[Model, OptimizerState]:
         """Return the model after one step from `old` towards `new`, and the optimiser's state after the step."""
         if new is old or torch.equal(new.parameters, old.parameters):
             return new, moments
@@ -63,7 +63,7 @@ class ServerOptimizer:
         vector.grad = old.parameters - new.parameters
         optimizer.step()
         values = {name: v for name, v in optimizer.state[vector].items() if v is not None}
-        return replace(new, parameters=vector.detach()), Moments(values)
+        return replace(new, parameters=vector.detach()), OptimizerState(values)
 
     def _build(self, vector: Tensor) -> torch.optim.Optimizer:
         optimizer_class = Yogi if self.optimizer == "Yogi" else getattr(torch.optim, self.optimizer)

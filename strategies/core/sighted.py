@@ -44,12 +44,12 @@ class SightedRule(Rule[M]):
 
     kind = "sighted"
     buffers: ClassVar[Literal["mean", "median", "proxy"]] = "mean"
-    screens: ClassVar[bool] = True  # if the rule needs proxy data: drop models with non-finite outputs on them
-    acts_alone: ClassVar[bool] = False  # the rule also changes the model in a round without replies
+    drops_non_finite: ClassVar[bool] = True  # if the rule needs proxy data: drop models with non-finite outputs on them
+    runs_without_replies: ClassVar[bool] = False  # the rule also changes the model in a round without replies
 
     @abstractmethod
     def mix(self, cohort: Cohort, memory: M) -> Mix[M]:
-        """Return the next parameters and memory. The cohort has at least one reply, unless `acts_alone`."""
+        """Return the next parameters and memory. The cohort has at least one reply, unless `runs_without_replies`."""
 
     @final
     def _aggregate(
@@ -58,12 +58,12 @@ class SightedRule(Rule[M]):
         ordered = sorted(replies, key=lambda reply: reply.report.node)
         del replies
         dropped: dict[str, float] = {}
-        if self.needs_proxy and proxy is not None and self.screens:
+        if self.needs_proxy and proxy is not None and self.drops_non_finite:
             usable = [reply for reply in ordered if _has_finite_outputs(reply, origin, proxy)]
             if len(usable) < len(ordered):
                 dropped = {"dropped": len(ordered) - len(usable)}
             ordered = usable
-        if not ordered and not self.acts_alone:
+        if not ordered and not self.runs_without_replies:
             return Outcome(origin, memory, notes=dropped)
         buffers = self._buffers(origin, ordered)
         all_nodes = known.union(reply.report.node for reply in ordered)

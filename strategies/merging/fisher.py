@@ -42,7 +42,7 @@ class FisherMerging(SightedRule[None]):
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Merge the models, weighted by their Fisher information."""
         rows = torch.arange(min(self.examples, len(cohort.proxy.inputs)))
-        clients = zip(cohort.models, cohort.site_buffers, strict=True)
+        clients = zip(cohort.models, cohort.client_buffers, strict=True)
         fishers = torch.stack([diagonal_fisher(cohort.proxy, *client, rows) for client in clients])
         merged = fisher_mean(cohort.models, fishers, cohort.shares, self.floor, self.normalise)
         return Mix(merged)

@@ -22,7 +22,7 @@ class IsoC(SightedRule[None]):
     `scale` multiplies the step; tune it on validation data (0.1 to 3). The rule is meant for models of many tasks.
     """
 
-    unanimous = False
+    preserves_consensus = False
 
     scale: float = 1.0
 
@@ -42,7 +42,7 @@ class IsoCTS(SightedRule[None]):
     each for the leading directions of its own update.
     """
 
-    unanimous = False
+    preserves_consensus = False
 
     scale: float = 1.0
     common: float = 0.8

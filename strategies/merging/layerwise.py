@@ -16,7 +16,7 @@ class Layerwise(SightedRule[None]):
     """Layer by layer: applies a sighted rule without memory to each tensor as if it were the whole model."""
 
     buffers = "median"
-    unanimous = False  # this and the next two depend on the inner rule
+    preserves_consensus = False  # this and the next two depend on the inner rule
     shift_equivariant = False
     scale_equivariant = False
 

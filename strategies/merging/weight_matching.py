@@ -19,24 +19,26 @@ class WeightMatching(SightedRule[None]):
     """Ainsworth et al. 2023, weight matching: reorders the hidden units of each model to match one, then merges.
 
     Use it for clients that start from different initial models; with a common initial model there is nothing to gain.
-    `reference` is the model to match: "origin", or "first" for the first client by name. `then` is the sighted rule
-    without memory that merges the models (default: the mean weighted by examples). A model with BatchNorm needs proxy
-    data, on which its statistics are estimated again.
+    `reference` is the model to match: "origin", or "first" for the first client by name. `merge_rule` is the sighted
+    rule without memory that merges the models (default: the mean weighted by examples). A model with BatchNorm needs
+    proxy data, on which its statistics are estimated again.
     """
 
     buffers = "proxy"
-    unanimous = False  # this depends on the rule that merges
+    preserves_consensus = False  # this depends on the rule that merges
     scale_equivariant = False  # another scale or shift may give other permutations
     shift_equivariant = False
 
     reference: str = "first"
-    then: SightedRule[Any] | None = None
+    merge_rule: SightedRule[Any] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         one_of(("origin", "first"), reference=self.reference)
-        if self.then is not None and (self.then.initial() is not None or self.then.needs_proxy):
-            raise ValueError(f"then = {self.then} keeps a memory or needs proxy data; use a rule that does neither.")
+        if self.merge_rule is not None and (self.merge_rule.initial() is not None or self.merge_rule.needs_proxy):
+            raise ValueError(
+                f"merge_rule = {self.merge_rule} keeps a memory or needs proxy data; use a rule that does neither."
+            )
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Match every model to the reference, then merge the models."""
@@ -49,6 +51,6 @@ class WeightMatching(SightedRule[None]):
             for model in cohort.models
         ]
         matched = replace(cohort, round_models=RoundModels.of_matrix(torch.stack(ordered)))
-        if self.then is not None:
-            return self.then.mix(matched, None)
+        if self.merge_rule is not None:
+            return self.merge_rule.mix(matched, None)
         return Mix(matched.mixed(cohort.shares), weights=cohort.shares)

@@ -19,14 +19,15 @@ from corymb.strategies.core.validation import at_least, positive
 class Attendance:
     """The intervals between each node's participations, and its examples. All tensors have one entry per known node.
 
-    `closed` is the number of closed intervals, `open` the number of rounds in the current interval, `mean` the mean
-    length of an interval in rounds, and `examples` the last reported number of examples (0: unknown).
+    `closed_intervals` is the number of closed intervals, `current_interval` the number of rounds in the current
+    interval, `mean_interval` the mean length of an interval in rounds, and `examples` the last reported number of
+    examples (0: unknown).
     """
 
     nodes: tuple[str, ...] = ()
-    closed: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    open: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    closed_intervals: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    current_interval: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    mean_interval: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     examples: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
     @cached_property
@@ -39,9 +40,9 @@ class Attendance:
         count = len(new_nodes)
         return Attendance(
             (*self.nodes, *new_nodes),
-            torch.cat([self.closed, self.closed.new_zeros(count)]),
-            torch.cat([self.open, self.open.new_zeros(count)]),
-            torch.cat([self.mean, self.mean.new_ones(count)]),
+            torch.cat([self.closed_intervals, self.closed_intervals.new_zeros(count)]),
+            torch.cat([self.current_interval, self.current_interval.new_zeros(count)]),
+            torch.cat([self.mean_interval, self.mean_interval.new_ones(count)]),
             torch.cat([self.examples, self.examples.new_zeros(count)]),
         )
 
@@ -57,7 +58,7 @@ class FedAU(BlindRule[Attendance]):
     that has not replied yet counts with the average number of examples.
     """
 
-    unanimous = False  # the step is multiplied by `server_rate` and divided by the population
+    preserves_consensus = False  # the step is multiplied by `server_rate` and divided by the population
 
     cutoff: int | None = 50
     population: int | None = None
@@ -81,7 +82,7 @@ class FedAU(BlindRule[Attendance]):
         With `by_examples` the interval is multiplied by the number of examples.
         """
         row = memory.rows.get(report.node)
-        interval = 1.0 if row is None else float(memory.mean[row])
+        interval = 1.0 if row is None else float(memory.mean_interval[row])
         return interval * report.examples if self.by_examples else interval
 
     def scale(self, total: float, reports: Collection[Report], known: Collection[str], memory: Attendance) -> float:
@@ -106,13 +107,13 @@ class FedAU(BlindRule[Attendance]):
         participated[rows] = True
         examples = memory.examples.clone()
         examples[rows] = torch.tensor([report.examples for report in reports], dtype=examples.dtype)
-        length = memory.open + 1
+        length = memory.current_interval + 1
         closes = participated if not self.cutoff else participated | (length == self.cutoff)
-        mean = (memory.closed * memory.mean + length) / (memory.closed + 1)
+        mean = (memory.closed_intervals * memory.mean_interval + length) / (memory.closed_intervals + 1)
         return Attendance(
             memory.nodes,
-            memory.closed + closes,
+            memory.closed_intervals + closes,
             torch.where(closes, 0, length),
-            torch.where(closes, mean, memory.mean),
+            torch.where(closes, mean, memory.mean_interval),
             examples,
         )

@@ -19,7 +19,7 @@ class FedVARP(SightedRule[Updates]):
     The rule stores one update per client, so its memory grows with the federation.
     """
 
-    unanimous = False
+    preserves_consensus = False
 
     server_rate: float = 1.0
 

@@ -19,7 +19,7 @@ class KnownParticipation(BlindRule[None]):
     Clients report their probability as the metric "participation". A client that does not report it has weight 1.
     """
 
-    unanimous = False
+    preserves_consensus = False
 
     server_rate: float = 1.0
 

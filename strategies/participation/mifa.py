@@ -20,8 +20,8 @@ class MIFA(SightedRule[Updates]):
     round without replies.
     """
 
-    acts_alone = True
-    unanimous = False
+    runs_without_replies = True
+    preserves_consensus = False
 
     server_rate: float = 1.0
 

@@ -21,7 +21,7 @@ class NormClipping(SightedRule[None]):
     """
 
     buffers = "median"
-    unanimous = False  # equal updates are also clipped
+    preserves_consensus = False  # equal updates are also clipped
     scale_equivariant = False
 
     radius: float | None = None
@@ -58,7 +58,7 @@ class CentredClipping(SightedRule[None]):
     """
 
     buffers = "median"
-    unanimous = False
+    preserves_consensus = False
     scale_equivariant = False
 
     radius: float | None = None

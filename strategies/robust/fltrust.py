@@ -23,7 +23,7 @@ class FLTrust(SightedRule[None]):
     """
 
     needs_proxy = True
-    unanimous = False
+    preserves_consensus = False
     shift_equivariant = False
     scale_equivariant = False
     buffers = "proxy"

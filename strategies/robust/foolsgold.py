@@ -22,7 +22,7 @@ class FoolsGold(SightedRule[Updates]):
     protects against sybils only: a single hostile client is unlike the others and has full weight.
     """
 
-    unanimous = False  # clients with equal updates are treated as sybils
+    preserves_consensus = False  # clients with equal updates are treated as sybils
 
     def initial(self) -> Updates:
         """Return an empty store of updates."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from corymb.strategies.core.cohort import Cohort
-from corymb.strategies.core.order_statistics import middle
+from corymb.strategies.core.order_statistics import rank_mean
 from corymb.strategies.core.sighted import Mix, SightedRule
 
 
@@ -34,4 +34,4 @@ class TrimmedMean(SightedRule[None]):
         """Return the mean of the remaining values of each coordinate, summed in float64."""
         clients = len(cohort.nodes)
         dropped = int(self.trim * clients)
-        return Mix(middle(cohort.models, dropped, clients - dropped - 1))
+        return Mix(rank_mean(cohort.models, dropped, clients - dropped - 1))

@@ -19,23 +19,23 @@ class RunOffDistillation(SightedRule[None]):
 
     Each client's model is a voter on the server's proxy inputs; the labels of the proxy data are not used. The rule
     keeps the inputs whose certificate is at least `budget`: if at most `budget` clients are hostile, these inputs
-    have the label that they would have without an attack. If fewer than `least` inputs of an elected class are kept,
-    the rule uses all inputs, and the note "certified" is 0. The student starts from the global model and is trained
-    by SGD. The certificates hold for the labels of this round only. They do not add up over rounds, and they do not
-    cover the student's predictions.
+    have the label that they would have without an attack. If fewer than `min_per_class` inputs of an elected class
+    are kept, the rule uses all inputs, and the note "only-certified" is 0. The student starts from the global model
+    and is trained by SGD. The certificates hold for the labels of this round only. They do not add up over rounds,
+    and they do not cover the student's predictions.
 
     `election` is "run_off", "plurality", or "mean": the mean of the scores (FedDF), which one client can decide.
     """
 
     needs_proxy = True
-    unanimous = False  # the student differs from the clients' models
+    preserves_consensus = False  # the student differs from the clients' models
     shift_equivariant = False
     scale_equivariant = False
     buffers = "proxy"
-    screens = False  # a model with non-finite outputs remains a voter
+    drops_non_finite = False  # a model with non-finite outputs remains a voter
 
     budget: int = 1
-    least: int = 20
+    min_per_class: int = 20
     election: str = "run_off"
     epochs: int = 20
     batch_size: int = 32
@@ -44,7 +44,7 @@ class RunOffDistillation(SightedRule[None]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(0, budget=self.budget, least=self.least, momentum=self.momentum)
+        at_least(0, budget=self.budget, min_per_class=self.min_per_class, momentum=self.momentum)
         at_least(1, epochs=self.epochs, batch_size=self.batch_size)
         one_of(("run_off", "plurality", "mean"), election=self.election)
         positive(learning_rate=self.learning_rate)
@@ -58,7 +58,7 @@ class RunOffDistillation(SightedRule[None]):
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Elect labels, keep the certified ones, and train the student on them."""
-        labels, rows, notes = self.chosen(cohort.proxy.ballots(cohort.models, cohort.site_buffers))
+        labels, rows, notes = self.chosen(cohort.proxy.ballots(cohort.models, cohort.client_buffers))
         if cohort.proxy.targets is not None:
             notes["elected-accuracy"] = float((labels == cohort.proxy.targets).double().mean())
         student = cohort.proxy.session(cohort.buffers).fit(
@@ -83,11 +83,11 @@ class RunOffDistillation(SightedRule[None]):
             elected = run_off(counted) if self.election == "run_off" else plurality(counted)
         certified = elected.certificates >= self.budget
         present = elected.classes.unique()
-        enough = all(int((elected.classes[certified] == label).sum()) >= self.least for label in present)
+        enough = all(int((elected.classes[certified] == label).sum()) >= self.min_per_class for label in present)
         rows = certified.nonzero()[:, 0] if enough and certified.any() else torch.arange(len(certified))
         notes = {
-            "certified": float(len(rows) == int(certified.sum())),
-            "kept": float(certified.double().mean()),
+            "only-certified": float(len(rows) == int(certified.sum())),
+            "certified-share": float(certified.double().mean()),
             "median-certificate": float(elected.certificates.median()),
             "disagreement": float((plurality(counted).classes != elected.classes).double().mean()),
         }

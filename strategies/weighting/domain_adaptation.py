@@ -54,7 +54,7 @@ class SourceWeights(NamedTuple):
     """The weight beta of each source, in [0, 1]; three variants, `[N]` each.
 
     `update` is the weight in FedDA, `projection` the weight in FedGP, and `tolerant_projection` the weight in FedGP
-    with `allow`, which allows for target batches that point away from the source.
+    with `allow_opposed_batches`, which allows for target batches that point away from the source.
     """
 
     update: Tensor
@@ -121,30 +121,30 @@ class TargetRule(SightedRule[int]):
     `beta` is the weight of the sources. `auto` estimates one weight per source from the updates of the target's
     single batches, which the target sends if `train.batch_updates` is set. `align` brings a source's update to the
     scale of the target's, by their numbers of batches and by `rate_ratio`, the target's learning rate over the
-    sources'. The first `warm` rounds average the sources only. A round without the target leaves the model unchanged,
-    and its note "target" is 0. The memory is the number of rounds that changed the model. The rule does not
-    withstand hostile sources.
+    sources'. The first `warmup_rounds` rounds average the sources only. A round without the target leaves the model
+    unchanged, and its note "target" is 0. The memory is the number of rounds that changed the model. The rule does
+    not withstand hostile sources.
     """
 
-    unanimous = False  # the sources' updates are rescaled
+    preserves_consensus = False  # the sources' updates are rescaled
 
     target: str
     beta: float = 0.5
     auto: bool = False
     rate_ratio: float = 1.0
     align: bool = True
-    warm: int = 0
+    warmup_rounds: int = 0
 
     def __post_init__(self) -> None:
         share(beta=self.beta)
         positive(rate_ratio=self.rate_ratio)
-        at_least(0, warm=self.warm)
+        at_least(0, warmup_rounds=self.warmup_rounds)
 
     def initial(self) -> int:
         """Return 0: no round has changed the model yet."""
         return 0
 
-    def wants_steps(self, node: str) -> bool:
+    def wants_batch_updates(self, node: str) -> bool:
         """Return whether `node` is the target."""
         return node == self.target
 
@@ -156,7 +156,7 @@ class TargetRule(SightedRule[int]):
     def mix(self, cohort: Cohort, memory: int) -> Mix[int]:
         """Move the origin by `step`, or by the target's update if no source replied."""
         is_source = torch.tensor([node != self.target for node in cohort.nodes])
-        if memory < self.warm and is_source.any():
+        if memory < self.warmup_rounds and is_source.any():
             shares = cohort.shares * is_source / (cohort.shares * is_source).sum()
             return Mix(cohort.mixed(shares), memory + 1, shares)
         updates = round_updates(cohort, self.target, self.rate_ratio, self.align)

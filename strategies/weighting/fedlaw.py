@@ -9,7 +9,7 @@ from torch import Tensor
 
 from corymb.strategies.core.cohort import Cohort
 from corymb.strategies.core.proxy import Session
-from corymb.strategies.core.reply import CLASS
+from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 from corymb.strategies.core.sighted import Mix, SightedRule
 from corymb.strategies.core.validation import at_least, one_of, positive
 from corymb.strategies.weighting.coherence import coherence, label_coherence
@@ -29,7 +29,7 @@ class FedLAW(SightedRule[None]):
     """
 
     needs_proxy = True
-    unanimous = False  # gamma rescales the model
+    preserves_consensus = False  # gamma rescales the model
     shift_equivariant = False
     scale_equivariant = False
     buffers = "proxy"
@@ -73,7 +73,7 @@ class FedLAW(SightedRule[None]):
             "proxy-loss": cohort.proxy.loss_of(vector, session.buffers),
             "coherence": coherence(cohort.models, cohort.origin).mean,
         }
-        counts = [values.nan_to_num() for name, values in cohort.metrics.items() if name.startswith(CLASS)]
+        counts = [values.nan_to_num() for name, values in cohort.metrics.items() if name.startswith(CLASS_COUNT_PREFIX)]
         if counts:
             notes["label-coherence"] = float(label_coherence(torch.stack(counts, dim=1)).mean())
         return Mix(vector, weights=gamma * weights, notes=notes)

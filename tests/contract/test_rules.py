@@ -33,10 +33,10 @@ from corymb.strategies import (
 )
 from corymb.strategies.core.client_updates import Updates
 from corymb.testing import check_rule
-from corymb.tests.support import NEEDED, vector
+from corymb.tests.support import REQUIRED_PARAMETERS, vector
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, NEEDED.get(name, {})) for name in RULES),
+    *((name, REQUIRED_PARAMETERS.get(name, {})) for name in RULES),
     ("fedau", {"cutoff": None, "by_examples": True}),
     ("fedda", {"target": "site-00", "auto": True}),
     ("fedgp", {"target": "site-00", "by_layer": True}),

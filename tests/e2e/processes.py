@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from corymb.simulations.grid.flower_simulation import end_all
+from corymb.simulations.grid.flower_simulation import terminate_all
 
 BIN = Path(sys.executable).parent
 PEM = serialization.Encoding.PEM
@@ -95,7 +95,7 @@ class Processes:
         for process in self._started:
             _kill_group(process.pid)
             process.wait()
-        end_all(self.folder / "flwr")
+        terminate_all(self.folder / "flwr")
 
 
 def _kill_group(pid: int) -> None:

@@ -10,7 +10,14 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from torch import Tensor
 
 from corymb.protocol.codec import Array, to_arrays, to_state
-from corymb.protocol.flower import inside_task, quick_messages, quick_metrics, quick_record, quick_reply, stamp
+from corymb.protocol.flower import (
+    set_message_id,
+    set_task_identity,
+    unchecked_messages,
+    unchecked_metrics,
+    unchecked_record,
+    unchecked_reply,
+)
 from corymb.protocol.row_arrays import ModelRow, row_in
 from corymb.strategies import Layout
 
@@ -83,16 +90,16 @@ def test_a_changed_record_is_not_a_row() -> None:
 
 
 def test_quick_functions_give_what_flowers_constructors_give() -> None:
-    inside_task(1, 1)
-    content = RecordDict({"metrics": quick_metrics({"loss": 0.5, "steps": 3})})
-    assert quick_record({"metrics": content["metrics"]}) == content  # type: ignore[dict-item]
-    quick = quick_messages(content, [5, 6], "train", "7")
+    set_task_identity(1, 1)
+    content = RecordDict({"metrics": unchecked_metrics({"loss": 0.5, "steps": 3})})
+    assert unchecked_record({"metrics": content["metrics"]}) == content  # type: ignore[dict-item]
+    quick = unchecked_messages(content, [5, 6], "train", "7")
     for message, node in zip(quick, (5, 6), strict=True):
         slow = Message(content, node, "train", group_id="7")
         quick_fields, slow_fields = message.metadata.__dict__, slow.metadata.__dict__
         assert {**quick_fields, "_created_at": 0} == {**slow_fields, "_created_at": 0}
-        stamp(message, f"m{node}")
-        reply = quick_reply(message, content=content)
+        set_message_id(message, f"m{node}")
+        reply = unchecked_reply(message, content=content)
         expected = Message(content, reply_to=message)
         for name in ("src_node_id", "dst_node_id", "reply_to_message_id", "group_id", "message_type", "run_id"):
             assert getattr(reply.metadata, name) == getattr(expected.metadata, name)

@@ -20,7 +20,7 @@ from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.server.journal.files import sha256
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import IDA, FedAU, FedAvg, Median, Rule, TrimmedMean
-from corymb.tests.support import PLAIN, State, content, reply
+from corymb.tests.support import RULES_WITHOUT_PROXY, State, content, reply
 
 numbers = st.floats(-1e3, 1e3, width=32)
 
@@ -123,7 +123,7 @@ def initial() -> ArrayRecord:
     return to_arrays({"w": torch.zeros(5)})
 
 
-@pytest.mark.parametrize("rule", PLAIN.values(), ids=PLAIN.keys())
+@pytest.mark.parametrize("rule", RULES_WITHOUT_PROXY.values(), ids=RULES_WITHOUT_PROXY.keys())
 def test_flowers_start_and_corymbs_give_the_same(rule: Rule[Any]) -> None:
     """Five rounds with six clients, four of which are sampled in each."""
     results = []
@@ -150,7 +150,7 @@ class Shuffled(LocalGrid):
 
 def test_the_order_of_arrival_does_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
-    for rule in PLAIN.values():
+    for rule in RULES_WITHOUT_PROXY.values():
         models = [
             to_state(FlowerStrategy(rule).start(grid(learner, 9), initial(), num_rounds=4).arrays)["w"]
             for grid in (LocalGrid, Shuffled)

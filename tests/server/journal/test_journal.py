@@ -12,12 +12,12 @@ from torch import Tensor
 
 from corymb.server.journal import Journal
 from corymb.server.journal.files import sha256
-from corymb.server.rounds.backup_workers import Gradients, Learnt
+from corymb.server.rounds.backup_workers import Estimates, Gradients
 from corymb.server.rounds.record import RoundRecord, Verdict
-from corymb.server.rounds.state import RunState, Spent
+from corymb.server.rounds.state import Cost, RunState
 from corymb.strategies import Layout
-from corymb.strategies.core.serialization import packed
-from corymb.strategies.core.server_optimizer import Moments
+from corymb.strategies.core.serialization import pack_memory
+from corymb.strategies.core.server_optimizer import OptimizerState
 from corymb.strategies.participation.fedau import Attendance
 
 STATE = {"w": torch.arange(6.0).reshape(2, 3).t(), "n": torch.tensor(3), "h": torch.ones(2).bfloat16()}
@@ -108,14 +108,14 @@ def test_an_empty_journal_raises_an_error(tmp_path: Path) -> None:
 def test_a_state_is_stored_as_json_and_tensors_and_restored(tmp_path: Path) -> None:
     """Including memories, moments, the estimates of the round-size policy, the known nodes and the cost."""
     attendance = Attendance(("a", "b"), *(torch.rand(2) for _ in range(4)))
-    learnt = Learnt(Gradients(0.5, 2.0), 3, (0.1,), (1.5, 2.5), (2, 1), 2, 0.7)
+    estimates = Estimates(Gradients(0.5, 2.0), 3, (0.1,), (1.5, 2.5), (2, 1), 2, 0.7)
     written = replace(
         state(memory=attendance),
-        moments=Moments({"step": torch.tensor(2.0), "exp_avg": torch.rand(8)}),
+        moments=OptimizerState({"step": torch.tensor(2.0), "exp_avg": torch.rand(8)}),
         candidate_memories=(None, attendance),
-        round_size=learnt,
-        known=frozenset({"b", "a", "c"}),
-        spent=Spent(9, 7),
+        round_size=estimates,
+        known_nodes=frozenset({"b", "a", "c"}),
+        cost=Cost(9, 7),
         round=4,
     )
     journal = Journal(tmp_path)
@@ -127,18 +127,18 @@ def test_a_state_is_stored_as_json_and_tensors_and_restored(tmp_path: Path) -> N
     assert plain["known"] == ["a", "b", "c"]
     first = replace(
         state({name: torch.zeros_like(tensor) for name, tensor in STATE.items()}, Attendance()),
-        moments=Moments(),
+        moments=OptimizerState(),
         candidate_memories=(None, Attendance()),
-        round_size=Learnt(),
+        round_size=Estimates(),
     )
     restored = journal.state(first)
     journal.close()
-    assert restored.round_size == learnt
-    assert (restored.known, restored.spent, restored.round) == (written.known, written.spent, 4)
+    assert restored.round_size == estimates
+    assert (restored.known_nodes, restored.cost, restored.round) == (written.known_nodes, written.cost, 4)
     assert torch.equal(restored.model.parameters, written.model.parameters)
     assert packed_equal(restored, written)
 
 
 def packed_equal(one: RunState, two: RunState) -> bool:
-    (plain, tensors), (plain_2, tensors_2) = (packed(replace(each, model=None)) for each in (one, two))  # type: ignore[arg-type]
+    (plain, tensors), (plain_2, tensors_2) = (pack_memory(replace(each, model=None)) for each in (one, two))  # type: ignore[arg-type]
     return bool(plain == plain_2) and all(torch.equal(tensors[name], tensors_2[name]) for name in tensors | tensors_2)

@@ -19,7 +19,7 @@ def test_decisions_equal_the_reference_values(name: str) -> None:
     rows = torch.tensor(GOLDEN["grads"], dtype=torch.float64)
     gradients = Gradients.of_rows(rows)
     assert gradients is not None
-    assert_allclose([gradients.variance, gradients.length], [reference["V"], reference["grad_norm2"]], rtol=1e-9)
+    assert_allclose([gradients.variance, gradients.squared_norm], [reference["V"], reference["grad_norm2"]], rtol=1e-9)
     if name == "decision":
         decrease = GOLDEN["losses"][0] - GOLDEN["losses"][1]
         assert smoothness(gradients, len(rows), rate, decrease) == pytest.approx(reference["L"], rel=1e-9)

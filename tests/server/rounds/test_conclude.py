@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.flower import inside_task, stamp
+from corymb.protocol.flower import set_message_id, set_task_identity
 from corymb.server import (
     CandidateElection,
     FlowerStrategy,
@@ -29,8 +29,8 @@ from corymb.server import (
 from corymb.simulations.grid.local_grid import FIRST_NODE_ID, LocalGrid
 from corymb.simulations.scaffold.fixtures import make_module, make_proxy
 from corymb.strategies import RULES, FedAvg, Layout, Median, Rule, ServerOptimizer, make_rule
-from corymb.strategies.core.serialization import packed
-from corymb.tests.support import NEEDED
+from corymb.strategies.core.serialization import pack_memory
+from corymb.tests.support import REQUIRED_PARAMETERS
 
 NAMES = [f"site-{i:02d}" for i in range(5)]  # the target of FedDA and FedGP is one of them
 LAYOUT = Layout.of_module(make_module())
@@ -40,7 +40,7 @@ CLASSIFIER = {"weight_matching"}  # this rule cannot match models with a norm la
 
 
 def rule_of(name: str) -> Rule[Any]:
-    return make_rule(name, **{**NEEDED.get(name, {}), **QUICK.get(name, {})})
+    return make_rule(name, **{**REQUIRED_PARAMETERS.get(name, {}), **QUICK.get(name, {})})
 
 
 # A client's reply: the seed of its update, its number of examples, and the fault of the reply ("" for none).
@@ -82,7 +82,7 @@ def federation(plan: list[dict[str, PlannedReply]]) -> LocalGrid:
 
 def alone(method: Method, plan: list[dict[str, PlannedReply]]) -> tuple[RunState, list[RoundRecord]]:
     """Run the rounds by `conclude` alone, without a grid or a loop. Replies arrive in reverse order."""
-    inside_task(1, 1)
+    set_task_identity(1, 1)
     state, records = method.initial(LAYOUT.flatten(STATE)), []
     for number, planned in enumerate(plan, 1):
         sent: dict[str, Message] = {}
@@ -90,7 +90,7 @@ def alone(method: Method, plan: list[dict[str, PlannedReply]]) -> tuple[RunState
             model = method.rule.model_for(name, state.model, state.memory)
             arrays, config = to_arrays(LAYOUT.restore(model)), ConfigRecord({"server-round": number})
             message = Message(RecordDict({"arrays": arrays, "config": config}), FIRST_NODE_ID + row, "train")
-            stamp(message, f"{number}-{name}")
+            set_message_id(message, f"{number}-{name}")
             sent[name] = message
         requests = Requests({m.metadata.message_id: name for name, m in sent.items()}, tuple(NAMES))
         replies = [reply_to(sent[name], planned[name]) for name in reversed(NAMES)]
@@ -121,7 +121,7 @@ def looped(method: Method, plan: list[dict[str, PlannedReply]], start: Any) -> t
 
 
 def contents(state: RunState) -> tuple[Any, Mapping[str, Tensor]]:
-    plain, tensors = packed(replace(state, model=None))  # type: ignore[arg-type]
+    plain, tensors = pack_memory(replace(state, model=None))  # type: ignore[arg-type]
     return plain, tensors | {"model": state.model.parameters, "buffers": state.model.buffers}
 
 
@@ -149,9 +149,9 @@ def test_conclude_alone_the_loop_and_flowers_start_agree(name: str, plan: list[d
         assert [verdict.node for verdict in record.verdicts] == NAMES
         assert {v.node for v in record.admitted} == {name for name, (_, _, wrong) in planned.items() if not wrong}
     assert state.round == len(plan)
-    assert state.known == frozenset(NAMES)
-    assert state.spent.messages == len(plan) * len(NAMES)
-    assert state.spent.admitted == sum(len(record.admitted) for record in records)
+    assert state.known_nodes == frozenset(NAMES)
+    assert state.cost.messages == len(plan) * len(NAMES)
+    assert state.cost.admitted == sum(len(record.admitted) for record in records)
     assert state.model.parameters.isfinite().all()
 
 
@@ -170,10 +170,10 @@ def test_conclude_does_not_change_its_arguments(plan: list[dict[str, PlannedRepl
 
 
 def message_to(name: str, number: int = 1) -> Message:
-    inside_task(1, 1)
+    set_task_identity(1, 1)
     arrays = to_arrays(STATE)
     message = Message(RecordDict({"arrays": arrays, "c": ConfigRecord()}), FIRST_NODE_ID + NAMES.index(name), "train")
-    stamp(message, f"{number}-{name}")
+    set_message_id(message, f"{number}-{name}")
     return message
 
 

@@ -21,7 +21,7 @@ from corymb.server.rounds.door import Door
 from corymb.server.rounds.rejections import Rejection
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg, Layout, Reply
-from corymb.tests.support import PLAIN, content, reply
+from corymb.tests.support import RULES_WITHOUT_PROXY, content, reply
 
 SIZE = 1_000_000  # 4 MB of float32, so that an extra copy is visible in the memory use
 HOSTILE = 3
@@ -63,15 +63,15 @@ def unchecked(examples: Any) -> RecordDict:
 ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
     "a NaN model": (
         lambda: content(good() | {"b": torch.tensor([1, float("nan"), 1])}),
-        "not finite",
+        "not-finite",
         "tensor 'b'",
     ),
     "an infinite model": (
         lambda: content(good() | {"w": torch.full((SIZE,), torch.inf)}),
-        "not finite",
+        "not-finite",
         "tensor 'w'",
     ),
-    "a finite model too large": (lambda: content(good() | {"w": torch.full((SIZE,), 1e37)}), "not finite", "1e.20"),
+    "a finite model too large": (lambda: content(good() | {"w": torch.full((SIZE,), 1e37)}), "not-finite", "1e.20"),
     "a weight beyond floats": (lambda: unchecked(10**400), "examples", "whole number"),
     "an infinite weight": (lambda: content(good(), float("inf")), "examples", "is inf"),
     "a NaN weight": (lambda: content(good(), float("nan")), "examples", "is nan"),
@@ -154,11 +154,11 @@ def test_the_model_is_that_of_the_five_honest_sites(name: str, tmp_path: Path) -
     assert all(torch.equal(attacked[entry], honest[entry]) for entry in honest)
 
 
-@pytest.mark.parametrize("rule", PLAIN)
+@pytest.mark.parametrize("rule", RULES_WITHOUT_PROXY)
 def test_every_rule_is_protected_by_the_door(rule: str) -> None:
     models = []
     for attack in (ATTACKS["a NaN model"][0], None):
-        strategy = FlowerStrategy(PLAIN[rule], fraction_evaluate=0)
+        strategy = FlowerStrategy(RULES_WITHOUT_PROXY[rule], fraction_evaluate=0)
         models.append(to_state(strategy.start(federation(attack), to_arrays(good()), num_rounds=2).arrays))
     assert all(torch.equal(models[0][entry], models[1][entry]) for entry in models[1])
 
@@ -192,13 +192,17 @@ def with_steps(steps: dict[str, torch.Tensor]) -> RecordDict:
 
 
 def test_updates_of_batches_are_read_if_the_rule_wants_them() -> None:
-    admitted = Door(Layout.of(good()), wants_steps=lambda node: node == "a").admit("a", reply(1000, with_steps(STEPS)))
+    admitted = Door(Layout.of(good()), wants_batch_updates=lambda node: node == "a").admit(
+        "a", reply(1000, with_steps(STEPS))
+    )
     assert isinstance(admitted, Reply)
     assert admitted.steps is not None
     assert admitted.steps.shape == (2, SIZE + 3)
     for verdict in (
         Door(Layout.of(good())).admit("a", reply(1000, with_steps(STEPS))),  # by default, no node's steps are read
-        Door(Layout.of(good()), wants_steps=lambda node: node == "b").admit("a", reply(1000, with_steps(STEPS))),
+        Door(Layout.of(good()), wants_batch_updates=lambda node: node == "b").admit(
+            "a", reply(1000, with_steps(STEPS))
+        ),
     ):
         assert isinstance(verdict, Reply)
         assert verdict.steps is None
@@ -218,7 +222,9 @@ def test_updates_of_batches_are_read_if_the_rule_wants_them() -> None:
     ids=["order", "shape", "dtype", "none", "many", "nan"],
 )
 def test_wrong_updates_of_batches_are_rejected(steps: dict[str, torch.Tensor], reason: str) -> None:
-    verdict = Door(Layout.of(good()), wants_steps=lambda node: node == "a").admit("a", reply(1000, with_steps(steps)))
+    verdict = Door(Layout.of(good()), wants_batch_updates=lambda node: node == "a").admit(
+        "a", reply(1000, with_steps(steps))
+    )
     assert isinstance(verdict, Rejection)
     assert re.search(reason, verdict.reason), verdict.reason
 

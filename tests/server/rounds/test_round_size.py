@@ -17,7 +17,7 @@ from corymb.protocol.records import of_kind
 from corymb.server import DynamicBackupWorkers, FlowerStrategy, RoundRecord, RoundSize, WaitForShare
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg, Model, Reply
-from corymb.strategies.core.serialization import packed, unpacked
+from corymb.strategies.core.serialization import pack_memory, unpack_memory
 
 SECONDS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.6]  # of the clients; the last one is slow
 
@@ -60,7 +60,7 @@ def quadratic(noise: float) -> ClientApp:
 
 def numbers_of_replies(size: RoundSize[Any] | None, noise: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0.002)
-    monkeypatch.setattr("corymb.server.rounds.arrivals.SLOWEST_POLL_SECONDS", 0.002)
+    monkeypatch.setattr("corymb.server.rounds.arrivals.MAX_POLL_SECONDS", 0.002)
     records: list[RoundRecord] = []
     strategy = FlowerStrategy(FedAvg(), round_size=size, fraction_evaluate=0, on_round=records.append)
     strategy.start(Slow(quadratic(noise), len(SECONDS)), to_arrays({"w": torch.ones(20)}), num_rounds=5)
@@ -87,24 +87,24 @@ def test_rounds_do_not_wait_for_a_slow_client(monkeypatch: pytest.MonkeyPatch) -
 def test_without_gain_a_round_waits_for_all() -> None:
     """The same holds if the loss rose, as it does here in the second round."""
     size, origin = DynamicBackupWorkers(), Model(torch.zeros(2))
-    chosen, learnt = size.choose(5, size.initial())
+    chosen, estimates = size.choose(5, size.initial())
     assert chosen == 5
     for loss in (1.0, 2.0):
-        learnt = size.observer(learnt, origin).learnt(loss)
-        learnt = size.after([1.0, 2.0], learnt)
-    assert learnt.rose
-    assert size.choose(5, learnt)[0] == 5
+        estimates = size.observer(estimates, origin).estimates(loss)
+        estimates = size.after([1.0, 2.0], estimates)
+    assert estimates.loss_rose
+    assert size.choose(5, estimates)[0] == 5
 
 
 def test_the_estimates_can_be_stored() -> None:
     """This includes the mean time of each reply over the rounds."""
     size, origin = DynamicBackupWorkers(rate=0.5), Model(torch.zeros(2))
-    learnt = size.initial()
+    estimates = size.initial()
     for seconds, loss in (([0.1, 0.3], 2.0), ([0.3, 0.5, 0.9], 1.0)):
-        observer = size.observer(learnt, origin)
+        observer = size.observer(estimates, origin)
         list(observer.watch(iter([Reply.of("a", torch.ones(2)), Reply.of("b", torch.tensor([0.5, 2.0]))])))
-        learnt = size.after(seconds, observer.learnt(loss))
-    assert learnt.times == pytest.approx((0.2, 0.4, 0.9))
-    assert learnt.rounds == (2, 2, 1)
-    plain, tensors = packed(learnt)
-    assert unpacked(size.initial(), json.loads(json.dumps(plain)), tensors) == learnt
+        estimates = size.after(seconds, observer.estimates(loss))
+    assert estimates.times == pytest.approx((0.2, 0.4, 0.9))
+    assert estimates.rounds == (2, 2, 1)
+    plain, tensors = pack_memory(estimates)
+    assert unpack_memory(size.initial(), json.loads(json.dumps(plain)), tensors) == estimates

@@ -25,7 +25,7 @@ def test_in_order_keeps_the_examples_of_each_client() -> None:
         assert len(each) == 2
         assert each.sizes.tolist() == [2, 3]
         assert each.examples(1)[0].flatten().tolist() == [0, 9, 4]
-        places = each.places([1, 0], torch.tensor([[0, 2], [1, 0]]))
+        places = each.store_positions([1, 0], torch.tensor([[0, 2], [1, 0]]))
         assert each.store.inputs_at(places.flatten()).flatten().tolist() == [0, 4, 2, 7]
         assert each.labels(3).tolist() == [[0, 0.5, 0.5], [2 / 3, 1 / 3, 0]]
     more = ordered.with_client(Examples(torch.full((2, 1), 77.0), torch.zeros(2, dtype=torch.int64)))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
-from corymb.client.app import batch_generator, seed_of
+from corymb.client.app import batch_generator, derive_seed
 from corymb.client.batches import training_batches
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
@@ -84,7 +84,7 @@ def one_by_one(
     models = []
     for client in range(len(clients)):
         nn.utils.vector_to_parameters(start.clone(), module.parameters())
-        torch.default_generator.manual_seed(seed_of(train_settings.seed, client, number))
+        torch.default_generator.manual_seed(derive_seed(train_settings.seed, client, number))
         batches = training_batches(
             TensorDataset(*clients.examples(client)),
             train_settings,
@@ -818,7 +818,7 @@ def test_one_client_s_nan_data_do_not_affect_the_others(engine: str, tmp_path: P
         )  # fmt: skip
         run_rule(experiment, 0, 0, tmp_path / f"{engine}{broken}", seen.append, workers=2)
         codes = {verdict.node: verdict.code for verdict in seen[1].verdicts}
-        assert codes.pop("client-2") == ("not finite" if broken else "offline")
+        assert codes.pop("client-2") == ("not-finite" if broken else "offline")
         assert set(codes.values()) == {"admitted"}
         models.append(load_file(tmp_path / f"{engine}{broken}/model-000002.safetensors"))
     for name, tensor in models[0].items():

@@ -62,7 +62,7 @@ def test_only_the_labels_of_hostile_clients_are_shuffled() -> None:
     scenario = scenario_of_seed(experiment(attack={"kind": "shuffled_labels", "clients": 2}), 0)
     assert len(scenario.hostile) == 2
     for client in range(len(scenario.names)):
-        part = scenario.population.places_of(client)
+        part = scenario.population.store_positions_of(client)
         same = torch.equal(scenario.population.store.targets[part], clean.population.store.targets[part])
         assert same == (client not in scenario.hostile)
         assert np.array_equal(scenario.labels[client], clean.labels[client])

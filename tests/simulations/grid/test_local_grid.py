@@ -109,7 +109,7 @@ def test_an_app_that_returns_no_message_is_an_error() -> None:
         ValueError,
         match=r"Every client failed; the most frequent error \(2 times\): TypeError: The client app returned a None",
     ):
-        grid.require_answers()
+        grid.require_replies()
 
 
 def test_an_empty_grid_and_an_unknown_node_are_errors() -> None:

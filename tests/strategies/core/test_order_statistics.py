@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corymb.strategies.core.order_statistics import median, middle
+from corymb.strategies.core.order_statistics import median, rank_mean
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.data())
@@ -14,7 +14,7 @@ def test_ranks_are_those_of_a_sort(clients: int, width: int, data: st.DataObject
     last = data.draw(st.integers(first, clients - 1))
     models = torch.randn(clients, width, generator=torch.Generator().manual_seed(clients * width))
     expected = np.sort(models.numpy(), axis=0)[first : last + 1].astype(np.float64).mean(axis=0)
-    np.testing.assert_allclose(middle(models, first, last).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(rank_mean(models, first, last).numpy(), expected, rtol=1e-12)
 
 
 def test_values_outside_the_ranks_have_no_effect() -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 from corymb.strategies import Model, ServerOptimizer
-from corymb.strategies.core.serialization import packed, unpacked
+from corymb.strategies.core.serialization import pack_memory, unpack_memory
 from corymb.strategies.core.yogi import Yogi
 
 STEPS = [
@@ -42,8 +42,10 @@ def test_steps_equal_those_of_torch(step: ServerOptimizer, stored: bool) -> None
         optimizer.step()
         model, memory = step.step(model, Model(target), memory)
         if stored:
-            plain, tensors = packed(memory)
-            memory = unpacked(step.initial(), json.loads(json.dumps(plain)), load(save(tensors)) if tensors else {})
+            plain, tensors = pack_memory(memory)
+            memory = unpack_memory(
+                step.initial(), json.loads(json.dumps(plain)), load(save(tensors)) if tensors else {}
+            )
         assert torch.equal(model.parameters, alone.detach())
 
 

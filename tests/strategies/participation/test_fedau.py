@@ -25,9 +25,9 @@ def test_weights_follow_the_worked_histories(case: dict[str, Any]) -> None:
             Reply.of(node, vector(1.0)) for node, took_part in zip(nodes, participated, strict=True) if took_part
         ]
         memory = rule.aggregate(Model(vector(0.0)), replies, memory, nodes).memory
-    assert_allclose(memory.mean, case["weights_after_last_round"], rtol=1e-12)
-    assert memory.closed.tolist() == case["M"]
-    assert memory.open.tolist() == case["S"]
+    assert_allclose(memory.mean_interval, case["weights_after_last_round"], rtol=1e-12)
+    assert memory.closed_intervals.tolist() == case["M"]
+    assert memory.current_interval.tolist() == case["S"]
 
 
 def one_step() -> tuple[torch.Tensor, list[Reply], Attendance, list[str]]:

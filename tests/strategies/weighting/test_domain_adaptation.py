@@ -113,7 +113,7 @@ def test_a_round_without_sources_takes_the_targets_update() -> None:
 
 
 def test_the_first_rounds_may_average_the_sources() -> None:
-    rule = FedGP("target", warm=1)
+    rule = FedGP("target", warmup_rounds=1)
     assert_allclose(
         update(rule, examples=(1, 2, 1)),
         torch.tensor([1, 2, 1]) / 4 @ torch.tensor(GOLDEN["source_updates"]),

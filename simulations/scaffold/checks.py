@@ -27,7 +27,7 @@ from corymb.simulations.scaffold.fixtures import (
 )  # fmt: skip
 from corymb.strategies import BlindRule, Layout, Outcome, Reply, Rule, SightedRule, VotingRule
 from corymb.strategies.core.rows import SingleRow
-from corymb.strategies.core.serialization import packed, unpacked
+from corymb.strategies.core.serialization import pack_memory, unpack_memory
 
 MAX_MOVE = 10.0  # under attack, the model may move by this multiple of the longest honest update
 
@@ -73,7 +73,7 @@ def check_empty_round(rule: Rule[Any]) -> None:
     """A round without replies keeps the model, unless the rule acts without replies."""
     origin = first_model()
     outcome = one_round(rule, origin, [])
-    if isinstance(rule, SightedRule) and rule.acts_alone:
+    if isinstance(rule, SightedRule) and rule.runs_without_replies:
         assert outcome.model.parameters.isfinite().all(), (
             f"{rule}: after a round without replies, the model is not finite."
         )
@@ -83,29 +83,30 @@ def check_empty_round(rule: Rule[Any]) -> None:
 
 
 def check_single_reply(rule: Rule[Any]) -> None:
-    """If the rule is unanimous, a single reply is the next model; a voting rule keeps the old model."""
+    """If the rule is preserves_consensus, a single reply is the next model; a voting rule keeps the old model."""
     origin = first_model()
     replies = replies_to(origin, clients=1)
     outcome = one_round(rule, origin, replies, known=())
-    if rule.unanimous:
+    if rule.preserves_consensus:
         expected = origin.parameters if isinstance(rule, VotingRule) else replies[0].parts[0]
         model = outcome.model.parameters
         assert close(model, expected), (
-            f"{rule}: the next model differs from the only reply; if that is intended, declare unanimous = False."
+            f"{rule}: the next model differs from the only reply; if that is "
+            "intended, declare preserves_consensus = False."
         )
     assert learnt_vector(rule, outcome).isfinite().all(), f"{rule}: after a single reply, the model is not finite."
 
 
 def check_unanimous(rule: Rule[Any]) -> None:
-    """If the rule is unanimous and all replies are equal, the next model equals them."""
-    if not rule.unanimous or isinstance(rule, VotingRule):
+    """If the rule is preserves_consensus and all replies are equal, the next model equals them."""
+    if not rule.preserves_consensus or isinstance(rule, VotingRule):
         return
     origin = first_model()
     same = [with_parts(r, *replies_to(origin)[0].parts) for r in replies_to(origin)]
     model = one_round(rule, origin, list(same)).model.parameters
     assert close(model, same[0].parts[0]), (
         f"{rule}: all replies are equal, and the next model differs from them; if that is intended, declare "
-        "unanimous = False."
+        "preserves_consensus = False."
     )
 
 
@@ -161,13 +162,13 @@ def check_inputs_unchanged(rule: Rule[Any]) -> None:
     origin = first_model()
     replies = replies_to(origin)
     memory = one_round(rule, origin, list(replies)).memory
-    plain, tensors = packed(memory)
+    plain, tensors = pack_memory(memory)
     plain, tensors = json.loads(json.dumps(plain)), {name: tensor.clone() for name, tensor in tensors.items()}
     values = [origin.parameters, origin.buffers, *(r.parts[0] for r in replies), *(r.buffers for r in replies)]
     before = [value.clone() for value in values]
     one_round(rule, origin, list(replies), memory)
     assert all(map(torch.equal, before, values)), f"{rule}: it modifies the models that are passed to it."
-    assert equal_memories(unpacked(rule.initial(), plain, tensors), memory), (
+    assert equal_memories(unpack_memory(rule.initial(), plain, tensors), memory), (
         f"{rule}: it modifies the memory that is passed to it."
     )
 
@@ -194,9 +195,9 @@ def check_resumed_run(rule: Rule[Any]) -> None:
             outcome = one_round(rule, origin, replies_to(origin, number)[selection], memory)
             origin, memory = outcome.model, outcome.memory
             if is_resumed:
-                plain, tensors = packed(memory)
+                plain, tensors = pack_memory(memory)
                 stored = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-                memory = unpacked(rule.initial(), json.loads(json.dumps(plain)), load(stored))
+                memory = unpack_memory(rule.initial(), json.loads(json.dumps(plain)), load(stored))
         outcomes.append(Outcome(origin, memory))
     one, two = outcomes
     same = torch.equal(one.model.parameters, two.model.parameters) and equal_memories(one.memory, two.memory)
