@@ -115,6 +115,7 @@ def main() -> None:
     print(f"100,000 against 1,000 clients: {slowdown:.2f}x the time (target: at most 1.2x)")
     print(f"lognormal against equal sizes: {padding:.2f}x the time per step (target: at most 1.5x)")
     peak = max(max(result.first_peak, result.second_peak) for result in results.values())
+    print(f"most memory: {peak:.2f} GB (target: at most 2 GB)")
     sys.exit(slowdown > 1.2 or padding > 1.5 or peak > 2)
 
 

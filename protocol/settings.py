@@ -31,7 +31,7 @@ def keys_of(kind: type[BaseModel], *place: str) -> set[str]:
 
 def _problem(error: Any, kind: type[BaseModel], prefix: str) -> str:
     path = [part for part, is_key in _keys(error["loc"], kind) if is_key]
-    where = prefix + ".".join(map(str, path)) or "the table"
+    where = prefix + ".".join(map(str, path))
     if error["type"] == "extra_forbidden":
         *outer, last = error["loc"]
         known = sorted(_fields(kind, outer))
@@ -41,7 +41,7 @@ def _problem(error: Any, kind: type[BaseModel], prefix: str) -> str:
         )
     message = error["msg"].removeprefix("Value error, ").removesuffix(".")
     if error["type"] == "value_error":
-        return f"{where}: {message}"
+        return f"{where}: {message}" if where else message
     if error["type"] == "missing":
         return f"{where} is required"
     return f"{where} = {error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -33,7 +33,8 @@ class Journal:
     of about one second together, with the state after the last of them, and does not wait until they are on the disk.
     """
 
-    def __init__(self, folder: Path, durable: bool = True) -> None:
+    def __init__(self, folder: str | Path, durable: bool = True) -> None:
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._durable = durable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 import numpy as np
@@ -20,7 +20,6 @@ from corymb.simulations.data.clients import Client, with_hooks
 from corymb.simulations.data.kinds import with_kind
 
 State = dict[str, Tensor]
-Change = Callable[[State, State, torch.Generator], State]  # received, trained -> sent
 
 
 class ShuffledLabels(Settings):

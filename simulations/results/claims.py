@@ -46,7 +46,8 @@ def findings(resolved: Resolved, runs: list[FinishedRun]) -> list[Finding]:
             for rule in (claim.rule, claim.than)
         )
         if not values or (claim.than and not others):
-            raise ValueError(f"A claim compares {claim.rule!r} and {claim.than!r}, and one of them has no runs.")
+            names = " and ".join(repr(name) for name in (claim.rule, claim.than) if name)
+            raise ValueError(f"The claim {claim.paper!r} is about {names}, but not all of them have runs.")
         measurements.append(Finding(claim, values, others or None))
     return measurements
 

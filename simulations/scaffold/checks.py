@@ -83,7 +83,7 @@ def check_empty_round(rule: Rule[Any]) -> None:
 
 
 def check_single_reply(rule: Rule[Any]) -> None:
-    """If the rule is preserves_consensus, a single reply is the next model; a voting rule keeps the old model."""
+    """If the rule preserves consensus, a single reply is the next model; a voting rule keeps the old model."""
     origin = first_model()
     replies = replies_to(origin, clients=1)
     outcome = one_round(rule, origin, replies, known=())
@@ -98,7 +98,7 @@ def check_single_reply(rule: Rule[Any]) -> None:
 
 
 def check_unanimous(rule: Rule[Any]) -> None:
-    """If the rule is preserves_consensus and all replies are equal, the next model equals them."""
+    """If the rule preserves consensus and all replies are equal, the next model equals them."""
     if not rule.preserves_consensus or isinstance(rule, VotingRule):
         return
     origin = first_model()

@@ -27,8 +27,8 @@ def share(**settings: float) -> None:
             raise ValueError(f"{name} is {value}; use a number in [0, 1].")
 
 
-def one_of(choices: Collection[str], **settings: str) -> None:
+def one_of(choices: Collection[object], **settings: object) -> None:
     """Raise `ValueError` unless every setting is one of `choices`."""
     for name, value in settings.items():
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}; use one of {', '.join(choices)}.")
+            raise ValueError(f"{name} is {value!r}; use one of {', '.join(map(str, choices))}.")

@@ -38,7 +38,7 @@ class IDA(SightedRule[None]):
         for factor in self.factors.split("+"):
             one_of(FACTORS, factors=factor)
         one_of(("mean", "weighted", "median"), centre=self.centre)
-        one_of(("1", "2"), norm=str(self.norm))
+        one_of((1, 2), norm=self.norm)
         at_least(0, epsilon=self.epsilon)
         positive(floor=self.floor)
 

@@ -207,7 +207,6 @@ def test_the_table_replaces_the_text_between_its_markers() -> None:
 
 
 def test_a_key_of_another_kind_is_an_error() -> None:
-    """FAULTS S18."""
     for changes, message in (
         (
             {"participation": {"kind": "bernoulli", "probability": 0.9, "cycle": 7}},
@@ -284,7 +283,7 @@ def counted(calls: Counter[str], name: str, original: Any) -> Any:
 
 
 def test_an_experiment_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FAULTS P4: one scenario per seed, one engine check per model, one engine per scenario."""
+    """One scenario per seed, one engine check per model, one engine per scenario."""
     from rich.console import Console
 
     from corymb.simulations.engine import factory
