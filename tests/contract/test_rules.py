@@ -55,7 +55,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("run_off", {"groups": 5, "spread": 2}),
     ("run_off", {"abstain": True}),
     ("run_off_distillation", {"election": "plurality", "epochs": 2}),
-    ("weight_matching", {"reference": "origin", "then": "model_stock"}),
+    ("weight_matching", {"reference": "origin", "merge_rule": "model_stock"}),
 ]
 
 

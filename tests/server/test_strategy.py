@@ -186,7 +186,7 @@ def test_a_round_without_replies_keeps_the_model_and_updates_the_memory() -> Non
     strategy = FlowerStrategy(FedAU())
     result = strategy.start(LocalGrid(offline, 3), initial(), num_rounds=2)
     assert torch.equal(to_state(result.arrays)["w"], torch.zeros(5))
-    assert strategy.state.memory.open.tolist() == [2, 2, 2]
+    assert strategy.state.memory.current_interval.tolist() == [2, 2, 2]
     assert result.train_metrics_clientapp == {}
 
 

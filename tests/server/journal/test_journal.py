@@ -64,7 +64,9 @@ def test_only_the_last_two_models_are_kept(tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert names == [f"{kind}-00000{n}.safetensors" for kind in ("model", "state") for n in (4, 5)]
     tensors = load_file(tmp_path / "state-000005.safetensors")
-    assert tensors.keys() == {f"memory.{name}" for name in ("closed", "open", "mean", "examples")}
+    assert tensors.keys() == {
+        f"memory.{name}" for name in ("closed_intervals", "current_interval", "mean_interval", "examples")
+    }
 
 
 def test_a_round_that_was_not_committed_is_lost_as_a_whole(tmp_path: Path) -> None:
@@ -123,8 +125,8 @@ def test_a_state_is_stored_as_json_and_tensors_and_restored(tmp_path: Path) -> N
     (text,) = journal._database.execute("SELECT state FROM rounds").fetchone()
     plain = json.loads(text)
     assert plain["memory"]["nodes"] == ["a", "b"]
-    assert plain["memory"]["mean"] == {"$tensor": "memory.mean"}
-    assert plain["known"] == ["a", "b", "c"]
+    assert plain["memory"]["mean_interval"] == {"$tensor": "memory.mean_interval"}
+    assert plain["known_nodes"] == ["a", "b", "c"]
     first = replace(
         state({name: torch.zeros_like(tensor) for name, tensor in STATE.items()}, Attendance()),
         moments=OptimizerState(),
