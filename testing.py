@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy
 from corymb.simulations.grid.local_grid import LocalGrid
-from corymb.simulations.scaffold import checks
+from corymb.simulations.scaffold import checks, declared_checks
 from corymb.simulations.scaffold.fixtures import CLIENTS, equal_memories, make_module, make_proxy
 from corymb.strategies import Layout, Rule
 
@@ -23,8 +23,8 @@ def check_rule(rule: Rule[Any]) -> None:
 
     The requirements are those on all rules (order of replies, empty rounds, stored memory, dtypes, ...) and the
     properties that the rule declares: `preserves_consensus`, `shift_equivariant`, `scale_equivariant`, `tolerates`. The
-    test clients are "site-00" to "site-10" and report the metrics "accuracy" and "steps". The rule gets proxy data
-    with a small classifier.
+    test clients are "site-00" to "site-10" and report the metrics "loss", "accuracy" and "steps", with a different
+    value each. The rule gets proxy data with a small classifier.
     """
     for check in CHECKS:
         check(rule)
@@ -45,7 +45,7 @@ def check_flower_start(rule: Rule[Any]) -> None:
     (arrays_one, memory_one), (arrays_two, memory_two) = results
     one, two = to_state(arrays_one), to_state(arrays_two)
     same = all(torch.equal(one[name], two[name]) for name in one) and equal_memories(memory_one, memory_two)
-    assert same, f"{rule}: Flower's own Strategy.start gives a different model or memory."
+    checks.require(same, f"{rule}: Flower's own Strategy.start gives a different model or memory.")
 
 
 def _noisy_app() -> ClientApp:
@@ -62,7 +62,9 @@ def _noisy_app() -> ClientApp:
             name: t + 0.1 * torch.rand(t.shape, generator=generator) if t.is_floating_point() else t
             for name, t in to_state(arrays).items()
         }
-        metrics = MetricRecord({"num-examples": 3 + client, "accuracy": 0.5, "loss": float(len(rounds))})
+        metrics = MetricRecord(
+            {"num-examples": 3 + client, "accuracy": 0.5, "loss": float(len(rounds)), "steps": 1.0 + client}
+        )
         return Message(RecordDict({"arrays": to_arrays(state), "metrics": metrics}), reply_to=message)
 
     return app
@@ -70,19 +72,22 @@ def _noisy_app() -> ClientApp:
 
 CHECKS: tuple[Callable[[Rule[Any]], None], ...] = (
     checks.check_frozen_dataclass,
+    checks.check_repeatability,
     checks.check_reply_order,
+    checks.check_recorded_weights,
+    checks.check_extreme_reply,
     checks.check_model_parts,
     checks.check_empty_round,
-    checks.check_single_reply,
-    checks.check_unanimous,
-    checks.check_equivariance,
+    declared_checks.check_single_reply,
+    declared_checks.check_unanimous,
+    declared_checks.check_equivariance,
     checks.check_example_counts,
     checks.check_zero_updates,
     checks.check_inputs_unchanged,
     checks.check_proxy_unchanged,
     checks.check_resumed_run,
     checks.check_half_precision,
-    checks.check_tolerated_attacks,
-    checks.check_privacy_modes,
+    declared_checks.check_tolerated_attacks,
+    declared_checks.check_privacy_modes,
     check_flower_start,
 )

@@ -78,7 +78,9 @@ def _is_tag(name: str, field: FieldInfo) -> bool:
 
 def _row(key: str, field: FieldInfo, tables: list[Any]) -> str:
     meaning = " ".join((field.description or "").split())
-    if field.is_required():
+    if isinstance(field.json_schema_extra, dict) and "default" in field.json_schema_extra:
+        default = str(field.json_schema_extra["default"])
+    elif field.is_required():
         default = "required"
     elif tables and not isinstance(field.default, (str, int, float, NoneType)):
         default = ""
@@ -114,13 +116,9 @@ def _literal(value: Any) -> str:
 
 
 def _literal_text(value: Any) -> str:
-    return (
-        {True: "true", False: "false"}[value]
-        if isinstance(value, bool)
-        else f'"{value}"'
-        if isinstance(value, str)
-        else f"{value}"
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _members(kind: Any) -> list[Any]:

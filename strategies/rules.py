@@ -76,6 +76,7 @@ RULES: dict[str, type[Rule[Any]]] = {
     "iso_cts": IsoCTS,
     "layerwise": Layerwise,
 }
+"""The built-in rules by name."""
 _registry = Registry("rule", RULES, "corymb.rules")
 
 

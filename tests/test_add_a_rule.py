@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from corymb.testing import check_rule
 
 PAGE = (Path(__file__).parent.parent / "docs" / "add-a-rule.md").read_text()
 
@@ -17,13 +20,17 @@ def run(command: str, folder: Path, shell: dict[str, str]) -> str:
     return result.stdout
 
 
-def test_every_step_of_the_page_works(tmp_path: Path, shell: dict[str, str]) -> None:
+def test_every_step_of_the_page_works(tmp_path: Path, shell: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```(bash|python)\n(.*?)```", PAGE, re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash"]
+    assert [language for language, _ in blocks] == ["bash", "bash", "python", "python", "bash", "bash"]
     outputs = []
     for language, text in blocks:
-        if language == "python":
+        if "class MedianOfMeans" in text:
             (tmp_path / "median_of_means" / "median_of_means.py").write_text(text)
+        elif language == "python":
+            (tmp_path / "slow_trust.py").write_text(text)
+            monkeypatch.syspath_prepend(tmp_path)
+            check_rule(import_module("slow_trust").SlowTrust())
         else:
             outputs.append(run(text, tmp_path, shell))
     assert "median_of_means" in outputs[1]

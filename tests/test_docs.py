@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from corymb.docs.make_keys import PAGE, page
-from corymb.protocol.run_config import nest
 from corymb.protocol.settings import Settings
 from corymb.server.settings import ServerSettings
 from corymb.strategies import RULES
@@ -113,9 +112,14 @@ def test_the_run_config_of_the_operators_guide_is_valid() -> None:
     config = tomllib.loads(app)["tool"]["flwr"]["app"]["config"]
     settings = ServerSettings.read(config)
     assert (settings.rules[0].name, settings.rounds, settings.train.epochs) == ("fedau", 100, 5)
-    flat = re.findall(r"\| `([a-z_.]+ = [^`]+)`", (DOCS / "guide-operations.md").read_text())
-    assert len(flat) == 4
-    nest(tomllib.loads("\n".join(line for line in flat if "krum" not in line)))
+    cells = re.findall(r"^\| .+ \| (`.+`) \|$", (DOCS / "guide-operations.md").read_text(), re.MULTILINE)
+    short, *flat = [line for cell in cells for line in re.findall(r"`([a-z_.]+ = [^`]+)`", cell)]
+    model = {"model": "m:make"}
+    assert ServerSettings.read(model | tomllib.loads(short)).rules[0].name == "fedau"
+    rule = ServerSettings.read(model | tomllib.loads("\n".join(flat))).rules[0]
+    assert (rule.name, rule.parameters) == ("krum", {"hostile": 2})
+    assert rule.server_optimizer is not None
+    assert rule.server_optimizer.optimizer == "Adam"
 
 
 def test_the_reference_of_keys_is_current() -> None:

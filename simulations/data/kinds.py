@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
@@ -24,6 +25,18 @@ class CustomSettings(Settings):
     """Written as the `kind`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class or function."""
+
+    def call(self, registry: Registry[Any], *arguments: Any) -> Any:
+        """Return what the implementation returns for `arguments` and the options.
+
+        Raises `ValueError` if it does not take them. An exception of the implementation itself passes unchanged.
+        """
+        function = registry.find(self.reference)
+        try:
+            inspect.signature(function).bind(*arguments, **self.options)
+        except TypeError as error:
+            raise ValueError(f"{self.reference!r} does not take options = {self.options}: {error}.") from None
+        return function(*arguments, **self.options)
 
 
 def with_kind(default: str, known: Collection[str] = (), registry: Registry[Any] | None = None) -> Callable[[Any], Any]:

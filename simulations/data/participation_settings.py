@@ -49,7 +49,7 @@ class _Random(Settings):
     probability: float | None = Field(None, gt=0, le=1)
     """The same probability of being online for all clients. Without it, each client's depends on its classes."""
     mean: float = Field(0.1, gt=0, le=1)
-    """The mean of the probabilities that depend on classes."""
+    """The mean of the probabilities that depend on classes, before they are clipped to [`minimum`, 1]."""
     minimum: float = Field(0.02, gt=0, le=1)
     """The smallest of these probabilities."""
     alpha: float = Field(0.1, gt=0)
@@ -123,7 +123,7 @@ class CustomParticipation(CustomSettings):
 
     def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
         """Return the process. Raises `ValueError` if the returned object has no method `step`."""
-        made = PARTICIPATIONS.find(self.reference)(labels, rng, **self.options)
+        made = self.call(PARTICIPATIONS, labels, rng)
         if not callable(getattr(made, "step", None)):
             raise ValueError(
                 f"The participation {self.reference!r} returned a {type(made).__name__} without a method step()."

@@ -132,7 +132,7 @@ class CustomPartition(CustomSettings):
 
     def populate(self, train: Examples, rng: np.random.Generator) -> NamedPopulation:
         """Return the clients' names and examples. Raises `ValueError` for rows that the data do not have."""
-        parts = PARTITIONS.find(self.reference)(train.targets.numpy(), rng, **self.options)
+        parts = self.call(PARTITIONS, train.targets.numpy(), rng)
         names = list(parts) if isinstance(parts, dict) else client_names(len(parts))
         rows = [np.asarray(part, dtype=np.int64) for part in (parts.values() if isinstance(parts, dict) else parts)]
         if not rows or not all(len(part) and part.min() >= 0 and part.max() < len(train) for part in rows):

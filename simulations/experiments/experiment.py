@@ -36,8 +36,8 @@ class Experiment(Settings):
     `reader.read` makes one from a TOML file.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the folder of results, `runs/NAME`. Default: the file's name."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", json_schema_extra={"default": "the file's name"})
+    """Names the folder of results, `runs/NAME`."""
     rounds: int = Field(ge=1)
     """The number of rounds."""
     seeds: Annotated[list[int], BeforeValidator(_seed_list), Field(min_length=1)] = Field([0])

@@ -72,7 +72,7 @@ class Claim(Settings):
     between `least` and `most`.
     """
 
-    paper: str
+    claim: str
     """The claim in words."""
     rule: str
     """The label of a rule."""

@@ -8,6 +8,7 @@ from itertools import count
 from math import inf
 from typing import Any
 
+import numpy as np
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
@@ -50,7 +51,7 @@ class AvailabilityGrid(WrappedGrid):
         messages = list(messages)
         trains = any(message.metadata.message_type.startswith("train") for message in messages)
         if self._online is None or (trains and self._has_trained):
-            self._online = self._participation.step()
+            self._online = self._step()
         self._has_trained = self._has_trained or trains
         rows = [self._rows.get(message.metadata.dst_node_id) for message in messages]
         is_online = [row is None or bool(self._online[row]) for row in rows]  # the grid handles unknown nodes
@@ -62,6 +63,16 @@ class AvailabilityGrid(WrappedGrid):
                 self._offline[message.metadata.message_id] = message
         ids = [message.metadata.message_id for message in messages]
         return [message_id for message_id in ids if message_id in accepted or message_id in self._offline]
+
+    def _step(self) -> Online:
+        """Return who is online in the next round. Raises `ValueError` for anything but a bool per node."""
+        online = np.asarray(self._participation.step())
+        if online.dtype != np.bool_ or online.shape != (len(self._rows),):
+            raise ValueError(
+                f"{type(self._participation).__name__}.step() returned {online.dtype}{list(online.shape)}; return "
+                f"which clients are online: bool[{len(self._rows)}]."
+            )
+        return online
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies to `message_ids` that have arrived."""

@@ -47,7 +47,7 @@ def findings(resolved: Resolved, runs: list[FinishedRun]) -> list[Finding]:
         )
         if not values or (claim.than and not others):
             names = " and ".join(repr(name) for name in (claim.rule, claim.than) if name)
-            raise ValueError(f"The claim {claim.paper!r} is about {names}, but not all of them have runs.")
+            raise ValueError(f"The claim {claim.claim!r} is about {names}, but not all of them have runs.")
         measurements.append(Finding(claim, values, others or None))
     return measurements
 
@@ -83,7 +83,8 @@ def measured(measure: str, run: FinishedRun, experiment: Experiment, hostile: se
 def table(results: dict[str, tuple[Experiment, list[Finding]]]) -> str:
     """Return a Markdown table of `results`, which are findings by the name of their experiment."""
     lines = [
-        f"Made by `corymb results` on {date.today().isoformat()}; mean ± standard deviation over seeds.",
+        f"Made by `corymb results` on {date.today().isoformat()}; mean ± standard deviation over seeds. Accuracies are "
+        "in percent; a claim holds if the difference, or the single value, is within the bar.",
         "",
         "| claim | measured | bar | held |",
         "|---|---|---|---|",
@@ -101,14 +102,14 @@ def _row(finding: Finding) -> str:
         text += f", {claim.than} {_numbers(claim.measure, finding.others)}: {finding.result:+.2f}"
     bounds = [f"≥ {claim.least:g}"] if claim.least is not None else []
     bounds += [f"≤ {claim.most:g}"] if claim.most is not None else []
-    return f"| {claim.paper} | {text} | {', '.join(bounds)} | {'yes' if finding.holds else '**no**'} |"
+    return f"| {claim.claim} | {text} | {', '.join(bounds)} | {'yes' if finding.holds else '**no**'} |"
 
 
 def _numbers(measure: str, values: list[float]) -> str:
     is_percent = measure == "accuracy" or measure.startswith("certified-")
     name, digits = ("" if measure == "accuracy" else f"{measure} "), 2 if is_percent else 3
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return f"{name}{np.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{name}{np.mean(values):.{digits}f}{deviation}"
 
 
 def put_into(document: str, text: str) -> str:

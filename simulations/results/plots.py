@@ -38,7 +38,7 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
             lambda: accuracy(runs),
         ),
         "participation.png": (
-            f"Clients that took part in each round (seed {seed})",
+            f"Clients that took part in each round: black (seed {seed})",
             lambda: participation(first_runs[0], scenario),
         ),
         "weights.png": (
@@ -59,13 +59,13 @@ def accuracy(runs: list[FinishedRun]) -> Figure:
     axes = figure.subplots()
     for rule in dict.fromkeys(run.rule for run in runs):
         curves = [run.curve for run in runs if run.rule == rule]
-        rounds, values = curves[0][0], np.array([curve for _, curve in curves])
+        rounds, values = curves[0][0], 100 * np.array([curve for _, curve in curves])
         (line,) = axes.plot(rounds, _smooth(values.mean(axis=0)), label=rule, linewidth=1.6)
         low, high = _smooth(values.min(axis=0)), _smooth(values.max(axis=0))
         axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     points = len(runs[0].curve[0])
     smoothed = f", moving mean of {_window(points)} tests" if _window(points) > 1 else ""
-    axes.set(xlabel="round", ylabel=f"test accuracy{smoothed}", xlim=(1, None))
+    axes.set(xlabel="round", ylabel=f"test accuracy in %{smoothed}", xlim=(1, None))
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right")
     return figure
@@ -80,7 +80,9 @@ def participation(run: FinishedRun, scenario: Scenario) -> Figure:
             took_part[rows[verdict.node], column] = 1
     figure = Figure(figsize=(8, _height(len(rows))), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(took_part, aspect="auto", interpolation="nearest", cmap="Greys", extent=_extent(took_part))
+    axes.imshow(
+        took_part, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=1, extent=_extent(took_part)
+    )
     axes.set(xlabel="round", ylabel="client")
     return figure
 

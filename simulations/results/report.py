@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from corymb.server.settings import RuleSettings
 from corymb.simulations.experiments.resolved import Resolved
 from corymb.simulations.results.folder import FinishedRun, scores
 from corymb.simulations.results.plots import draw_all
+
+
+def _settings(rule: RuleSettings) -> str:
+    """Return the rule with its parameters, and the settings of `[train]` that it overrides."""
+    return ", ".join([str(rule.make()), *(f"train.{key} = {value}" for key, value in rule.train.items())])
 
 
 def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> Path:
@@ -33,7 +39,7 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
                 "mean": results[rule.title][0],
                 "deviation": results[rule.title][1],
                 "seconds": np.mean([run.wall_seconds for run in runs if run.rule == rule.title]),
-                "settings": str(rule.make()),
+                "settings": _settings(rule),
                 "best": rule.title == best,
             }
             for rule in sorted(experiment.rules, key=lambda rule: -results[rule.title][0])

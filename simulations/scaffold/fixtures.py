@@ -17,8 +17,9 @@ CLIENTS = 11  # Bulyan needs 4 f + 3 clients to tolerate f = 2 hostile ones
 
 def make_module() -> nn.Module:
     """Return a small classifier of 4 inputs and 3 classes, with BatchNorm; always with the same parameters."""
-    torch.default_generator.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
 
 
 def make_proxy(dtype: torch.dtype = torch.float32) -> Proxy:
@@ -43,7 +44,7 @@ def replies_to(origin: Model, seed: int = 0, clients: int = CLIENTS) -> list[Rep
     buffers = torch.rand(clients, origin.buffers.numel(), generator=generator)
     return [
         Reply(
-            Report(f"site-{i:02d}", 1 + 7 * i, {"accuracy": 0.3 + i / 20, "steps": 5.0}),
+            Report(f"site-{i:02d}", 1 + 7 * i, {"loss": 2.0 - i / 10, "accuracy": 0.3 + i / 20, "steps": 3.0 + i}),
             SingleRow(((origin.parameters + 0.1 * (common + noise[i])).to(origin.parameters.dtype),)),
             0,
             buffers[i].to(origin.buffers.dtype),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,13 @@ class Updates:
             return self
         names = sorted(row_of)
         return Updates(tuple(names), torch.stack([row_of[name] for name in names]))
+
+    def kept(self, nodes: Collection[str]) -> Updates:
+        """Return a copy with the updates of `nodes` only: a client that left the federation no longer counts."""
+        rows = [row for row, node in enumerate(self.nodes) if node in nodes]
+        if self.rows is None or len(rows) == len(self.nodes):
+            return self
+        return Updates(tuple(self.nodes[row] for row in rows), self.rows[rows]) if rows else Updates()
 
     def total(self, like: Tensor) -> Tensor:
         """Return the sum of all updates, `[P]` float64; zeros of the length of `like [P]` if there are no updates."""

@@ -23,7 +23,8 @@ class FisherMerging(SightedRule[None]):
     The diagonal Fisher information is computed on the first `examples` of the server's proxy inputs. It uses the
     model's own class probabilities, so the proxy data need no labels. Clients are weighted by examples; `normalise`
     divides this weight by the norm of the client's Fisher information. `floor` is the least Fisher information of a
-    parameter, so that a parameter without effect in any model is averaged.
+    parameter, so that a parameter without effect in any model is averaged; it does not scale with the model. A model
+    whose Fisher information overflows is left out, and the note "dropped" counts such models.
     """
 
     needs_proxy = True
@@ -44,8 +45,13 @@ class FisherMerging(SightedRule[None]):
         rows = torch.arange(min(self.examples, len(cohort.proxy.inputs)))
         clients = zip(cohort.models, cohort.client_buffers, strict=True)
         fishers = torch.stack([diagonal_fisher(cohort.proxy, *client, rows) for client in clients])
-        merged = fisher_mean(cohort.models, fishers, cohort.shares, self.floor, self.normalise)
-        return Mix(merged)
+        usable = fishers.isfinite().all(dim=1)
+        notes = {} if usable.all() else {"dropped": float((~usable).sum())}
+        if not usable.any():
+            return Mix(cohort.origin, notes=notes)
+        shares = cohort.shares[usable]
+        shares = shares if shares.sum() > 0 else torch.ones_like(shares)
+        return Mix(fisher_mean(cohort.models[usable], fishers[usable], shares, self.floor, self.normalise), notes=notes)
 
 
 def diagonal_fisher(proxy: Proxy, parameters: Tensor, buffers: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -64,7 +70,7 @@ def diagonal_fisher(proxy: Proxy, parameters: Tensor, buffers: Tensor, rows: Ten
     probabilities = torch.cat([proxy.outputs(parameters, buffers, part).softmax(dim=1) for part in rows.split(1024)])
     size = max(1, MAX_JACOBIAN_NUMBERS // (parameters.numel() * probabilities.shape[1]))
     for part, class_weights in zip(rows.split(size), probabilities.split(size), strict=True):
-        total += torch.einsum("nc,ncp->p", class_weights, jacobians(parameters, part).square()).double()
+        total += torch.einsum("nc,ncp->p", class_weights.double(), jacobians(parameters, part).double().square())
     return total / len(rows)
 
 

@@ -91,7 +91,7 @@ class FedAU(BlindRule[Attendance]):
         if self.by_examples:
             sizes = dict(zip(memory.nodes, memory.examples.tolist(), strict=True))
             sizes |= {report.node: report.examples for report in reports}
-            reported = [size for size in sizes.values() if size]
+            reported = [size for node, size in sizes.items() if size and node in known]
             population *= fsum(reported) / max(1, len(reported))
         return self.server_rate / population if population else 0.0
 

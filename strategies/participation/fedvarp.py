@@ -16,7 +16,7 @@ from corymb.strategies.core.validation import positive
 class FedVARP(SightedRule[Updates]):
     """Jhunjhunwala et al. 2022, FedVARP: the mean of all clients' last updates, corrected by the new updates.
 
-    The rule stores one update per client, so its memory grows with the federation.
+    The rule stores one update per known client, so its memory grows with the federation.
     """
 
     preserves_consensus = False
@@ -33,6 +33,7 @@ class FedVARP(SightedRule[Updates]):
     def mix(self, cohort: Cohort, memory: Updates) -> Mix[Updates]:
         """Step by the mean of all last updates plus the participants' mean change since their own last update."""
         updates = cohort.models - cohort.origin
+        memory = memory.kept(cohort.known)
         mean_change = (updates - memory.of(cohort.nodes, updates)).mean(dim=0, dtype=torch.float64)
         mean_last = memory.total(cohort.origin) / len(cohort.known)
         vector = cohort.origin + self.server_rate * (mean_change + mean_last)

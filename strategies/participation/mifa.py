@@ -16,8 +16,8 @@ from corymb.strategies.core.validation import positive
 class MIFA(SightedRule[Updates]):
     """Gu et al. 2021, MIFA: absent clients count with the last update that they sent.
 
-    The rule stores one update per client, so its memory grows with the federation. It also changes the model in a
-    round without replies.
+    The rule stores one update per known client, so its memory grows with the federation. It also changes the model in
+    a round without replies.
     """
 
     runs_without_replies = True
@@ -34,7 +34,7 @@ class MIFA(SightedRule[Updates]):
 
     def mix(self, cohort: Cohort, memory: Updates) -> Mix[Updates]:
         """Step by the mean of all clients' latest updates, which is zero for a client that has never replied."""
-        memory = memory.replaced(cohort.nodes, cohort.models - cohort.origin)
+        memory = memory.kept(cohort.known).replaced(cohort.nodes, cohort.models - cohort.origin)
         rate = self.server_rate / max(1, len(cohort.known))
         weights = torch.full_like(cohort.examples, rate)
         return Mix(cohort.origin + rate * memory.total(cohort.origin), memory, weights)

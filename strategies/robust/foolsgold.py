@@ -43,11 +43,10 @@ def dissimilarity_weights(pairs: Tensor) -> Tensor:
     clients = len(pairs)
     if clients == 1:
         return torch.ones(1, dtype=torch.float64)
-    similarity = pairs.nan_to_num(nan=0.0).fill_diagonal_(-torch.inf)
+    similarity = pairs.nan_to_num(nan=0.0).fill_diagonal_(0)  # so that the largest similarity is at least 0
     highest = similarity.max(dim=1).values
-    pardon = torch.where(highest[None] > highest[:, None], highest[:, None] / highest[None], 1.0)
-    weights = 1 - (similarity * pardon).nan_to_num(neginf=-torch.inf).fill_diagonal_(-torch.inf).max(dim=1).values
-    weights = weights.clamp(0, 1)
+    pardon = torch.where(highest > highest[:, None], highest[:, None] / highest, 1.0)
+    weights = 1 - (similarity * pardon).max(dim=1).values.clamp(max=1)
     weights = weights / weights.max().clamp(min=torch.finfo(torch.float64).tiny)
     weights = weights.clamp(max=0.99)
     return ((weights / (1 - weights)).log() + 0.5).clamp(0, 1)

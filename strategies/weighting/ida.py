@@ -61,8 +61,6 @@ class IDA(SightedRule[None]):
         """Return the distance of each model from the centre, `[K]`."""
         equal = torch.full_like(cohort.shares, 1 / len(cohort.nodes))
         shares = cohort.shares if self.centre == "weighted" else equal
-        if self.norm == 2 and self.centre != "median":  # this path does not need the matrix of all models
-            return cohort.distances(cohort.mixed(shares))
         total = torch.zeros_like(shares)
         for (models,) in blocks(cohort.models):
             centre = median(models) if self.centre == "median" else shares @ models

@@ -134,8 +134,8 @@ def test_rules_with_proxy_server_optimizer_and_candidate_election_run(tmp_path: 
         ),
         ({"data": {"examples": 9999}}, "data.examples = 9999 is more than the 1438 training examples"),
         ({"target": {"examples": 5, "train": {"batchsize": 3}}}, r"target\.train\.batchsize is not a known key"),
-        ({"claims": [{"paper": "x", "rule": "ida", "least": 1}]}, "a claim names the rule 'ida'; the rules are fedavg"),
-        ({"claims": [{"paper": "x", "rule": "fedavg"}]}, "a claim has no bounds; set least, most, or both"),
+        ({"claims": [{"claim": "x", "rule": "ida", "least": 1}]}, "a claim names the rule 'ida'; the rules are fedavg"),
+        ({"claims": [{"claim": "x", "rule": "fedavg"}]}, "a claim has no bounds; set least, most, or both"),
         ({"rules": [{"name": "fedavg", "candidate_election": ["nobody"]}]}, "Unknown rule 'nobody'"),
         (
             {"rules": [{"name": "fedavg", "server_optimizer": {"optimizer": "Adamm"}}]},
@@ -168,8 +168,8 @@ def test_an_experiment_may_be_based_on_another(tmp_path: Path) -> None:
 
 def test_claims_are_measured() -> None:
     claims = [
-        {"paper": "a beats b", "rule": "a", "than": "b", "least": 5},
-        {"paper": "gamma is small", "rule": "a", "measure": "gamma", "most": 1},
+        {"claim": "a beats b", "rule": "a", "than": "b", "least": 5},
+        {"claim": "gamma is small", "rule": "a", "measure": "gamma", "most": 1},
     ]
     rules = [{"name": "fedavg", "label": label} for label in "ab"]
     setting = experiment(*rules, claims=claims, seeds=2, setting="a test")
@@ -194,7 +194,7 @@ def test_is_finished_ignores_settings_without_effect_on_results(tmp_path: Path) 
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "config.toml").write_text(tomli_w.dumps(setting.model_dump(mode="json", exclude_none=True)))
     assert is_finished(setting, tmp_path)
-    claims = [{"paper": "x", "rule": "fedavg", "least": 1}]
+    claims = [{"claim": "x", "rule": "fedavg", "least": 1}]
     assert is_finished(experiment(seeds=1, claims=claims, setting="another text"), tmp_path)
     assert not is_finished(experiment(seeds=2), tmp_path)
 
@@ -203,7 +203,7 @@ def test_the_table_replaces_the_text_between_its_markers() -> None:
     once = put_into("# Title\n\nText.\n", "one\n")
     assert once == f"# Title\n\nText.\n\n{BEGIN}\none\n{END}\n"
     assert put_into(once + "After.\n", "two\n") == f"# Title\n\nText.\n\n{BEGIN}\ntwo\n{END}\nAfter.\n"
-    assert Finding(Claim(paper="", rule="a", most=1.0), [1.0]).holds
+    assert Finding(Claim(claim="", rule="a", most=1.0), [1.0]).holds
 
 
 def test_a_key_of_another_kind_is_an_error() -> None:
@@ -267,7 +267,7 @@ def test_user_supplied_participation_partition_and_data(tmp_path: Path) -> None:
     rounds = records(setting, tmp_path)
     assert [[verdict.node for verdict in record.admitted] for record in rounds] == [["half-0", "half-2"], ["half-1"]]
     for wrong, message in (
-        ({"participation": {"kind": f"{here}:blobs"}}, "takes from 0 to 1 positional arguments"),
+        ({"participation": {"kind": f"{here}:blobs"}}, "too many positional arguments"),
         ({"partition": {"kind": f"{here}:nothing"}}, "'.*:nothing' cannot be imported"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

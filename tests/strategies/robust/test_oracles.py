@@ -122,10 +122,12 @@ def test_bulyan_equals_a_plain_implementation(seed: int, hostile: int) -> None:
 def test_foolsgold_equals_a_plain_implementation(seed: int, clients: int) -> None:
     past = cohort(seed, clients, 4)
     cosine = [[float(torch.nn.functional.cosine_similarity(a, b, dim=0)) for b in past] for a in past]
-    most = [max(row[j] for j in range(clients) if j != i) for i, row in enumerate(cosine)]
+    for i in range(clients):
+        cosine[i][i] = 0.0  # as in the official code
+    most = list(map(max, cosine))
     weights = []
     for i in range(clients):
-        row = [cosine[i][j] * (most[i] / most[j] if most[j] > most[i] else 1) for j in range(clients) if j != i]
+        row = [cosine[i][j] * (most[i] / most[j] if most[j] > most[i] else 1) for j in range(clients)]
         weights.append(min(1.0, max(0.0, 1 - max(row))))
     top = max(weights)
     weights = [min(0.99, w / top) for w in weights]
