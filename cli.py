@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Optional
@@ -48,7 +49,7 @@ def rules() -> None:
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("rule", "kind", "parameters", "paper", "remarks"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "rule")
     for name, rule in known_rules().items():
         parameters = "\n".join(
             f"{field.name} = {field.default!r}" if field.default is not MISSING else field.name
@@ -170,9 +171,19 @@ def results(
 
 
 def main() -> None:
-    """Run the command line; a `ValueError` or `OSError` prints one line and exits with code 2."""
+    """Run the command line. A mistake of use prints one line and exits with code 2; see `is_mistake_of_use`."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        from corymb.simulations.results.mistakes import cause_in_user_code, is_mistake_of_use
+
+        if not is_mistake_of_use(error):
+            raise
+        if (cause := cause_in_user_code(error)) is not None:
+            traceback.print_exception(cause)
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

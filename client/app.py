@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from corymb.client.batches import Examples, count, evaluation_batches, training_batches
+from corymb.client.batches import Batch, Examples, count, evaluation_batches, size, training_batches
 from corymb.client.device import choose_device
 from corymb.client.trainer import Loss, evaluate, train
 from corymb.protocol.codec import to_arrays, to_state
@@ -29,7 +30,9 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
 
     `data` returns the client's training and evaluation examples; the latter may be None. Both are datasets of
     (input, target), or DataLoaders. The app calls `data` for each message, so `data` should cache slow work.
-    `loss(outputs, targets)` returns a scalar.
+    `loss(outputs, targets)` returns a scalar. Examples may also be (input, input, ..., target), for a module with
+    several inputs, or dicts: the module then gets the entries as keyword arguments, and the loss is called with the
+    outputs and the dict. Outputs may be anything that the loss takes.
 
     The app reads its settings from the keys `train.*` of the run config, the client's node config and the message's
     config; a later one overrides an earlier one (see `TrainSettings`). The order of the batches and torch's random
@@ -67,7 +70,7 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
         module, settings, server_round = prepare(message, context)
         examples, _ = data(context)
         generator = batch_generator(settings.seed, client_identity(context), server_round)
-        batches = training_batches(examples, settings, generator)
+        batches = training_batches(examples, settings, generator, has_batch_norm(module))
         parameters = dict(module.named_parameters())
         states: list[dict[str, Tensor]] = []  # with batch_updates: the parameters at the start and after each batch
 
@@ -76,12 +79,12 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
                 states.append(_on_cpu(parameters, copy=True))
 
         record_state()
-        metrics = train(module, batches, settings, loss, server_round, record_state)
+        seen = _Seen(batches)
+        metrics = train(module, seen, settings, loss, server_round, record_state)
         metrics |= _class_counts(examples) if settings.report_classes else {}
         metrics |= participation_metric(context)
-        content = RecordDict(
-            {ARRAYS: to_arrays(_on_cpu(module.state_dict())), METRICS: _metrics(count(examples), metrics)}
-        )
+        used = _used(examples, seen, settings)
+        content = RecordDict({ARRAYS: to_arrays(_on_cpu(module.state_dict())), METRICS: _metrics(used, metrics)})
         if settings.batch_updates:
             content[STEPS] = to_arrays({name: _differences([state[name] for state in states]) for name in parameters})
         return Message(content, reply_to=message)
@@ -92,10 +95,37 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
         _, examples = data(context)
         if examples is None:
             return Message(RecordDict({METRICS: _metrics(0, {})}), reply_to=message)
-        metrics = evaluate(module, evaluation_batches(examples), settings, loss)
-        return Message(RecordDict({METRICS: _metrics(count(examples), metrics)}), reply_to=message)
+        seen = _Seen(evaluation_batches(examples))
+        metrics = evaluate(module, seen, settings, loss)
+        return Message(RecordDict({METRICS: _metrics(seen.examples, metrics)}), reply_to=message)
 
     return app
+
+
+@dataclass
+class _Seen:
+    """Batches, and the number of examples in those that have been read."""
+
+    batches: Iterable[Batch]
+    examples: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches:
+            self.examples += size(batch)
+            yield batch
+
+
+def _used(examples: Examples, seen: _Seen, settings: TrainSettings) -> int:
+    """Return the number of examples that the client trained on, each counted once."""
+    known = count(examples)
+    if known is not None:
+        return known
+    return seen.examples if settings.steps is not None else seen.examples // (settings.epochs or 1)
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Return whether a layer of `module` needs several examples in a training batch."""
+    return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
 
 
 def _make_seeded(model: Callable[[], nn.Module], seed: int) -> nn.Module:

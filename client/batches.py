@@ -1,38 +1,89 @@
-"""Batches of a client's examples, in an order that depends on the seed."""
+"""Batches of a client's examples, in an order that depends on the seed, and what a module and a loss get of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from corymb.protocol.train_settings import TrainSettings
 
-Batch = tuple[Tensor, ...]  # inputs [B, ...] and targets [B, ...]
+# (inputs, targets); (inputs, more inputs, ..., targets); or a dict. Each part is a tensor [B, ...], or tensors in
+# tuples, lists and dicts.
+Batch = Any
 Examples = Dataset[Batch] | DataLoader[Batch]
 
 
-def count(data: Examples) -> int:
-    """Return the number of examples."""
-    return len(data.dataset if isinstance(data, DataLoader) else data)  # type: ignore[arg-type]
+def count(data: Examples) -> int | None:
+    """Return the number of examples in an epoch; None for a DataLoader that does not know it.
+
+    A DataLoader may use fewer examples than its dataset has: its sampler and `drop_last` decide.
+    """
+    if not isinstance(data, DataLoader):
+        return len(data)  # type: ignore[arg-type]
+    if data.batch_size is None or isinstance(data.dataset, IterableDataset):  # own batch sampler, or a stream
+        return None
+    examples = len(data.sampler)  # type: ignore[arg-type]
+    return examples - examples % data.batch_size if data.drop_last else examples
 
 
-def training_batches(data: Examples, settings: TrainSettings, generator: torch.Generator) -> Iterator[Batch]:
+def size(batch: Batch) -> int:
+    """Return the number of examples in a batch. Raises `ValueError` if the batch has no tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    for part in parts:
+        return size(part)
+    raise ValueError(f"A batch holds a {type(batch).__name__}; give tensors, or tuples, lists and dicts of tensors.")
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with all tensors on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: on_device(part, device) for name, part in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(on_device(part, device) for part in batch)
+    return batch
+
+
+def outputs_and_targets(module: nn.Module, batch: Batch) -> tuple[Any, Any]:
+    """Return the outputs of `module` for a batch, and what the loss compares them with.
+
+    The module gets all parts but the last, which are the targets. It gets the entries of a dict as keyword arguments,
+    and the loss the whole dict. Raises `ValueError` for a batch that has no targets.
+    """
+    if isinstance(batch, Mapping):
+        return module(**batch), batch
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise ValueError(f"A batch is a {type(batch).__name__} without targets; give (inputs, targets), or a dict.")
+    *inputs, targets = batch
+    return module(*inputs), targets
+
+
+def training_batches(
+    data: Examples, settings: TrainSettings, generator: torch.Generator, no_single: bool = False
+) -> Iterator[Batch]:
     """Yield the batches of one round: `settings.steps` batches, or those of `settings.epochs` (default 1).
 
-    Every epoch shuffles a dataset again with `generator`; a DataLoader keeps its own order.
+    Every epoch shuffles a dataset again with `generator`; a DataLoader keeps its own order. With `no_single`, for
+    modules with BatchNorm, a last batch of one example joins the batch before it.
     Raises `ValueError` if there are no examples, or if the DataLoader yields no batch.
     """
     if settings.steps is not None:
-        yield from islice(_epochs(data, settings, generator, None), settings.steps)
+        yield from islice(_epochs(data, settings, generator, None, no_single), settings.steps)
     else:
-        yield from _epochs(data, settings, generator, settings.epochs or 1)
+        yield from _epochs(data, settings, generator, settings.epochs or 1, no_single)
 
 
-def _epochs(data: Examples, settings: TrainSettings, generator: torch.Generator, epochs: int | None) -> Iterator[Batch]:
+def _epochs(
+    data: Examples, settings: TrainSettings, generator: torch.Generator, epochs: int | None, no_single: bool
+) -> Iterator[Batch]:
     """Yield the batches of `epochs` epochs; without end if None."""
     epoch = 0
     while epochs is None or epoch < epochs:
@@ -40,7 +91,10 @@ def _epochs(data: Examples, settings: TrainSettings, generator: torch.Generator,
         if isinstance(data, DataLoader):
             yield from _require_batches(data)
             continue
-        for rows in shuffled_rows(count(data), settings, generator):
+        batches = shuffled_rows(len(data), settings, generator)  # type: ignore[arg-type]
+        if no_single and len(batches) > 1 and len(batches[-1]) == 1:
+            batches = (*batches[:-2], torch.cat(batches[-2:]))
+        for rows in batches:
             yield _take(data, rows)
 
 
@@ -79,8 +133,8 @@ def _require_batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
         raise ValueError("The DataLoader yields no batch; give it more examples, or set drop_last=False.")
 
 
-def evaluation_batches(data: Examples, size: int = 1024) -> Iterator[Batch]:
-    """Yield all examples once, in order, in batches of `size`; a DataLoader keeps its own batches.
+def evaluation_batches(data: Examples, batch_size: int = 1024) -> Iterator[Batch]:
+    """Yield all examples once, in order, in batches of `batch_size`; a DataLoader keeps its own batches.
 
     The batches of a TensorDataset are views, because a test set may be large. Raises `ValueError` if the model
     changed such a batch in place.
@@ -89,21 +143,19 @@ def evaluation_batches(data: Examples, size: int = 1024) -> Iterator[Batch]:
         yield from data
         return
     if isinstance(data, TensorDataset):
-        for batch in zip(*(tensor.split(size) for tensor in data.tensors), strict=True):
-            before = batch[0]._version
+        for batch in zip(*(tensor.split(batch_size) for tensor in data.tensors), strict=True):
+            before = [tensor._version for tensor in batch]
             yield batch
-            if batch[0]._version != before:
+            if [tensor._version for tensor in batch] != before:
                 raise ValueError(
                     "The model changes its inputs in place, and so changes the evaluation examples; change a copy."
                 )
         return
-    for rows in torch.arange(count(data)).split(size):
+    for rows in torch.arange(len(data)).split(batch_size):  # type: ignore[arg-type]
         yield _take(data, rows)
 
 
 def _take(data: Dataset[Batch], rows: Tensor) -> Batch:
     if isinstance(data, TensorDataset):  # 100 times faster than one example at a time
-        inputs, targets = data.tensors
-        return inputs[rows], targets[rows]
-    inputs, targets = default_collate([data[row] for row in rows.tolist()])
-    return inputs, targets
+        return tuple(tensor[rows] for tensor in data.tensors)
+    return default_collate([data[row] for row in rows.tolist()])

@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from corymb.client.batches import Batch
+from corymb.client.batches import Batch, on_device, outputs_and_targets, size
 from corymb.protocol.train_settings import TrainSettings
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Any, Any], Tensor]
+IGNORED = -100  # targets with this value do not count, as in torch's losses
+
+
+def correct_share(outputs: Any, targets: Any, loss: Loss) -> Tensor | None:
+    """Return how many examples of a batch are classified correctly; None if the outputs are not clearly class scores.
+
+    Scores `[B, C]` of two or more classes with whole numbers `[B]` as targets are. With one of torch's losses for
+    classes, scores `[B, C, ...]` with targets `[B, ...]` are, too; an example then counts with the share of its
+    positions.
+    """
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or targets.is_floating_point():
+        return None
+    if outputs.dim() != targets.dim() + 1 or targets.dim() < 1 or outputs.shape[1] < 2:
+        return None
+    is_class_loss = loss in CLASS_LOSSES or isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss))
+    if outputs.shape[0] != targets.shape[0] or (targets.dim() > 1 and not is_class_loss):
+        return None
+    counted = targets != IGNORED
+    correct = ((outputs.detach().argmax(dim=1) == targets) & counted).sum()
+    return correct * (len(targets) / counted.sum().clamp(min=1))
+
+
+CLASS_LOSSES = (nn.functional.cross_entropy, nn.functional.nll_loss)
 
 
 class Tally:
@@ -20,20 +44,20 @@ class Tally:
     The sums stay on the device, so that no batch waits for a copy to the CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loss: Loss) -> None:
         self.examples = 0
+        self._loss_function = loss
         self._loss: Tensor | float = 0.0
         self._correct: Tensor | float | None = 0.0  # None if the outputs are not class scores
 
-    def add(self, outputs: Tensor, targets: Tensor, loss: Tensor) -> None:
+    def add(self, batch: Batch, outputs: Any, targets: Any, loss: Tensor) -> None:
         """Add one batch, whose mean loss is `loss`."""
-        self.examples += len(targets)
-        self._loss = self._loss + loss.detach() * len(targets)
-        if self._correct is None or outputs.dim() != targets.dim() + 1 or targets.is_floating_point():
-            self._correct = None
-            return
-        positions = targets.numel() // max(1, len(targets))  # predictions per example: more than one in segmentation
-        self._correct = self._correct + (outputs.detach().argmax(dim=1) == targets).sum() / positions
+        examples = size(batch)
+        self.examples += examples
+        self._loss = self._loss + loss.detach() * examples
+        if self._correct is not None:
+            correct = correct_share(outputs, targets, self._loss_function)
+            self._correct = None if correct is None else self._correct + correct
 
     def metrics(self) -> dict[str, float]:
         """Return the mean loss per example and, for class scores, the accuracy; an empty dict without examples."""
@@ -65,13 +89,13 @@ def train(
     )
     half = settings.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    tally, steps = Tally(), 0
+    tally, steps = Tally(loss), 0
     start = [p.detach().clone() for p in module.parameters()] if settings.proximal else []
     module.train()
-    for inputs, targets in batches:
-        inputs, targets = inputs.to(device), targets.to(device)
+    for each in batches:
+        batch = on_device(each, device)
         with _precision(settings, device):
-            outputs = module(inputs)
+            outputs, targets = outputs_and_targets(module, batch)
             value = loss(outputs, targets)
         optimizer.zero_grad()
         scaler.scale(value).backward()  # the scaler changes nothing unless the precision is float16
@@ -81,7 +105,7 @@ def train(
                 parameter.grad.add_(parameter.detach() - initial, alpha=settings.proximal)
         scaler.step(optimizer)
         scaler.update()
-        tally.add(outputs, targets, value)
+        tally.add(batch, outputs, targets, value)
         after_step()
         steps += 1
     return tally.metrics() | {"steps": steps, "seconds": time.perf_counter() - started}
@@ -97,13 +121,13 @@ def evaluate(
     """Return the mean `loss` per example of `module` over `batches`, `accuracy` for class scores, and `seconds`."""
     started = time.perf_counter()
     device = next(module.parameters()).device
-    tally = Tally()
+    tally = Tally(loss)
     module.eval()
-    for inputs, targets in batches:
-        inputs, targets = inputs.to(device), targets.to(device)
+    for each in batches:
+        batch = on_device(each, device)
         with _precision(settings or TrainSettings(), device):
-            outputs = module(inputs)
-            tally.add(outputs, targets, loss(outputs, targets))
+            outputs, targets = outputs_and_targets(module, batch)
+            tally.add(batch, outputs, targets, loss(outputs, targets))
     return tally.metrics() | {"seconds": time.perf_counter() - started}
 
 

@@ -22,8 +22,9 @@ from torch import Tensor
 NPY = "numpy.ndarray"  # Flower's name for the .npy format
 LONGEST_HEADER = 1024  # bytes; the headers that numpy writes have 128
 
-# The dtypes that a message may carry. numpy has no bfloat16, so its bits are sent as uint16, and only Array.dtype
-# names bfloat16.
+# The dtypes that a message may carry. numpy has no bfloat16, so its bits are sent as two bytes without a meaning
+# ("V2"), and only Array.dtype names bfloat16. Code that does not know this fails instead of reading whole numbers.
+BFLOAT16 = np.dtype("V2")
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -61,7 +62,7 @@ class Array(flwr.app.Array):
     @property
     def data(self) -> bytes:
         """The bytes of an .npy file, encoded at each access, so that no second copy of the model stays in memory."""
-        values = np.asarray(self.numpy(copy=False), order="C")
+        values = np.asarray(self._values(), order="C")
         header = BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
         return b"".join((header.getvalue(), values.data))  # one copy; np.save makes several
@@ -71,12 +72,21 @@ class Array(flwr.app.Array):
         raise AttributeError("The bytes of this Array come from a tensor; to set bytes, create a flwr.app.Array.")
 
     def numpy(self, copy: bool = True) -> np.ndarray[Any, Any]:
-        """The values as an ndarray. By default a copy, as in Flower's own Array, so that an app may modify it."""
+        """The values as an ndarray. By default a copy, as in Flower's own Array, so that an app may modify it.
+
+        Raises `TypeError` for bfloat16, which numpy does not have.
+        """
+        if self.tensor.dtype == torch.bfloat16:
+            raise TypeError("numpy has no bfloat16; read the record with corymb.protocol.codec.to_state.")
+        return self._values().copy() if copy else self._values()
+
+    def _values(self) -> np.ndarray[Any, Any]:
+        """The values as an ndarray that shares the tensor's memory if it is on the CPU."""
         tensor = self.tensor.cpu()
         if tensor.dtype == torch.bfloat16:
-            tensor = tensor.contiguous().view(torch.uint16)
+            return tensor.contiguous().view(torch.uint16).numpy().view(BFLOAT16)
         values: np.ndarray[Any, Any] = tensor.numpy()
-        return values.copy() if copy else values
+        return values
 
     def __reduce__(self) -> tuple[Any, ...]:
         return flwr.app.Array, (self.dtype, self.shape, self.stype, self.data)
@@ -110,18 +120,18 @@ def to_tensor(name: str, array: flwr.app.Array) -> Tensor:
     if array.dtype not in DTYPES:
         raise CodecError(f"Array {name!r} has the dtype {array.dtype!r}; send one of {', '.join(DTYPES)}.")
     header = _read_header(name, array.data)
-    wire = "uint16" if array.dtype == "bfloat16" else array.dtype
+    wire = BFLOAT16.name if array.dtype == "bfloat16" else array.dtype
     if header.dtype != wire or header.shape != tuple(array.shape):
         raise CodecError(
             f"Array {name!r} declares {array.dtype}{list(array.shape)}, but its bytes are "
             f"{header.dtype}{list(header.shape)}."
         )
     count, present = prod(header.shape), len(array.data) - header.size
-    if min(header.shape, default=0) < 0 or count * np.dtype(wire).itemsize != present:
+    if min(header.shape, default=0) < 0 or count * DTYPES[array.dtype].itemsize != present:
         raise CodecError(
             f"Array {name!r} declares the shape {list(header.shape)} of {wire}, but carries {present} bytes of data."
         )
-    values = np.frombuffer(array.data, dtype=wire, offset=header.size)
+    values = np.frombuffer(array.data, dtype="uint16" if array.dtype == "bfloat16" else wire, offset=header.size)
     values = values.reshape(header.shape, order="F" if header.fortran else "C")
     return torch.from_numpy(values).view(DTYPES[array.dtype])
 

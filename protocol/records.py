@@ -1,10 +1,10 @@
-"""Names of the records and metrics in messages. They are the same as in Flower's built-in strategies."""
+"""Names of the records and metrics in messages, the same as in Flower's built-in strategies, and copies of messages."""
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 
@@ -24,3 +24,19 @@ def of_kind(content: RecordDict, kind: type[R]) -> list[R]:
     whole model in memory until Python's garbage collector runs: 26 models in a round of 50 replies.
     """
     return [record for record in content.values() if isinstance(record, kind)]
+
+
+def copied_message(message: Message) -> Message:
+    """Return `message` with its own records: messages may share one content, and an app may change its records."""
+    content = copied_records(message.content)
+    copied: Message = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]  # as grids do
+    return copied
+
+
+def copied_records(records: RecordDict) -> RecordDict:
+    """Return a copy of `records`, with a copy of each record and of the lists in it. Arrays are shared."""
+    copies: dict[str, Any] = {name: record.copy() for name, record in records.items()}
+    for record in copies.values():
+        if not isinstance(record, ArrayRecord):
+            record.update({key: value.copy() for key, value in record.items() if isinstance(value, list)})
+    return RecordDict(copies)

@@ -6,6 +6,7 @@ from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.round import Requests, Round
+from corymb.server.rounds.round_loop import NoReplyAdmitted
 from corymb.server.rounds.round_size import RoundSize, WaitForShare
 from corymb.server.rounds.state import Method, RunState
 from corymb.server.strategy import FlowerStrategy
@@ -16,6 +17,7 @@ __all__ = [
     "FlowerStrategy",
     "Journal",
     "Method",
+    "NoReplyAdmitted",
     "Requests",
     "Round",
     "RoundRecord",

@@ -181,7 +181,7 @@ class ServerSettings(Settings):
             if near := get_close_matches(key, known, 1, cutoff=0.75):
                 raise ValueError(f"Unknown key {key!r} in the run config. Did you mean {near[0]!r}?")
         if unknown:
-            log.info("The server ignores these keys of the run config: %s", ", ".join(unknown))
+            log.warning("The server ignores these keys of the run config: %s", ", ".join(unknown))
         try:
             return cls(**{key: value for key, value in tables.items() if key in known})
         except ValidationError as error:

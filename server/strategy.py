@@ -6,20 +6,20 @@ It works with Flower's `Strategy.start()`. Its own `start()` also processes each
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from corymb.protocol.codec import to_arrays
-from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES
+from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, METRICS
 from corymb.server.journal import Journal
 from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.door import Door
-from corymb.server.rounds.record import RoundRecord, as_metrics, mean_metrics
+from corymb.server.rounds.record import ADMITTED, RoundRecord, Verdict, as_metrics, mean_metrics, verdicts
 from corymb.server.rounds.rejections import Code, Rejection
 from corymb.server.rounds.requests import Keys, Phase
 from corymb.server.rounds.roster import Sampling
@@ -30,6 +30,7 @@ from corymb.server.rounds.sent_model import SentModel, model_in
 from corymb.server.rounds.state import Method, RunState
 from corymb.strategies import Model, Proxy, Report, Rule, ServerOptimizer
 
+AggregateMetrics = Callable[[list[RecordDict], str], MetricRecord]
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
 
 
@@ -38,8 +39,8 @@ class FlowerStrategy(RoundLoop):
 
     A round waits until `min_available_nodes` nodes are connected and raises `TimeoutError` after `wait_seconds`. It
     then samples the fraction `fraction_train` of the connected nodes for training, and later `fraction_evaluate` for
-    evaluation. The samples depend on `seed`, the round and the names of the nodes. If a reply is an error, is missing
-    or is rejected by the door, the round continues without it.
+    evaluation; at least `min_train_nodes` and `min_evaluate_nodes`. The samples depend on `seed`, the round and the
+    names of the nodes. If a reply is an error, is missing or is rejected by the door, the round continues without it.
 
     `server_optimizer` is applied to the rule's model. `proxy` is the server's proxy data, for rules that need it.
     With a `candidate_election`, the clients elect each round's model. `buffers` names the float buffers in the state
@@ -48,6 +49,9 @@ class FlowerStrategy(RoundLoop):
     Three arguments have an effect only under this class's own `start()`: `round_size` decides how many replies a
     round waits for, `journal` stores each finished round, and `on_round` is called with the record of each finished
     round.
+
+    `train_metrics_aggr_fn` and `evaluate_metrics_aggr_fn` replace the mean of the metrics. They are called as in
+    Flower, with the content of each admitted reply and `weighted_by_key`; the content has the metrics only.
 
     The attribute `state` holds everything that changes from round to round. Use a new strategy for each run.
     """
@@ -58,6 +62,8 @@ class FlowerStrategy(RoundLoop):
         *,
         fraction_train: float = 1.0,
         fraction_evaluate: float = 1.0,
+        min_train_nodes: int = 2,
+        min_evaluate_nodes: int = 2,
         min_available_nodes: int = 2,
         wait_seconds: float = 3600.0,
         seed: int = 0,
@@ -65,6 +71,8 @@ class FlowerStrategy(RoundLoop):
         weighted_by_key: str = EXAMPLES,
         arrayrecord_key: str = ARRAYS,
         configrecord_key: str = CONFIG,
+        train_metrics_aggr_fn: AggregateMetrics | None = None,
+        evaluate_metrics_aggr_fn: AggregateMetrics | None = None,
         server_optimizer: ServerOptimizer | None = None,
         candidate_election: CandidateElection | None = None,
         round_size: RoundSize[Any] | None = None,
@@ -72,8 +80,14 @@ class FlowerStrategy(RoundLoop):
         journal: Journal | None = None,
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
-        self.method = Method(rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key)
-        self.sampling = Sampling(fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed)
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule is {rule!r}; pass an instance of a rule, such as FedAU().")
+        self.method = Method(rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed)
+        self.sampling = Sampling(
+            fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed, min_train_nodes,
+            min_evaluate_nodes,
+        )  # fmt: skip
+        self._aggregate_metrics = {"train": train_metrics_aggr_fn, "evaluate": evaluate_metrics_aggr_fn}
         self.buffers = buffers
         self.journal = journal
         self.on_round = on_round
@@ -136,7 +150,8 @@ class FlowerStrategy(RoundLoop):
         if self.state.model is not before:
             self._sent = SentModel.of(self.state.model)
         has_result = self.state.model is not before or self.record.admitted
-        return self._sent.arrays if has_result and self._sent else None, as_metrics(self.record.train)
+        metrics = self._metrics("train", self.record.admitted, self.record.train)
+        return self._sent.arrays if has_result and self._sent else None, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -151,11 +166,24 @@ class FlowerStrategy(RoundLoop):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean metrics of `replies`, weighted by examples; None if there are none."""
         door = Door(self.state.model.layers, self.method.examples_key)
-        reports = [door.admit_metrics(node, reply) for node, reply in self._phase.requests.named(replies)]
-        for verdict in reports:
-            if isinstance(verdict, Rejection) and verdict.code != Code.OFFLINE:
+        checked: dict[str, Report | Rejection] = {}
+        for node, reply in self._phase.requests.named(replies):
+            checked.setdefault(node, door.admit_metrics(node, reply))
+        evaluations = tuple(verdicts(self._phase.requests.nodes, checked, {}))
+        self.record = replace(self.record, evaluations=evaluations)
+        for verdict in evaluations:
+            if verdict.reason and verdict.code != Code.OFFLINE:
                 log.info("\t│ %s (evaluation: %s)", verdict.reason, verdict.code)
-        return as_metrics(mean_metrics(report for report in reports if isinstance(report, Report)))
+        admitted = [verdict for verdict in evaluations if verdict.code == ADMITTED]
+        return self._metrics("evaluate", admitted, mean_metrics(r for r in checked.values() if isinstance(r, Report)))
+
+    def _metrics(self, phase: str, admitted: list[Verdict], means: Mapping[str, float]) -> MetricRecord | None:
+        """Return `means`, or what the user's own function makes of the metrics of the `admitted` replies."""
+        aggregate, key = self._aggregate_metrics[phase], self.method.examples_key
+        if aggregate is None or not admitted:
+            return as_metrics(means)
+        contents = [RecordDict({METRICS: MetricRecord({**v.metrics, key: v.examples})}) for v in admitted]
+        return aggregate(contents, key)
 
     def set_model(self, arrays: ArrayRecord) -> ArrayRecord:
         """See `RoundLoop.set_model`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -77,6 +77,13 @@ RULES: dict[str, type[Rule[Any]]] = {
     "layerwise": Layerwise,
 }
 """The built-in rules by name."""
+HINTS = {  # methods that are a rule with something around it
+    "fedprox": "use 'fedavg' and set train.proximal, the method's mu",
+    "fedadam": "use 'fedavg' with server_optimizer = { optimizer = \"Adam\" }",
+    "fedyogi": "use 'fedavg' with server_optimizer = { optimizer = \"Yogi\" }",
+    "fedadagrad": "use 'fedavg' with server_optimizer = { optimizer = \"Adagrad\" }",
+    "fedavgm": "use 'fedavg' with server_optimizer = { optimizer = \"SGD\", options = { momentum = 0.9 } }",
+}
 _registry = Registry("rule", RULES, "corymb.rules")
 
 
@@ -92,6 +99,8 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
     parameters of that rule. Raises `ValueError` for an unknown name or parameter (the message lists the known ones)
     and for an invalid value.
     """
+    if name in HINTS and name not in _registry.names():
+        raise ValueError(f"{name!r} is no rule of its own; {HINTS[name]}.")
     rule_class = _registry.find(name)
     if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
         raise ValueError(f"Rule {name!r} refers to a {type(rule_class).__name__}; refer to a subclass of Rule.")
@@ -101,6 +110,8 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
             if not known:
                 raise ValueError(f"Rule {name!r} has no parameter {parameter!r}; it takes no parameters.")
             raise ValueError(unknown(f"Rule {name!r} has no parameter", parameter, known))
+    if missing := [f.name for f in fields(rule_class) if _is_required(f) and f.name not in parameters]:
+        raise ValueError(f"Rule {name!r} needs the parameter {missing[0]!r}; set it in `parameters`.")
     types = get_type_hints(rule_class)
     values, problems = {}, []
     for parameter, value in parameters.items():
@@ -119,6 +130,10 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
     except (TypeError, ValueError) as error:
         problems.append(str(error).removesuffix("."))
     raise ValueError(f"Rule {name!r} cannot be built with {parameters}: {'; '.join(problems)}.")
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.init and field.default is MISSING and field.default_factory is MISSING
 
 
 def _accepted_rule_classes(annotation: Any) -> tuple[type, ...]:

@@ -28,11 +28,8 @@ REQUIRED_PARAMETERS: dict[str, dict[str, Any]] = {  # parameters without default
     "fedgp": {"target": "site-00"},
     "layerwise": {"rule": "median"},
 }
-# The rules that need neither proxy data nor a certain kind of model.
 RULES_WITHOUT_PROXY = {
-    name: make_rule(name, **REQUIRED_PARAMETERS.get(name, {}))
-    for name, kind in RULES.items()
-    if not kind.needs_proxy and name != "weight_matching"
+    name: make_rule(name, **REQUIRED_PARAMETERS.get(name, {})) for name, kind in RULES.items() if not kind.needs_proxy
 }
 
 

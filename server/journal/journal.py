@@ -6,7 +6,6 @@ A round counts as finished once it is committed.
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from corymb.server.journal.files import save, sha256
-from corymb.server.journal.rows import DATABASE, SCHEMA, insert, read_rounds
+from corymb.server.journal.rows import insert, open_database, read_rounds
 from corymb.server.rounds.record import RoundRecord
 from corymb.server.rounds.state import RunState
 from corymb.strategies.core.serialization import pack_memory, unpack_memory
@@ -41,11 +40,8 @@ class Journal:
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
         self._last_commit = time.monotonic()
-        # A ServerApp may create the journal in one thread and use it in another, but never in two at a time.
-        self._database = sqlite3.connect(folder / DATABASE, check_same_thread=False)
-        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database = open_database(folder)
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
-        self._database.executescript(SCHEMA)
         newest = "SELECT model FROM rounds WHERE model IS NOT NULL ORDER BY round DESC LIMIT ?"
         self._models = [name for (name,) in self._database.execute(newest, (KEPT_MODELS,))][::-1]
 

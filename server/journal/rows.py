@@ -14,6 +14,7 @@ from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.rejections import Code
 
 DATABASE = "journal.sqlite"
+VERSION = 2  # of the tables
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY,
@@ -31,8 +32,17 @@ CREATE TABLE IF NOT EXISTS verdicts (
     node TEXT NOT NULL,
     code TEXT NOT NULL,
     reason TEXT NOT NULL,
-    examples INTEGER NOT NULL,
+    examples REAL NOT NULL,
     weight REAL,
+    metrics TEXT NOT NULL,
+    PRIMARY KEY (round, node)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS evaluations (
+    round INTEGER NOT NULL REFERENCES rounds,
+    node TEXT NOT NULL,
+    code TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    examples REAL NOT NULL,
     metrics TEXT NOT NULL,
     PRIMARY KEY (round, node)
 ) STRICT, WITHOUT ROWID;
@@ -42,6 +52,27 @@ CREATE TABLE IF NOT EXISTS offline (  -- not in verdicts: there may be many, and
 ) STRICT;
 """
 JSON_COLUMNS = ("train", "evaluate", "server", "notes")
+
+
+def open_database(folder: Path) -> sqlite3.Connection:
+    """Open the database in `folder`, and create its tables if there are none.
+
+    Raises `ValueError` if another version of Corymb made them.
+    """
+    # A ServerApp may create the journal in one thread and use it in another, but never in two at a time.
+    database = sqlite3.connect(folder / DATABASE, check_same_thread=False)
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    (tables,) = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    if tables and version != VERSION:
+        database.close()
+        raise ValueError(
+            f"The journal in {folder} has tables of version {version}, and this Corymb reads version {VERSION}; use "
+            "the Corymb that wrote it, or a new folder."
+        )
+    database.execute("PRAGMA journal_mode = WAL")
+    database.executescript(SCHEMA)
+    database.execute(f"PRAGMA user_version = {VERSION}")
+    return database
 
 
 def insert(database: sqlite3.Connection, records: Sequence[RoundRecord], newest: tuple[str, str, str]) -> None:
@@ -63,6 +94,14 @@ def insert(database: sqlite3.Connection, records: Sequence[RoundRecord], newest:
         database.executemany(
             "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
             [_row(r.round, v) for r in records for v in r.verdicts if v.code != Code.OFFLINE],
+        )
+        database.executemany(
+            "INSERT INTO evaluations VALUES (?, ?, ?, ?, ?, ?)",
+            [
+                (r.round, v.node, v.code, v.reason, v.examples, json.dumps(dict(v.metrics)))
+                for r in records
+                for v in r.evaluations
+            ],
         )
         database.executemany("INSERT INTO offline VALUES (?, ?)", [(r.round, _offline(r)) for r in records])
 
@@ -90,6 +129,11 @@ def read_rounds(database: sqlite3.Connection, after: int = 0) -> list[RoundRecor
         verdicts: dict[int, list[Verdict]] = defaultdict(list)
         for number, *row in database.execute("SELECT * FROM verdicts WHERE round > ?", (after,)):
             verdicts[number].append(_verdict(*row))
+        evaluations: dict[int, list[Verdict]] = defaultdict(list)
+        for number, node, code, reason, examples, metrics in database.execute(
+            "SELECT * FROM evaluations WHERE round > ? ORDER BY round, node", (after,)
+        ):
+            evaluations[number].append(_verdict(node, code, reason, examples, None, metrics))
         offline: dict[tuple[str, str], Verdict] = {}  # shared, because the same nodes are offline in many rounds
         for number, reasons in database.execute("SELECT * FROM offline WHERE round > ?", (after,)):
             for pair in json.loads(reasons).items():
@@ -103,6 +147,7 @@ def read_rounds(database: sqlite3.Connection, after: int = 0) -> list[RoundRecor
             RoundRecord(
                 number,
                 tuple(sorted(verdicts[number], key=attrgetter("node"))),
+                tuple(evaluations[number]),
                 **dict(zip(JSON_COLUMNS, map(json.loads, metrics), strict=True)),
                 seconds=seconds,
             )
@@ -117,8 +162,9 @@ def _row(number: int, verdict: Verdict) -> tuple[object, ...]:
     return number, verdict.node, verdict.code, verdict.reason, verdict.examples, verdict.weight, metrics
 
 
-def _verdict(node: str, code: str, reason: str, examples: int, weight: float | None, metrics: str) -> Verdict:
-    return Verdict(node, code, reason, examples, weight, json.loads(metrics))
+def _verdict(node: str, code: str, reason: str, examples: float, weight: float | None, metrics: str) -> Verdict:
+    whole = int(examples) if examples == int(examples) else examples
+    return Verdict(node, code, reason, whole, weight, json.loads(metrics))
 
 
 def _offline(record: RoundRecord) -> str:

@@ -14,10 +14,11 @@ from flwr.app import Message
 from corymb.server.rounds.array_checks import is_bounded
 from corymb.server.rounds.door import Door
 from corymb.server.rounds.record import RoundRecord, mean_metrics, verdicts
-from corymb.server.rounds.rejections import Rejection
+from corymb.server.rounds.rejections import Rejection, not_connected
 from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.state import Cost, Method, RunState
 from corymb.strategies import Model, Reply, Report
+from corymb.strategies.core.random_state import seeded_generators
 
 NamedReplies = Iterable[tuple[str, Message]]  # replies with the names of their nodes
 Evaluate = Callable[[Model], NamedReplies]
@@ -54,11 +55,14 @@ def conclude(
     stored: list[Reply] = []
     if method.candidate_election is not None and method.candidate_election.rules:  # its rules read them again
         admitted = iter(stored := list(admitted))
-    outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known_nodes, method.proxy)
+    with seeded_generators(method.seed, round.number):  # a rule that draws from them can be repeated
+        outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known_nodes, method.proxy)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})
+    absent = state.known_nodes.difference(requests.nodes, requests.connected.values())
+    results = checked.by_node | {node: not_connected(node) for node in absent}
     record = RoundRecord(
-        round.number, tuple(verdicts(requests.nodes, checked.by_node, outcome.weights)), train=train, notes=notes
+        round.number, tuple(verdicts(requests.nodes, results, outcome.weights)), train=train, notes=notes
     )
     concluded = replace(
         state,

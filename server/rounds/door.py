@@ -23,6 +23,7 @@ Records = list[tuple[str, Any]]  # the records of a message with their names
 MAX_EXAMPLES = 2**53  # floats represent all whole numbers up to this one
 MAX_METRICS = 100
 MAX_CLASSES = 1000  # most metrics of examples per class; allowed in addition to MAX_METRICS
+MAX_LEFT_OUT = 10  # names of metrics that were left out, in a record
 LARGEST_METRIC = 1e100
 
 
@@ -67,12 +68,17 @@ class Door:
     def _report(self, node: str, records: Records) -> Report:
         metrics: Mapping[str, Any] = _only(records, MetricRecord)
         examples = metrics.get(self.examples_key)
-        if not (isinstance(examples, (int, float)) and 0 <= examples <= MAX_EXAMPLES and examples == int(examples)):
+        must_be_whole = self.examples_key == EXAMPLES  # a weight of one's own may be a fraction
+        if not (
+            isinstance(examples, (int, float))
+            and 0 <= examples <= MAX_EXAMPLES
+            and (not must_be_whole or examples == int(examples))
+        ):
+            kind = "whole number" if must_be_whole else "number"
             raise Refused(
-                Code.EXAMPLES,
-                f"the metric {self.examples_key!r} is {short(examples)}, not a whole number from 0 to 2^53",
+                Code.EXAMPLES, f"the metric {self.examples_key!r} is {short(examples)}, not a {kind} from 0 to 2^53"
             )
-        # A metric that is not a finite number is dropped; the update is kept.
+        # A metric that is not a finite number is left out; the update is kept.
         numbers = {
             name: float(value)
             for name, value in metrics.items()
@@ -83,7 +89,10 @@ class Door:
             classes = {name: value for name, value in numbers.items() if name.startswith(CLASS_COUNT_PREFIX)}
             others = {name: value for name, value in numbers.items() if name not in classes}
             numbers = dict(islice(others.items(), MAX_METRICS)) | dict(islice(classes.items(), MAX_CLASSES))
-        return Report(node, int(examples), numbers)
+        if len(numbers) + 1 == len(metrics):
+            return Report(node, examples, numbers)
+        left_out = [short(name) for name in metrics if name not in numbers and name != self.examples_key]
+        return Report(node, examples, numbers, tuple(left_out[:MAX_LEFT_OUT]))
 
     def _steps(self, node: str, message: Message) -> Tensor | None:
         """Return the updates of single batches `[S, P]` in a reply, if it has them and the rule uses them."""

@@ -11,6 +11,7 @@ from flwr.app import MetricRecord
 
 from corymb.server.rounds.rejections import Rejection
 from corymb.strategies import Report
+from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 
 ADMITTED = "admitted"
 SILENT = "silent"
@@ -21,14 +22,14 @@ class Verdict:
     """The server's verdict on one node's reply.
 
     `code` is "admitted", "silent" if there was no reply, or a `rejections.Code`. `reason` is empty for admitted
-    replies. `weight` is the reply's factor in the next model (see `strategies.Outcome`); None if the rule has no
-    weights.
+    replies, unless metrics were left out. `weight` is the reply's factor in the next model (see
+    `strategies.Outcome`); None if the rule has no weights.
     """
 
     node: str
     code: str
     reason: str = ""
-    examples: int = 0
+    examples: float = 0
     weight: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -37,12 +38,14 @@ class Verdict:
 class RoundRecord:
     """The record of one round.
 
-    `train` and `evaluate` are means of the clients' metrics, weighted by examples. `server` holds the metrics of the
-    server's own evaluation. `notes` are named numbers from the rule and from the round itself.
+    `verdicts` are on the replies to training messages, `evaluations` on those to evaluation messages. `train` and
+    `evaluate` are means of the clients' metrics, weighted by examples; see `mean_metrics`. `server` holds the metrics
+    of the server's own evaluation. `notes` are named numbers from the rule and from the round itself.
     """
 
     round: int
     verdicts: tuple[Verdict, ...] = ()
+    evaluations: tuple[Verdict, ...] = ()
     train: Mapping[str, float] = field(default_factory=dict)
     evaluate: Mapping[str, float] = field(default_factory=dict)
     server: Mapping[str, float] = field(default_factory=dict)
@@ -67,7 +70,11 @@ def _verdict(node: str, reply: Report | Rejection | None, weights: Mapping[str, 
         return Verdict(node, SILENT, f"{node}: no reply before the round ended, or the message could not be sent.")
     if isinstance(reply, Rejection):
         return _rejected(reply)
-    return Verdict(node, ADMITTED, "", reply.examples, weights.get(node), reply.metrics)
+    reason = ""
+    if reply.left_out:
+        names = ", ".join(reply.left_out)
+        reason = f"{node}: metrics left out, as each is not one finite number or there are too many: {names}."
+    return Verdict(node, ADMITTED, reason, reply.examples, weights.get(node), reply.metrics)
 
 
 @lru_cache(maxsize=1 << 14)  # the same nodes are offline in many rounds
@@ -78,7 +85,8 @@ def _rejected(rejection: Rejection) -> Verdict:
 def mean_metrics(reports: Iterable[Report]) -> dict[str, float]:
     """Return the mean of each metric over the reports that have it, weighted by examples.
 
-    The order of the reports does not change the result.
+    If some reports lack the metric `name`, `name-clients` is the number of reports in its mean. The order of the
+    reports does not change the result.
     """
     reports = [report for report in reports if report.examples > 0]
     means = {}
@@ -86,6 +94,8 @@ def mean_metrics(reports: Iterable[Report]) -> dict[str, float]:
         reporting = [report for report in reports if name in report.metrics]
         total = sum(report.examples for report in reporting)
         means[name] = fsum(report.metrics[name] * (report.examples / total) for report in reporting)
+        if len(reporting) < len(reports) and not name.startswith(CLASS_COUNT_PREFIX):
+            means[f"{name}-clients"] = float(len(reporting))
     return means
 
 

@@ -59,6 +59,12 @@ def _offline(node: str, reason: str) -> Rejection:
     return Rejection(node, Code.OFFLINE, f"{node}: error {NODE_UNAVAILABLE}: {short(reason)}.")
 
 
+@lru_cache(maxsize=1 << 14)
+def not_connected(node: str) -> Rejection:
+    """Return the verdict on a known node that was not connected in a round."""
+    return Rejection(node, Code.OFFLINE, f"{node}: not connected.")
+
+
 def rejection_of_exception(node: str, error: Exception) -> Rejection:
     """Return the rejection of a reply whose check raised `error`."""
     if isinstance(error, Refused):

@@ -21,7 +21,8 @@ REMIND_SECONDS = 10.0  # between two log lines while waiting
 @dataclass(frozen=True)
 class Sampling:
     """Settings for the sampling of nodes. `train` and `evaluate` are the sampled fractions in the two phases of a
-    round.
+    round, rounded down as in Flower; at least `min_train` and `min_evaluate` nodes are sampled, if as many are
+    connected. A fraction of 0 samples no node.
 
     A round begins once `min_nodes` nodes are connected. If that takes longer than `timeout`, `TimeoutError` is
     raised.
@@ -32,6 +33,8 @@ class Sampling:
     min_nodes: int = 2
     timeout: float = 3600.0
     seed: int = 0
+    min_train: int = 2
+    min_evaluate: int = 2
 
     def __post_init__(self) -> None:
         for name, fraction in (("fraction_train", self.train), ("fraction_evaluate", self.evaluate)):
@@ -41,15 +44,17 @@ class Sampling:
     def for_training(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:
         """Wait for enough nodes. Return the connected nodes and the sampled ones, each as `{name: node id}`."""
         nodes = wait_for(grid, self.min_nodes, self.timeout)
-        return nodes, self._sampled(nodes, self.train, server_round, "train")
+        return nodes, self._sampled(nodes, self.train, self.min_train, server_round, "train")
 
     def for_evaluation(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:
         """Return the connected nodes and those sampled for evaluation, each as `{name: node id}`."""
         nodes = connected(grid) if self.evaluate else {}
-        return nodes, self._sampled(nodes, self.evaluate, server_round, "evaluate")
+        return nodes, self._sampled(nodes, self.evaluate, self.min_evaluate, server_round, "evaluate")
 
-    def _sampled(self, nodes: dict[str, int], fraction: float, server_round: int, phase: str) -> dict[str, int]:
-        return {name: nodes[name] for name in sample(nodes, fraction, self.seed, server_round, phase)}
+    def _sampled(
+        self, nodes: dict[str, int], fraction: float, minimum: int, server_round: int, phase: str
+    ) -> dict[str, int]:
+        return {name: nodes[name] for name in sample(nodes, fraction, minimum, self.seed, server_round, phase)}
 
 
 def connected(grid: Grid) -> dict[str, int]:
@@ -84,14 +89,14 @@ def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
     return nodes
 
 
-def sample(names: Collection[str], fraction: float, *draw: object) -> list[str]:
-    """Return a sample of the given `fraction` of `names`, sorted; at least one name unless `fraction` is 0.
+def sample(names: Collection[str], fraction: float, minimum: int, *draw: object) -> list[str]:
+    """Return a sorted sample of `fraction * len(names)` names, rounded down, but of `minimum` if there are as many.
 
-    The sample depends on `names`, `fraction` and `draw` only. `draw` is the seed and the labels of this sample, such
-    as the round and the phase.
+    A `fraction` of 0 gives no name. The sample depends on `names`, `fraction`, `minimum` and `draw` only. `draw` is
+    the seed and the labels of this sample, such as the round and the phase.
     """
     ordered = sorted(names)
     if fraction >= 1:
         return ordered
-    size = max(1, round(fraction * len(ordered))) if fraction > 0 and ordered else 0
+    size = min(len(ordered), max(minimum, int(fraction * len(ordered)))) if fraction > 0 else 0
     return sorted(random.Random("/".join(map(str, draw))).sample(ordered, size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -20,6 +21,19 @@ from corymb.server.rounds.state import Method, RunState
 
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class NoReplyAdmitted(RuntimeError):
+    """A run has ended in which no reply to a training message was admitted."""
+
+    def __init__(self, rounds: int, last: RoundRecord) -> None:
+        reasons = Counter(verdict.code for verdict in last.verdicts)
+        counts = ", ".join(f"{count} {code}" for code, count in reasons.most_common())
+        example = next((f" For example: {v.reason}" for v in last.verdicts if v.reason), "")
+        super().__init__(
+            f"No reply was admitted in {rounds} rounds, so the model did not change. The last round: "
+            f"{counts or 'no node was asked'}.{example}"
+        )
 
 
 class RoundJournal(Protocol):
@@ -72,7 +86,8 @@ class RoundLoop(Strategy):
         """Run the rounds.
 
         The arguments and the result are those of Flower's `Strategy.start`. `timeout` is the limit in seconds for the
-        replies of each phase; None means no limit.
+        replies of each phase; None means no limit. Raises `NoReplyAdmitted` after the last round if no reply of the
+        run was admitted, so that the model is the initial one.
         """
         self.summary()
         if self.journal is not None:
@@ -105,6 +120,8 @@ class RoundLoop(Strategy):
             )
             started = ended
             self._finish(num_rounds)
+        if self.state.cost.messages and not self.state.cost.admitted:
+            raise NoReplyAdmitted(num_rounds, self.record)
         return result
 
     def _train(self, grid: Grid, number: int, messages: list[Message], result: Result) -> MetricRecord | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,8 @@ from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.server.rounds.round_size import RoundSize
 from corymb.strategies import Model, Proxy, Rule, ServerOptimizer
 from corymb.strategies.core.server_optimizer import OptimizerState
+
+log = logging.getLogger("flwr.corymb")
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class RunState:
 class Method:
     """The components that compute the next model from replies. `FlowerStrategy` describes each.
 
-    `examples_key` is the metric with a client's number of examples. Raises `ValueError` if a rule needs a proxy and
-    there is none.
+    `examples_key` is the metric with a client's number of examples. While a rule aggregates, the global random
+    generators of Python, numpy and torch are seeded with `seed` and the round's number. Raises `ValueError` if a rule
+    needs a proxy and there is none.
     """
 
     rule: Rule[Any]
@@ -58,6 +62,7 @@ class Method:
     round_size: RoundSize[Any] | None = None
     proxy: Proxy | None = None
     examples_key: str = EXAMPLES
+    seed: int = 0
 
     def __post_init__(self) -> None:
         others = self.candidate_election.rules if self.candidate_election else ()
@@ -66,7 +71,13 @@ class Method:
                 raise ValueError(f"{rule} needs proxy data; pass a proxy.")
 
     def check(self, model: Model) -> None:
-        """Raise `ValueError` if the parameters of the proxy's module are not those of `model`."""
+        """Raise `ValueError` if `model` has no parameters, or not those of the proxy's module."""
+        if not model.parameters.numel():
+            raise ValueError(
+                "The model has no tensor of floating-point numbers, and rules aggregate no others; send float tensors."
+            )
+        if kept := [name for name in model.integers if name.rpartition(".")[2] != "num_batches_tracked"]:
+            log.warning("\t│ Integer tensors are not aggregated; the model keeps its own: %s.", ", ".join(kept))
         if self.proxy is None:
             return
         model_entries, proxy_entries = (

@@ -75,10 +75,14 @@ class Examples:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the training examples and the test examples."""
+    """A data set: the training examples and the test examples.
+
+    `notes` are sentences for the user about what a reader guessed, changed or dropped.
+    """
 
     train: Examples
     test: Examples
+    notes: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from corymb.simulations.data.examples import Examples, Source
-from corymb.simulations.data.tables import TABLES, Rows, read_parquet, read_table
+from corymb.simulations.data.parquet import read_parquet
+from corymb.simulations.data.tables import TABLES, Rows, read_table
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,10 @@ class Options:
     """The settings that readers use; see `DataSettings`."""
 
     label: str | None = None
+    site: str | None = None
     positive_above: float | None = None
     test_fraction: float = 0.2
+    split_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,7 @@ def _idx(path: Path, options: Options) -> Source:
         return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(dimensions)
 
     def examples(part: str) -> Examples:
-        pixels = torch.from_numpy(read(part, "images").astype(np.float32) / 255).unsqueeze(1)
-        return Examples(pixels, torch.from_numpy(read(part, "labels").astype(np.int64)))
+        return Examples(scaled_pixels(read(part, "images")), torch.from_numpy(read(part, "labels").astype(np.int64)))
 
     return Source(examples("train"), examples("t10k"))
 
@@ -89,15 +92,18 @@ def _npz(path: Path, options: Options) -> Source:
     with np.load(path, allow_pickle=False) as arrays:
 
         def examples(suffix: str) -> Examples:
-            inputs, targets = (arrays[f"{name}{suffix}"] for name in "xy")
-            _require_classes(targets)
-            return Examples(torch.tensor(inputs, dtype=torch.float32), torch.tensor(targets, dtype=torch.int64))
+            inputs, targets = arrays[f"x{suffix}"], class_numbers(arrays[f"y{suffix}"])
+            is_pixels = inputs.dtype == np.uint8
+            return Examples(
+                scaled_pixels(inputs) if is_pixels else torch.tensor(inputs, dtype=torch.float32),
+                torch.from_numpy(targets),
+            )
 
         if "x_train" in arrays:
             offsets = arrays.get("offsets")
             return Source(replace(examples("_train"), offsets=offsets), examples("_test"))
         if "x" in arrays:
-            return split(examples(""), options.test_fraction)
+            return split(examples(""), options)
         names = ", ".join(arrays)
     raise ValueError(f"the file {path} has arrays {names}; name them x and y, or x_train, y_train, x_test, y_test")
 
@@ -108,62 +114,109 @@ def _npy(path: Path, options: Options) -> Source:
     def array(name: str, mapped: bool = False) -> Any:
         return np.load(path / f"{name}.npy", mmap_mode="c" if mapped else None, allow_pickle=False)
 
-    inputs, test = torch.from_numpy(array("x_train", mapped=True)), torch.from_numpy(array("x_test"))
-    if inputs.dtype not in (torch.uint8, torch.float32):
+    inputs, test = channels_first(array("x_train", mapped=True)), array("x_test")
+    if inputs.dtype not in (np.uint8, np.float32):
         raise ValueError(f"the array x_train is {inputs.dtype}; save it as uint8 or float32")
-    targets = torch.from_numpy(array("y_train").astype(np.int64))
     offsets = array("offsets").astype(np.int64) if (path / "offsets.npy").is_file() else None
-    test_inputs = test.float() / 255 if test.dtype == torch.uint8 else test.float()
+    test_inputs = scaled_pixels(test) if test.dtype == np.uint8 else torch.tensor(test, dtype=torch.float32)
     return Source(
-        Examples(inputs, targets, offsets=offsets, is_mapped=True),
-        Examples(test_inputs, torch.from_numpy(array("y_test").astype(np.int64))),
+        Examples(
+            torch.from_numpy(inputs), torch.from_numpy(class_numbers(array("y_train"))), offsets=offsets, is_mapped=True
+        ),
+        Examples(test_inputs, torch.from_numpy(class_numbers(array("y_test")))),
     )
 
 
+def channels_first(inputs: NDArray[Any]) -> NDArray[Any]:
+    """Return images of bytes as `[n, channels, height, width]`: `inputs` may lack the channels or have them last.
+
+    Inputs of another dtype, or without height and width, are returned as they are. The result is a view.
+    """
+    if inputs.dtype != np.uint8:
+        return inputs
+    if inputs.ndim == 3:
+        return inputs[:, None]
+    if inputs.ndim == 4 and inputs.shape[3] in (1, 3, 4) and inputs.shape[1] > 4:
+        return inputs.transpose(0, 3, 1, 2)
+    return inputs
+
+
+def scaled_pixels(inputs: NDArray[Any]) -> torch.Tensor:
+    """Return the bytes of images as float32 from 0 to 1, with the channels first; see `channels_first`."""
+    return torch.from_numpy(np.ascontiguousarray(channels_first(inputs)).astype(np.float32) / 255)
+
+
+def class_numbers(labels: NDArray[Any]) -> NDArray[np.int64]:
+    """Return `labels [n]` or `[n, 1]` as int64, `[n]`. Raises `ValueError` for fractions and other shapes."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iufb" or (labels != np.floor(labels)).any():
+        raise ValueError(
+            f"the labels are {labels.dtype}{[*labels.shape]}; give one class number, a whole number, per input"
+        )
+    return labels.astype(np.int64)
+
+
 def _parquet(path: Path, options: Options) -> Source:
-    def examples(file: Path) -> Examples:
-        inputs, targets = read_parquet(file, options.label)
-        return Examples(torch.from_numpy(inputs), torch.from_numpy(targets))
+    def examples(files: list[Path]) -> tuple[Examples, str]:
+        inputs, targets, label = read_parquet(files, options.label)
+        pixels = scaled_pixels(inputs) if inputs.dtype == np.uint8 else torch.from_numpy(inputs)
+        return Examples(pixels, torch.from_numpy(targets)), f"The label is the column {label!r}."
 
     if path.is_file():
-        return split(examples(path), options.test_fraction)
-    return Source(examples(path / "train.parquet"), examples(path / "test.parquet"))
+        table, note = examples([path])
+        return replace(split(table, options), notes=(note,))
+    parts = [sorted(path.glob(f"{part}*.parquet")) for part in ("train", "test")]
+    if not all(parts):
+        raise ValueError(f"the folder {path} needs files train*.parquet and test*.parquet")
+    (train, note), (test, _) = map(examples, parts)
+    return Source(train, test, (note,))
 
 
 def _table(path: Path, options: Options) -> Source:
     """Read one table, or one table per site."""
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in TABLES)
-    sites = [(file.stem.rpartition(".")[2], read_table(file, options.label)) for file in files]
-    rows = Rows.concatenated([table for _, table in sites]).complete().standardised()
-    names = tuple(sites[origin][0] for origin in rows.origins)
-    labels = rows.labels if options.positive_above is None else rows.labels > options.positive_above
-    _require_classes(labels)
-    examples = Examples(torch.tensor(rows.inputs, dtype=torch.float32), torch.tensor(labels.astype(np.int64)), names)
-    return split(examples if len(sites) > 1 else replace(examples, sites=None), options.test_fraction)
+    rows = Rows.of([read_table(file, options.label, options.site) for file in files]).complete()
+    targets, notes = rows.classes(options.positive_above)
+    inputs = torch.tensor(rows.inputs, dtype=torch.float64)
+    source = split(Examples(inputs, torch.from_numpy(targets), rows.sites), options)
+    return replace(standardised(source), notes=(*rows.notes, *notes))
 
 
-def _require_classes(labels: np.ndarray[tuple[int, ...], np.dtype[Any]]) -> None:
-    if (labels != np.floor(labels)).any():
-        raise ValueError("the labels are not whole numbers; for a table, set data.positive_above to make them binary")
+def standardised(source: Source) -> Source:
+    """Scale each column to mean 0 and standard deviation 1 over the training examples; constant columns become 0."""
+    inputs = source.train.inputs
+    mean, deviation = inputs.mean(dim=0), inputs.std(dim=0, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    train, test = (
+        replace(part, inputs=((part.inputs - mean) / deviation).float()) for part in (source.train, source.test)
+    )
+    return Source(train, test, source.notes)
 
 
-def split(examples: Examples, test_fraction: float) -> Source:
+def split(examples: Examples, options: Options) -> Source:
     """Split `examples`: about `test_fraction` of each site and label become the test examples.
 
-    The split takes every k-th example and uses no random numbers, so all seeds have the same test set.
+    The split takes every k-th example. With `split_seed` the examples are shuffled before. All seeds of an experiment
+    have the same test set.
     """
+    order: list[int] = list(range(len(examples)))
+    if options.split_seed is not None:
+        order = np.random.default_rng(options.split_seed).permutation(len(examples)).tolist()
+    targets = examples.targets.tolist()
     strata: dict[object, list[int]] = {}
-    for row, target in enumerate(examples.targets.tolist()):
-        strata.setdefault((examples.sites and examples.sites[row], target), []).append(row)
+    for row in order:
+        strata.setdefault((examples.sites and examples.sites[row], targets[row]), []).append(row)
     is_test = torch.zeros(len(examples), dtype=torch.bool)
     for rows in strata.values():
-        size = round(test_fraction * len(rows))
+        size = round(options.test_fraction * len(rows))
         is_test[[rows[i * len(rows) // size] for i in range(size)]] = True
     return Source(examples.rows((~is_test).nonzero()[:, 0]), examples.rows(is_test.nonzero()[:, 0]))
 
 
+SPLIT = frozenset({"test_fraction", "split_seed"})
 IDX = Format("idx files", frozenset(), _idx)
 NPY = Format("npy files", frozenset(), _npy)
-NPZ = Format("an npz file", frozenset({"test_fraction"}), _npz)
-PARQUET = Format("parquet files", frozenset({"label", "test_fraction"}), _parquet)
-TABLE = Format("tables", frozenset({"label", "positive_above", "test_fraction"}), _table)
+NPZ = Format("an npz file", SPLIT, _npz)
+PARQUET = Format("parquet files", SPLIT | {"label"}, _parquet)
+TABLE = Format("tables", SPLIT | {"label", "site", "positive_above"}, _table)

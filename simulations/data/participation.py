@@ -106,7 +106,10 @@ class Trace:
                 warnings.simplefilter("ignore")  # numpy warns about an empty file, which is an error below
                 table = np.loadtxt(path, delimiter=",", ndmin=2)
         except (OSError, ValueError) as error:
-            raise ValueError(f"The trace file {path} cannot be read ({error}); give lines of 0 and 1.") from None
+            problem = f"The trace file {path} cannot be read ({error}); give lines of 0 and 1, separated by commas."
+            raise ValueError(problem) from None
+        if not np.isin(table, (0, 1)).all():
+            raise ValueError(f"The trace file {path} has numbers other than 0 and 1; give only these.")
         if not table.size:
             raise ValueError(f"The trace file {path} is empty; give one line of 0 and 1 per round.")
         if table.shape[1] != nodes:

@@ -107,7 +107,7 @@ class TraceSettings(Settings):
 
     kind: Literal["trace"] = "trace"
     path: Path
-    """The file: one line per round, with a 0 or 1 per client. It repeats from its start."""
+    """The file: one line per round, with a 0 or 1 per client, separated by commas. It repeats from its start."""
 
     def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
         """Return the process. Raises `ValueError` if the file cannot be read or does not have N columns."""

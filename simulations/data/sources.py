@@ -11,7 +11,7 @@ from pydantic import Field
 
 from corymb.protocol.settings import Settings
 from corymb.simulations.data.examples import Examples, Source
-from corymb.simulations.data.formats import Options, digits, format_at, split
+from corymb.simulations.data.formats import SPLIT, Options, digits, format_at, split
 from corymb.strategies.core.registry import Registry
 
 DIGITS = "digits"
@@ -33,10 +33,14 @@ class DataSettings(Settings):
     label: str | None = None
     """The column of a table that holds the label. Default: the column called label, target, y or class, else the
     last."""
+    site: str | None = None
+    """The column of a table that holds each row's site, for `partition.kind = "site"`. It is not an input."""
     positive_above: float | None = None
     """Makes a table's label binary: 1 above this number, else 0."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """The share of each site and class that becomes the test set, if the data have none."""
+    split_seed: int | None = None
+    """Draws the test set by this seed. Default: every k-th example of each site and class."""
     examples: int | None = Field(None, ge=1)
     """The number of training examples, drawn by the seed. Default: all."""
     mean: float = 0.0
@@ -47,15 +51,15 @@ class DataSettings(Settings):
     def load(self) -> Source:
         """Read the source. Runs with the same data settings share one copy in memory.
 
-        A folder contains idx files (with MNIST's names, gzipped or not), train.parquet and test.parquet, the arrays
+        A folder contains idx files (with MNIST's names, gzipped or not), train*.parquet and test*.parquet, the arrays
         x_train.npy, y_train.npy, x_test.npy and y_test.npy (x_train memory-mapped; uint8 pixels or float32), or one
         table per site (.csv or .data; the file's name is the site's). A file is .npz (with `x_train`, `y_train`,
-        `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In tables, "?" and empty cells are missing;
-        columns with over a third of their cells missing are dropped, then rows with missing cells; the remaining
-        columns are standardised.
+        `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In tables, columns with over a third of their
+        cells missing are dropped, then rows with missing cells; the remaining columns are standardised by the mean
+        and deviation of the training examples.
 
-        Pixels are scaled to 0 to 1. For partition.kind = "site", arrays may have `offsets [N + 1]` from 0 beside
-        `y_train`: the contiguous ranges of examples of N sites.
+        Pixels of bytes are scaled to 0 to 1, in every format. For partition.kind = "site", arrays may have `offsets
+        [N + 1]` from 0 beside `y_train`: the contiguous ranges of examples of N sites.
 
         Raises `ValueError` for data that do not exist or cannot be read, and for settings that do not apply to them.
         """
@@ -72,18 +76,20 @@ class DataSettings(Settings):
             raise ValueError(f"The data at {self.source!r} cannot be read: {problem}.") from error
         if not len(source.train) or not len(source.test):
             sizes = f"{len(source.train)} training examples and {len(source.test)} test examples"
-            raise ValueError(f"The data at {self.source!r} give {sizes}; add data, or increase data.test_fraction.")
-        return Source(*(part.normalised(self.mean, self.deviation) for part in (source.train, source.test)))
+            problem = f"The data at {self.source!r} give {sizes}; add data, or increase data.test_fraction."
+            raise ValueError(" ".join([problem, *source.notes]))
+        train, test = (part.normalised(self.mean, self.deviation) for part in (source.train, source.test))
+        return Source(train, test, source.notes)
 
     def _read(self) -> Source:
         path = Path(self.source).expanduser()
         if self.source == DIGITS:
-            self._reject_settings("the digits", {"test_fraction"})
-            return split(digits(), self.test_fraction)
+            self._reject_settings("the digits", SPLIT)
+            return split(digits(), self._options())
         if path.exists():
             file_format = format_at(path)
             self._reject_settings(file_format.name, file_format.options)
-            return file_format.read(path, Options(self.label, self.positive_above, self.test_fraction))
+            return file_format.read(path, self._options())
         if ":" in self.source or self.source in SOURCES.names():
             self._reject_settings("a function", {"options"})
             return _as_source(SOURCES.find(self.source)(**self.options))
@@ -91,9 +97,12 @@ class DataSettings(Settings):
             f"There is no data at {self.source!r}; give the path of a file or folder, {DIGITS!r}, or 'module:function'."
         )
 
+    def _options(self) -> Options:
+        return Options(self.label, self.site, self.positive_above, self.test_fraction, self.split_seed)
+
     def _reject_settings(self, kind: str, applicable: set[str] | frozenset[str]) -> None:
         """Raise `UnknownData` if a setting is given that is not `applicable` to this `kind` of source."""
-        optional = {"options", "label", "positive_above", "test_fraction"}
+        optional = {"options", "label", "site", "positive_above", "test_fraction", "split_seed"}
         given = self.model_dump(exclude_defaults=True).keys()
         for key in sorted((given & optional) - applicable):
             raise UnknownData(f"data.{key} does not apply to {kind} at {self.source!r}; remove it.")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,24 +14,54 @@ Floats = NDArray[np.float64]
 TABLES = (".csv", ".data")
 MAX_MISSING = 1 / 3  # a column with a larger share of missing cells is dropped
 LABELS = ("label", "target", "y", "class")  # default names of the label column
+SITES = ("site", "client", "hospital")  # names of columns that are probably not inputs
+INDEX = ("", "unnamed: 0")  # names that pandas gives to a column of row numbers
+MISSING = ("", "?", "nan", "na", "n/a", "null")  # in any case
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file: `inputs [n, d]` with NaN for missing cells, `labels [n]`, and the names of the columns, if it has any.
+
+    `label` names the label's column, or says where it is. `sites [n]` are the values of the site column, if any.
+    """
+
+    path: Path
+    inputs: Floats
+    labels: Floats
+    names: tuple[str, ...] | None
+    label: str
+    sites: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`inputs [n, d]` with NaN for missing cells, `labels [n]`, and `origins [n]`, the number of each row's table."""
+    """The rows of all tables: `inputs [n, d]` with NaN for missing cells, `labels [n]`, and the `sites [n]`.
+
+    `names` are the columns, and `notes` say what was dropped, for the user.
+    """
 
     inputs: Floats
     labels: Floats
-    origins: tuple[int, ...]
+    sites: tuple[str, ...] | None
+    names: tuple[str, ...] | None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def concatenated(cls, tables: list[tuple[Floats, Floats]]) -> Rows:
-        """Concatenate `tables` of inputs and labels. Raises `ValueError` if their numbers of columns differ."""
-        widths = {inputs.shape[1] for inputs, _ in tables}
-        if len(widths) != 1:
-            raise ValueError(f"the sites' tables have {sorted(widths)} columns; give all tables the same columns")
-        origins = tuple(i for i, (_, labels) in enumerate(tables) for _ in labels)
-        return cls(np.concatenate([t[0] for t in tables]), np.concatenate([t[1] for t in tables]), origins)
+    def of(cls, tables: Sequence[Table]) -> Rows:
+        """Concatenate `tables`, whose columns are matched by name; without names, by position.
+
+        Several tables are several sites, called by their files' names. Raises `ValueError` if their columns differ.
+        """
+        first = tables[0]
+        inputs = [_in_order(table, first) for table in tables]
+        sites = first.sites
+        if len(tables) > 1:
+            sites = tuple(table.path.stem.rpartition(".")[2] for table in tables for _ in table.labels)
+        notes = [f"The label is {first.label}.", *dict.fromkeys(note for table in tables for note in table.notes)]
+        labels = np.concatenate([table.labels for table in tables])
+        return cls(np.concatenate(inputs), labels, sites, first.names, tuple(notes))
 
     def complete(self) -> Rows:
         """Drop columns with too many missing cells, then rows with any. Raises `ValueError` if no row is left."""
@@ -41,75 +70,138 @@ class Rows:
         complete = ~(np.isnan(inputs).any(axis=1) | np.isnan(self.labels))
         if not complete.any():
             raise ValueError(f"none of the {len(inputs)} rows is complete; fill in the missing cells")
-        origins = tuple(origin for origin, keep in zip(self.origins, complete, strict=True) if keep)
-        return Rows(inputs[complete], self.labels[complete], origins)
+        notes = list(self.notes)
+        if dropped := [self._name(column) for column in np.flatnonzero(~columns).tolist()]:
+            notes.append(f"Dropped, as over a third of the cells are missing: {', '.join(dropped)}.")
+        if not complete.all():
+            notes.append(f"Dropped {(~complete).sum()} of {len(complete)} rows with missing cells.")
+        sites = None
+        if self.sites is not None:
+            sites = tuple(site for site, keep in zip(self.sites, complete, strict=True) if keep)
+            if gone := sorted(set(self.sites) - set(sites)):
+                notes.append(f"No row is left of: {', '.join(gone)}.")
+        return Rows(inputs[complete], self.labels[complete], sites, self.names, tuple(notes))
 
-    def standardised(self) -> Rows:
-        """Scale each column to mean 0 and standard deviation 1; constant columns become 0."""
-        deviation = self.inputs.std(axis=0)
-        inputs = (self.inputs - self.inputs.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
-        return Rows(inputs, self.labels, self.origins)
+    def classes(self, positive_above: float | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the class numbers `[n]`, from 0 without gaps, and notes.
+
+        With `positive_above` a class is whether the label is above it. Raises `ValueError` for a fraction.
+        """
+        labels = self.labels if positive_above is None else (self.labels > positive_above).astype(np.float64)
+        if (labels != np.floor(labels)).any():
+            raise ValueError("the labels are not whole numbers; set data.positive_above to make them binary")
+        if (labels < 0).any():
+            raise ValueError(f"the label {labels.min():g} is negative; number the classes from 0")
+        values, classes = np.unique(labels, return_inverse=True)
+        if values.tolist() == list(range(len(values))):
+            return classes.astype(np.int64), ()
+        named = ", ".join(f"{value:g} -> {number}" for number, value in enumerate(values))
+        return classes.astype(np.int64), (f"Labels became class numbers: {named}.",)
+
+    def _name(self, column: int) -> str:
+        return self.names[column] if self.names else f"column {column + 1} of the inputs"
 
 
-def read_table(path: Path, label: str | None) -> tuple[Floats, Floats]:
-    """Return the inputs `[n, d]` and labels `[n]` of a comma-separated file, with or without a header line.
-
-    Raises `ValueError` for an empty or ragged table, a cell that is not a number, and an unknown `label` column.
-    """
-    with path.open(newline="") as file:
-        lines = [line for line in csv.reader(file, skipinitialspace=True) if line]
-    if not lines:
-        raise ValueError(f"the table {path} is empty; give rows of numbers")
-    names = None if all(_is_number(cell) for cell in lines[0]) else lines.pop(0)
-    target = _label_column(path, names, label)
-    if not lines or len({len(line) for line in lines}) > 1:
+def _in_order(table: Table, first: Table) -> Floats:
+    """Return the inputs of `table` with its columns in the order of `first`'s."""
+    if table.names is None or first.names is None:
+        if (table.names is None) != (first.names is None) or table.inputs.shape[1] != first.inputs.shape[1]:
+            raise ValueError(
+                f"{table.path.name} and {first.path.name} differ in their columns; give all tables the same columns"
+            )
+        return table.inputs
+    if different := set(table.names) ^ set(first.names):
         raise ValueError(
-            f"the rows of {path.name} have {sorted({len(line) for line in lines})} cells; give at least one row, and "
-            "the same number of cells in each"
+            f"only one of {table.path.name} and {first.path.name} has the column {min(different)!r}; give all tables "
+            "the same columns"
         )
-    try:
-        cells = np.array([[float(c) if c not in ("", "?") else np.nan for c in line] for line in lines])
-    except ValueError as error:
-        raise ValueError(f"the table {path} has a cell that is not a number ({error}); encode it as a number") from None
-    return np.delete(cells, target, axis=1), cells[:, target]
+    return table.inputs[:, [table.names.index(name) for name in first.names]]
 
 
-def read_parquet(path: Path, label: str | None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the inputs and labels of a parquet file.
+def read_table(path: Path, label: str | None, site: str | None = None) -> Table:
+    """Read a comma-separated file, with or without a header line; `site` names a column with each row's site.
 
-    Inputs are the number columns, `[n, d]`, or, if there is a column `image` of encoded images, pixels from 0 to 1,
-    `[n, channels, height, width]`. Raises `ValueError` if a package, the file or the `label` column is missing.
+    Raises `ValueError` for an empty or ragged table, a cell that is not a number, and an unknown column.
     """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        numbered = [(number, line) for number, line in enumerate(csv.reader(file, skipinitialspace=True), 1) if line]
+    if not numbered:
+        raise ValueError(f"the table {path} is empty; give rows of numbers")
+    names = None if all(_is_number(cell) for cell in numbered[0][1]) else [cell.strip() for cell in numbered.pop(0)[1]]
+    _check_shape(path, names, [line for _, line in numbered])
+    target = column_of(path, names, label, "label")
+    places = {target % len(numbered[0][1])}
+    notes, sites = [], None
+    if site is not None:
+        place = column_of(path, names, site, "site")
+        sites = tuple(line[place].strip() for _, line in numbered)
+        places.add(place)
+    elif names and (found := next((name for name in names if name.lower() in SITES), None)):
+        raise ValueError(f"the table {path} has a column {found!r}; set data.site = {found!r}, or remove the column")
+    if names and names[0].lower() in INDEX and 0 not in places:
+        places.add(0)
+        notes.append(f"Dropped the first column of {path.name}, the row numbers that pandas writes.")
+    kept = [place for place in range(len(numbered[0][1])) if place not in places]
+    cells = np.array([[_number(path, names, n, line, place) for place in (*kept, target)] for n, line in numbered])
+    return Table(
+        path,
+        cells[:, :-1],
+        cells[:, -1],
+        tuple(names[place] for place in kept) if names else None,
+        f"the column {names[target]!r}" if names else "the last column",
+        sites,
+        tuple(notes),
+    )
+
+
+def _check_shape(path: Path, names: list[str] | None, lines: list[list[str]]) -> None:
+    """Raise `ValueError` unless there are lines, all have the same number of cells, and names are different."""
+    widths = sorted({len(line) for line in [*([names] if names else []), *lines]})
+    if not lines:
+        raise ValueError(f"the table {path} has no rows below its column names; give at least one")
+    if widths == [1]:
+        raise ValueError(f"the rows of {path.name} have one cell; separate the cells by commas")
+    if len(widths) > 1:
+        raise ValueError(f"the rows of {path.name} have {widths} cells; give the same number in each row")
+    if names and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the table {path} has two columns {twice!r}; rename one")
+
+
+def _number(path: Path, names: list[str] | None, number: int, line: list[str], place: int) -> float:
+    """Return a cell as a number, NaN if it is missing. Raises `ValueError` for text and infinite numbers."""
+    cell = line[place].strip()
+    if cell.lower() in MISSING:
+        return np.nan
     try:
-        from PIL import Image
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError("parquet files need pyarrow and pillow; run pip install 'corymb[parquet]'") from None
-    if not path.exists():
-        raise ValueError(f"the file {path} does not exist; a parquet folder needs train.parquet and test.parquet")
-    columns: dict[str, list[Any]] = parquet.read_table(path).to_pydict()
-    target = list(columns)[_label_column(path, list(columns), label)]
-    labels = np.array(columns.pop(target), dtype=np.int64)
-    if "image" in columns:
-        pictures = [np.asarray(Image.open(BytesIO(cell["bytes"]))) for cell in columns["image"]]
-        pixels = np.stack(pictures).astype(np.float32) / 255
-        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-        return np.ascontiguousarray(pixels), labels
-    return np.array(list(columns.values()), dtype=np.float32).T, labels
+        value = float(cell)
+    except ValueError:
+        value = np.inf
+    if not np.isfinite(value):
+        column = repr(names[place]) if names else str(place + 1)
+        raise ValueError(
+            f"the table {path} has {cell!r} in line {number}, column {column}; encode it as a finite number, or leave "
+            "it empty if it is missing"
+        )
+    return value
 
 
-def _label_column(path: Path, names: list[str] | None, label: str | None) -> int:
-    if label is None:
-        return next((i for i, name in enumerate(names or []) if name.lower() in LABELS), -1)
-    if names is None or label not in names:
+def column_of(path: Path, names: list[str] | None, name: str | None, kind: str) -> int:
+    """Return the place of the `kind` of column called `name`. Without a name, the label is found by its usual names.
+
+    Raises `ValueError` if there is no such column.
+    """
+    if name is None:
+        return next((i for i, each in enumerate(names or []) if each.lower() in LABELS), -1)
+    if names is None or name not in names:
         columns = f"it has {', '.join(names)}" if names else "it has no header line"
-        raise ValueError(f"the table {path} has no column {label!r}; {columns}")
-    return names.index(label)
+        raise ValueError(f"the table {path} has no {kind} column {name!r}; {columns}")
+    return names.index(name)
 
 
 def _is_number(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
-        return cell in ("", "?")
+        return cell.strip().lower() in MISSING
     return True

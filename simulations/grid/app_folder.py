@@ -60,6 +60,7 @@ def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any]) -> None:
         raise ValueError(f"The app has no config key {min(unknown)!r}; [tool.flwr.app.config] has {known}.")
     grid = LocalGrid(app.client_app, nodes, run_config={**app.config, **changes})
     app.server_app(grid=grid, context=grid.server_context())
+    grid.finish()
     grid.require_replies()
 
 

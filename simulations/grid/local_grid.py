@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from math import inf
+from threading import RLock
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
@@ -19,8 +21,11 @@ from corymb.protocol.flower import (
     set_task_identity,
     unchecked_reply,
 )
+from corymb.protocol.records import copied_message, copied_records
 from corymb.simulations.data.clients import Client, CohortTrainer, IndexedReplies
 from corymb.simulations.data.population import client_names
+from corymb.simulations.grid.waiting import WaitingMessages
+from corymb.strategies.core.random_state import protected_generators
 
 log = logging.getLogger("flwr.corymb")
 RUN_ID = 1
@@ -59,12 +64,12 @@ class LocalGrid(Grid):
         self._run_config: UserConfig = dict(run_config or {})
         self._node_config = node_config
         self._contexts: dict[int, Context] = {}
-        self._waiting: dict[str, Message] = {}  # by message id: messages whose clients have not started
+        self._waiting = WaitingMessages()
         self._begun: dict[str, Message] = {}  # messages whose clients train together and have not replied yet
         self._answers: IndexedReplies = iter(())  # replies to the begun messages; an index refers to `_begun_ids`
         self._begun_ids: list[str] = []
         self._ready: dict[str, Message] = {}  # replies to begun messages that have not been pulled yet
-        self._numbers = count(1)
+        self._lock = RLock()
         self._run = empty_run(RUN_ID)
         self.replies = 0
         self.failures: Counter[str] = Counter()  # each different text is logged once
@@ -99,21 +104,27 @@ class LocalGrid(Grid):
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue `messages` and return their ids. Raises `ValueError` for an unknown node."""
+        """Queue `messages` and return their ids. A message to an unknown node is not sent, and gets no id."""
         ids = []
         for message in messages:
             node_id = message.metadata.dst_node_id
             if not 0 <= node_id - FIRST_NODE_ID < len(self._names):
-                raise ValueError(f"Node {node_id} does not exist in this grid of {len(self._names)} nodes.")
-            message_id = f"message-{next(self._numbers)}"
-            set_message_id(message, message_id)
-            self._waiting[message_id] = message
-            ids.append(message_id)
+                log.warning("Node %d does not exist in this grid of %d nodes.", node_id, len(self._names))
+                continue
+            ids.append(self._waiting.add(message))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Run the clients that `message_ids` were sent to and return their replies. Each reply is returned once."""
-        return [reply for message_id in message_ids for reply in self._pull(message_id)]
+        with self._lock:
+            return [reply for message_id in message_ids for reply in self._pull(message_id)]
+
+    def finish(self) -> None:
+        """Run the clients whose messages nobody has pulled, as a deployment does. Their replies are dropped."""
+        with self._lock:
+            for message_id in self._waiting:
+                if message_id in self._waiting:
+                    self._run_client(message_id)
 
     def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
         """See `StreamingGrid`: clients that run one by one reply first, then those that train together."""
@@ -123,7 +134,10 @@ class LocalGrid(Grid):
         try:
             for message_id in wanted:
                 if message_id not in together:
-                    yield message_id, self._run_client(self._waiting.pop(message_id))
+                    with self._lock:
+                        reply = self._run_client(message_id)
+                    yield message_id, reply
+                    del reply
             while together:
                 message_id = self._receive_next()
                 if message_id in together:
@@ -131,12 +145,24 @@ class LocalGrid(Grid):
                     yield message_id, self._ready.pop(message_id)
         finally:  # drop the messages and replies that the caller no longer waits for
             for message_id in wanted:
-                for queue in (self._waiting, self._begun, self._ready):
+                if message_id in self._waiting:
+                    self._waiting.take(message_id)
+                for queue in (self._begun, self._ready):
                     queue.pop(message_id, None)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Push `messages` and return all replies; `timeout` has no effect, as the clients run in this process."""
-        return self.pull_messages(self.push_messages(messages))
+        """Push `messages` and return the replies that are there after `timeout` seconds; None means all replies.
+
+        A client that is running at the deadline runs to its end, but its reply is dropped, as are those of the clients
+        that have not started.
+        """
+        deadline = inf if timeout is None else time.monotonic() + timeout
+        replies = []
+        for message_id in self.push_messages(messages):
+            if time.monotonic() < deadline:
+                arrived = self.pull_messages([message_id])
+                replies += arrived if time.monotonic() < deadline else []
+        return replies
 
     def require_replies(self) -> None:
         """Raise `ValueError` if clients ran and the app raised an exception at every one."""
@@ -154,7 +180,7 @@ class LocalGrid(Grid):
         if message_id in self._ready:
             yield self._ready.pop(message_id)
         elif message_id in self._waiting:
-            yield self._run_client(self._waiting.pop(message_id))
+            yield self._run_client(message_id)
 
     def _is_training(self, message_id: str) -> bool:
         return self._waiting[message_id].metadata.message_type.startswith("train")
@@ -167,7 +193,7 @@ class LocalGrid(Grid):
         while self._begun:  # replies to an earlier push, which a strategy may still pull
             self._receive_next()
         self._begun_ids = ids
-        self._begun = {message_id: self._waiting.pop(message_id) for message_id in ids}
+        self._begun = {message_id: self._waiting.take(message_id) for message_id in ids}
         self._answers = self._app.train_together(
             [(message, self._context(message.metadata.dst_node_id)) for message in self._begun.values()]
         )
@@ -180,14 +206,21 @@ class LocalGrid(Grid):
             self._ready[message_id] = self._finish(self._begun.pop(message_id), reply)
         return message_id
 
-    def _run_client(self, message: Message) -> Message:
-        """Run the client that `message` was sent to and return its reply."""
+    def _run_client(self, message_id: str) -> Message:
+        """Run the client of this message, after the earlier messages to the same node, and return its reply."""
+        while (oldest := self._waiting.oldest_at(message_id)) != message_id:
+            self._ready[oldest] = self._run_client(oldest)
+        message = self._waiting.take(message_id)
         context = self._context(message.metadata.dst_node_id)
+        before = copied_records(context.state)
         reply: Message | Exception
-        try:
-            reply = self._app(_copy(message), context)
-        except Exception as error:
-            reply = error
+        with protected_generators():
+            try:
+                reply = self._app(copied_message(message), context)
+            except Exception as error:
+                reply = error
+        if isinstance(reply, Exception):
+            context.state = before
         if context.state:
             self._contexts[context.node_id] = context
         return self._finish(message, reply)
@@ -214,12 +247,3 @@ class LocalGrid(Grid):
         row = node_id - FIRST_NODE_ID
         config = {"partition-id": row, "num-partitions": len(self._names), **self._node_config(row)}
         return Context(RUN_ID, node_id, config, RecordDict(), self._run_config.copy())
-
-
-def _copy(message: Message) -> Message:
-    """Return `message` with its own records: messages may share one content, and an app may change its records."""
-    content = message.content.copy()
-    for name, record in content.items():
-        content[name] = record.copy()
-    copied: Message = Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]  # as grids do
-    return copied

@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -27,8 +28,11 @@ from corymb.simulations.results.folder import (
     scores,
     write,
 )
+from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import Plan, run_all
+
+MAX_SENTENCES = 3  # about clients that never counted; the report has all
 
 
 def simulate_experiments(
@@ -52,14 +56,18 @@ def simulate_experiments(
         out if out and len(experiments) == 1 else (out or Path("runs")) / experiment.name for experiment in experiments
     ]
     plans = [(resolve(experiment), folder) for experiment, folder in zip(experiments, folders, strict=True)]
+    for note in dict.fromkeys(note for resolved, _ in plans for note in resolved.source.notes):
+        console.print(f"Data: {note}", markup=False, soft_wrap=True)
     reports = [
-        (resolved.experiment.name, _ranking(runs), write_report(resolved, runs, folder))
+        (resolved, runs, write_report(resolved, runs, folder))
         for (resolved, folder), runs in zip(plans, _run_plans(plans, jobs, console), strict=True)
     ]
-    for name, ranking, report in reports:
+    for resolved, runs, report in reports:
         if len(reports) > 1:
-            console.print(f"[bold]{escape(name)}[/bold]")
-        console.print(ranking)
+            console.print(f"[bold]{escape(resolved.experiment.name)}[/bold]")
+        console.print(_ranking(runs))
+        for sentence in never_counted(runs, resolved.first.names)[:MAX_SENTENCES]:
+            console.print(sentence, markup=False, soft_wrap=True)
         console.print(f"Report: {report}", soft_wrap=True, markup=False)
 
 
@@ -130,6 +138,7 @@ def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console)
     """Run the Flower app in `folder` on a LocalGrid; progress is in Flower's log."""
     app = load_app(folder)
     logging.getLogger("flwr").setLevel(logging.INFO)
+    torch.set_num_threads(1)  # as for experiments: on shared cores, more threads are slower for small models
     started = time.monotonic()
     run_app(app, nodes, dict(map(parse_change, changes)))
     console.print(f"Finished on {nodes} nodes in {time.monotonic() - started:.1f} s.")

@@ -100,10 +100,11 @@ def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None
     _write_lines(
         folder / "clients.jsonl",
         (
-            {"rule": run.rule, "seed": run.seed, "round": record.round} | _drop_empty(vars(verdict))
+            {"rule": run.rule, "seed": run.seed, "round": record.round} | phase | _drop_empty(vars(verdict))
             for run in runs
             for record in run.records
-            for verdict in record.verdicts
+            for phase, verdicts in (({}, record.verdicts), ({"phase": "evaluate"}, record.evaluations))
+            for verdict in verdicts
             if verdict.code != "offline"
         ),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -26,6 +27,7 @@ STYLE: Any = {
 
 
 MAX_BARS = 300  # clients in the plot of labels
+MAX_NAMES = 12  # clients whose names fit beside a plot
 
 
 def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[str, str]:
@@ -42,7 +44,7 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
             lambda: participation(first_runs[0], scenario),
         ),
         "weights.png": (
-            f"Weight of each client relative to the largest of the round (seed {seed})",
+            f"Weight of each client, divided by the largest of the round (seed {seed})",
             lambda: weights(first_runs, scenario),
         ),
         "labels.png": (f"Examples per class of each client (seed {seed})", lambda: labels(scenario)),
@@ -84,6 +86,7 @@ def participation(run: FinishedRun, scenario: Scenario) -> Figure:
         took_part, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=1, extent=_extent(took_part)
     )
     axes.set(xlabel="round", ylabel="client")
+    _name_clients(axes, scenario)
     return figure
 
 
@@ -98,6 +101,7 @@ def weights(runs: list[FinishedRun], scenario: Scenario) -> Figure:
     panels: NDArray[np.object_] = figure.subplots(len(maps), 1, sharex=True, squeeze=False)
     for axes, (rule, matrix) in zip(panels[:, 0], maps.items(), strict=True):
         axes.set(title=rule, ylabel="client")
+        _name_clients(axes, scenario)
         image = axes.imshow(matrix, aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=_extent(matrix))
         figure.colorbar(image, ax=axes, shrink=0.8)
     panels[-1, 0].set_xlabel("round")
@@ -134,12 +138,18 @@ def labels(scenario: Scenario) -> Figure:
             label=label,
         )
         bottom += counts[:, label]
-    if len(sizes) <= 10:
+    if len(sizes) <= MAX_NAMES:
         axes.set_xticks(range(len(sizes)), scenario.names)
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.7, len(sizes) - 0.3))
     if counts.shape[1] <= 20:
         figure.legend(title="class", loc="outside right upper", ncols=1 + (counts.shape[1] > 10))
     return figure
+
+
+def _name_clients(axes: Axes, scenario: Scenario) -> None:
+    """Put the clients' names on the vertical axis, if there is room for them."""
+    if len(scenario.names) <= MAX_NAMES:
+        axes.set_yticks(range(len(scenario.names)), scenario.names)
 
 
 def _extent(matrix: NDArray[np.float64]) -> tuple[float, float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from corymb.server import RoundRecord
+
+SECONDS_BETWEEN_LINES = 60.0
 
 
 class Board:
@@ -50,7 +53,13 @@ class Board:
 
 @contextmanager
 def progress(titles: Sequence[tuple[str, int]], board: Board, console: Console) -> Iterator[Callable[[int], None]]:
-    """Show a bar for each of `titles` (title, number of rounds); yield a function that updates the bar of a run."""
+    """Show a bar for each of `titles` (title, number of rounds); yield a function that updates the bar of a run.
+
+    Without a terminal, each run prints a line a minute, and one when it ends.
+    """
+    if not console.is_terminal:
+        yield _Lines(titles, board, console).show
+        return
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -69,3 +78,19 @@ def progress(titles: Sequence[tuple[str, int]], board: Board, console: Console) 
                 bars.update(tasks[number], completed=rounds, measured=measured)
 
         yield show
+
+
+class _Lines:
+    """Lines of progress, for output that is not a terminal."""
+
+    def __init__(self, titles: Sequence[tuple[str, int]], board: Board, console: Console) -> None:
+        self._titles, self._board, self._console = titles, board, console
+        self._printed = dict.fromkeys(range(len(titles)), (0, time.monotonic()))  # the round and time of the last line
+
+    def show(self, number: int) -> None:
+        """Print a line about run `number`, if it is time for one."""
+        rounds, measured = self._board.read(number)
+        (title, total), (printed, when) = self._titles[number], self._printed[number]
+        if rounds > printed and (rounds == total or time.monotonic() - when > SECONDS_BETWEEN_LINES):
+            self._printed[number] = (rounds, time.monotonic())
+            self._console.print(f"{title}  round {rounds}/{total}  {measured}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from corymb.server.settings import RuleSettings
 from corymb.simulations.experiments.resolved import Resolved
 from corymb.simulations.results.folder import FinishedRun, scores
+from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
 
 
@@ -32,6 +33,8 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
     page = environment.get_template("report.html.j2").render(
         experiment=experiment,
         clients=len(scenario.names),
+        notes=resolved.source.notes,
+        never_counted=never_counted(runs, scenario.names),
         participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
         rows=[
             {

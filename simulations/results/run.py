@@ -128,6 +128,7 @@ class Run:
                 proxy=self._proxy(scenario.proxy) if scenario.proxy else None,
                 fraction_train=experiment.fraction,
                 fraction_evaluate=0,
+                min_train_nodes=1,
                 min_available_nodes=1,
                 seed=self._seed,
                 journal=journal,
@@ -137,7 +138,6 @@ class Run:
             initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
             # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
             strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
-        failures.warn_if_untrained()
 
     def _proxy(self, examples: Examples) -> Proxy:
         """Return `examples` with a new module, without drawing from the random numbers of the run."""
@@ -146,7 +146,7 @@ class Run:
 
 
 class _FailureCheck:
-    """Stops a run as soon as all clients fail, and warns if a finished run has admitted no reply."""
+    """Stops a run as soon as all clients fail."""
 
     def __init__(self) -> None:
         self._codes: Counter[str] = Counter()
@@ -160,16 +160,6 @@ class _FailureCheck:
         if self._codes.keys() == {Code.ERROR}:
             reason, times = self._reasons.most_common(1)[0]
             raise ValueError(f"Every client failed; the most frequent error ({times} times): {reason}")
-
-    def warn_if_untrained(self) -> None:
-        """Log a warning if no reply was admitted, which the table of results would not show."""
-        if self._reasons and ADMITTED not in self._codes:
-            reason, times = self._reasons.most_common(1)[0]
-            log.warning(
-                "No reply was admitted, so the model is untrained; the most frequent reason (%d times): %s",
-                times,
-                reason,
-            )
 
 
 def _voting_metrics(rule: VotingRule, memory: Any, test: Proxy, budgets: list[int]) -> MetricRecord | None:

@@ -74,8 +74,8 @@ def check_repeatability(rule: Rule[Any]) -> None:
     one, two = outcomes
     require(
         torch.equal(learnt_vector(rule, one), learnt_vector(rule, two)) and one.weights == two.weights,
-        f"{rule}: the same round gives another model or other weights when it is repeated; draw random numbers from a "
-        "generator with a seed of its own.",
+        f"{rule}: the same round gives another model or other weights when it is repeated; keep no state outside of "
+        "the memory, and draw random numbers from a generator with a seed of its own.",
     )
 
 

@@ -82,7 +82,7 @@ class WeightedSum:
         self._total = torch.zeros(origin.parameters.numel(), dtype=torch.float64)
         self._buffers = torch.zeros(origin.buffers.numel(), dtype=torch.float64)
         self._weights: list[float] = []
-        self._examples = 0
+        self._examples = 0.0
         self._incomplete: dict[Rows, dict[int, float]] = {}  # per block: the weights added so far, by row number
         self._pending: deque[Callable[[], None]] = deque()  # each waits for the sum of one block; oldest first
 

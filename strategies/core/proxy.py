@@ -62,12 +62,15 @@ class Proxy:
         """Yield the row numbers of all examples, in order, in batches of `size`."""
         yield from batches_of(torch.arange(len(self.inputs)), size)
 
-    def outputs(self, parameters: Tensor, buffers: Tensor, rows: Tensor | None = None) -> Tensor:
+    def outputs(
+        self, parameters: Tensor, buffers: Tensor, rows: Tensor | None = None, batch_statistics: bool = False
+    ) -> Tensor:
         """Return the outputs of a model (`parameters [P]`, `buffers [B]`) on the examples at `rows` (default: all).
 
-        The module is in evaluation mode. The result is differentiable in `parameters`.
+        The module is in evaluation mode; with `batch_statistics`, BatchNorm uses the statistics of these examples. The
+        result is differentiable in `parameters`.
         """
-        with self._mode(statistics=False):
+        with self._mode(statistics=batch_statistics):
             inputs = self.inputs if rows is None else self.inputs[rows]
             return self._call(parameters, self._buffers(buffers), inputs)
 

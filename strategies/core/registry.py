@@ -60,6 +60,7 @@ def import_reference(reference: str, label: str) -> Any:
 
 def unknown(problem: str, name: object, known: list[str]) -> str:
     """Return an error message: `problem` with `name`, the most similar known name (if any) and all `known` names."""
-    closest = get_close_matches(str(name), known, 1)
+    closest = get_close_matches(str(name), known, 3)
+    closest.sort(key=lambda each: sorted(each) != sorted(str(name)))  # two letters in the wrong order are most likely
     suggestion = f" Did you mean {closest[0]!r}?" if closest else ""
     return f"{problem} {name!r}.{suggestion} Known names: {', '.join(sorted(known))}."

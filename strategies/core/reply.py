@@ -18,13 +18,15 @@ MAX_CLASSES = 10_000  # counts that a client reports for classes with this or a 
 class Report:
     """The scalar part of one reply. A blind rule sees nothing else of the reply.
 
-    `node` is the client's persistent name, `examples` the number of examples that it trained on (>= 0), and `metrics`
-    its metrics by name, all finite.
+    `node` is the client's persistent name, `examples` the number of examples that it trained on (>= 0; a fraction if
+    the client weighs itself so), and `metrics` its metrics by name, all finite. `left_out` names metrics that it sent
+    and that are not finite numbers.
     """
 
     node: str
-    examples: int
+    examples: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 CLASS_COUNT_PREFIX = "examples-of-class-"  # prefix of the metrics with a client's number of examples per class
@@ -63,7 +65,7 @@ class Reply:
         cls,
         node: str,
         vector: Tensor,
-        examples: int = 1,
+        examples: float = 1,
         metrics: Mapping[str, float] | None = None,
         buffers: Tensor = NO_BUFFERS,
     ) -> Reply:

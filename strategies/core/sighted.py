@@ -47,6 +47,13 @@ class SightedRule(Rule[M]):
     drops_non_finite: ClassVar[bool] = True  # if the rule needs proxy data: drop models with non-finite outputs on them
     runs_without_replies: ClassVar[bool] = False  # the rule also changes the model in a round without replies
 
+    def min_replies(self) -> int:
+        """Return the least number of replies for the rule's guarantee; a round with fewer keeps the model.
+
+        Such a round has the note "too-few-replies" with their number.
+        """
+        return 1
+
     @abstractmethod
     def mix(self, cohort: Cohort, memory: M) -> Mix[M]:
         """Return the next parameters and memory. The cohort has at least one reply, unless `runs_without_replies`."""
@@ -65,6 +72,8 @@ class SightedRule(Rule[M]):
             ordered = usable
         if not ordered and not self.runs_without_replies:
             return Outcome(origin, memory, notes=dropped)
+        if len(ordered) < self.min_replies() and not self.runs_without_replies:
+            return Outcome(origin, memory, notes={**dropped, "too-few-replies": float(len(ordered))})
         buffers = self._buffers(origin, ordered)
         all_nodes = known.union(reply.report.node for reply in ordered)
         cohort = Cohort.of(origin, ordered, tuple(sorted(all_nodes)), proxy)

@@ -30,6 +30,10 @@ class Layerwise(SightedRule[None]):
         """Return the number that the inner rule tolerates."""
         return self.rule.tolerates(clients)
 
+    def min_replies(self) -> int:
+        """Return the number that the inner rule needs."""
+        return self.rule.min_replies()
+
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Apply the rule to each layer. The notes are those of the last layer."""
         notes: dict[str, float] = {}

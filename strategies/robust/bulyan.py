@@ -19,9 +19,8 @@ from corymb.strategies.robust.krum import krum_scores
 class Bulyan(SightedRule[None]):
     """El Mhamdi et al. 2018, Bulyan: selects K - 2f models by Krum, averages the K - 4f values nearest each median.
 
-    `hostile` is f. With fewer than 4f + 3 replies the rule uses a smaller f, which the note "hostile" records. Krum
-    selects one model after another, each time among the remaining ones; with `one_pass`, the best models of one
-    ranking.
+    `hostile` is f. A round with fewer than 4f + 3 replies keeps the model. Krum selects one model after another, each
+    time among the remaining ones; with `one_pass`, the best models of one ranking.
     """
 
     buffers = "median"
@@ -34,28 +33,30 @@ class Bulyan(SightedRule[None]):
 
     def tolerates(self, clients: int) -> int:
         """Return `hostile` if there are at least 4 `hostile` + 3 replies, else 0."""
-        return self.hostile if clients >= 4 * self.hostile + 3 else 0
+        return self.hostile if clients >= self.min_replies() else 0
+
+    def min_replies(self) -> int:
+        """Return 4 `hostile` + 3, the number that the guarantee needs; 1 if no client is expected to be hostile."""
+        return 4 * self.hostile + 3 if self.hostile else 1
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Select models, then average each coordinate near its median."""
-        clients = len(cohort.nodes)
-        hostile = max(0, min(self.hostile, (clients - 3) // 4))
-        rows = self._selected(squared_distances(cohort.models), clients - 2 * hostile, hostile)
-        count = len(rows) - 2 * hostile
+        rows = self._selected(squared_distances(cohort.models), len(cohort.nodes) - 2 * self.hostile)
+        count = len(rows) - 2 * self.hostile
 
         def near_median(models: Tensor) -> Tensor:
             values = models[rows].double()
             nearest = (values - median(values)).abs().argsort(dim=0, stable=True)[:count]
             return values.gather(0, nearest).mean(dim=0)
 
-        return Mix(cohort.by_columns(near_median), notes={"hostile": hostile})
+        return Mix(cohort.by_columns(near_median))
 
-    def _selected(self, distances: Tensor, count: int, hostile: int) -> Tensor:
+    def _selected(self, distances: Tensor, count: int) -> Tensor:
         if self.one_pass:
-            return krum_scores(distances, hostile).argsort(stable=True)[:count]
+            return krum_scores(distances, self.hostile).argsort(stable=True)[:count]
         remaining = list(range(len(distances)))
         selected = []
         for _ in range(count):
-            scores = krum_scores(distances[remaining][:, remaining], hostile)
+            scores = krum_scores(distances[remaining][:, remaining], self.hostile)
             selected.append(remaining.pop(int(scores.argmin())))
         return torch.tensor(selected)

@@ -17,8 +17,8 @@ from corymb.strategies.core.validation import at_least
 class Krum(SightedRule[None]):
     """Blanchard et al. 2017, Krum: selects the model closest to its K - f - 2 nearest neighbours; `hostile` is f.
 
-    With `selected` above 1 the rule is Multi-Krum, the mean of this number of best models. The guarantee of the rule
-    needs at least 2 `hostile` + 3 replies.
+    With `selected` above 1 the rule is Multi-Krum, the mean of this number of best models. A round with fewer than
+    2 `hostile` + 3 or `selected` + `hostile` + 2 replies keeps the model.
     """
 
     buffers = "median"
@@ -32,8 +32,11 @@ class Krum(SightedRule[None]):
 
     def tolerates(self, clients: int) -> int:
         """Return `hostile` if there are enough replies for it and for `selected`, else 0."""
-        enough = clients >= 2 * self.hostile + 3 and self.selected <= clients - self.hostile - 2
-        return self.hostile if enough else 0
+        return self.hostile if clients >= self.min_replies() else 0
+
+    def min_replies(self) -> int:
+        """Return the number of replies that the guarantee needs; 1 if no client is expected to be hostile."""
+        return max(2 * self.hostile + 3, self.selected + self.hostile + 2) if self.hostile else 1
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Return the mean of the `selected` models with the lowest scores; ties go to the first by name."""

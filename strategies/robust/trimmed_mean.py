@@ -13,8 +13,8 @@ from corymb.strategies.core.sighted import Mix, SightedRule
 class TrimmedMean(SightedRule[None]):
     """Yin et al. 2018, Option II: drops the largest and the smallest values of each coordinate and averages the rest.
 
-    The rule drops `floor(trim * K)` values at each end, so it withstands up to that many hostile clients. `trim` is a
-    share in [0, 0.5).
+    The rule drops `floor(trim * K)` values at each end, so it withstands up to that many hostile clients; the note
+    "trimmed" has this number, which is 0 in a round with few replies. `trim` is a share in [0, 0.5).
     """
 
     buffers = "median"
@@ -28,10 +28,10 @@ class TrimmedMean(SightedRule[None]):
 
     def tolerates(self, clients: int) -> int:
         """Return the number of values that are dropped at each end."""
-        return int(self.trim * clients)
+        return int(self.trim * clients + 1e-9)  # 0.29 * 100 is a little below 29
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Return the mean of the remaining values of each coordinate, summed in float64."""
         clients = len(cohort.nodes)
-        dropped = int(self.trim * clients)
-        return Mix(rank_mean(cohort.models, dropped, clients - dropped - 1))
+        dropped = self.tolerates(clients)
+        return Mix(rank_mean(cohort.models, dropped, clients - dropped - 1), notes={"trimmed": float(dropped)})

@@ -195,7 +195,7 @@ class NoRecord(FedAvg):
         (Doubles(), "the next model differs from the only reply"),
         (Shrinks(), "it is not shift-equivariant; declare"),
         (Divides(), "0 examples give a model that is not finite"),
-        (Forgets(), "the model depends on the order of the replies"),
+        (Forgets(), "another model .* when it is repeated; keep no state outside of the memory"),
         (NoRecord(), "NoRecord has no docstring"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Rule) else "",

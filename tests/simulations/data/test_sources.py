@@ -83,21 +83,103 @@ def test_csv_with_names(tmp_path: Path) -> None:
     assert source.train.inputs.shape[1] == 2
     assert source.train.sites is None
     assert abs(float(source.train.inputs.std()) - 1) < 0.2
-    with pytest.raises(ValueError, match="no column 'illness'; it has disease, age, height"):
+    with pytest.raises(ValueError, match="no label column 'illness'; it has disease, age, height"):
         load(str(path), label="illness")
     for text, message in (
-        ("age,label\n", "the rows of"),
+        ("age,label\n", "no rows below its column names"),
         ("1,2,3\n4,5\n", "the rows of"),
         ("1,0\n2,0.5\n3,1\n", "not whole numbers"),
         ("1,0\n2,-1\n3,1\n", "negative"),
+        ("1,0\ninf,1\n3,1\n", "'inf' in line 2, column 1"),
+        ("a;b\n1;0\n", "separate the cells by commas"),
+        ("a,a,y\n1,2,0\n", "two columns 'a'"),
+        ("a,site,y\n1,2,0\n", "set data.site = 'site'"),
         ("1,0\n2,1\n", "0 test examples"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load(str(path))
     path.write_text("age,label\n1,2\nold,3\n")
-    with pytest.raises(ValueError, match="a cell that is not a number"):
+    with pytest.raises(ValueError, match="'old' in line 3, column 'age'"):
         load(str(path))
+
+
+def test_s7_the_same_pixels_in_every_container(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x_train": rng.integers(0, 256, (20, 6, 5), np.uint8),
+        "y_train": np.arange(20) % 4,
+        "x_test": rng.integers(0, 256, (4, 6, 5), np.uint8),
+        "y_test": np.arange(4)[:, None],  # as Keras saves labels
+    }
+    np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
+    (tmp_path / "folder").mkdir()
+    for name, array in arrays.items():
+        np.save(tmp_path / "folder" / f"{name}.npy", array)
+    one, two = load(str(tmp_path / "a.npz"), mean=0.3), load(str(tmp_path / "folder"), mean=0.3)
+    everything = slice(None)
+    assert torch.equal(one.train.inputs_at(everything), two.train.inputs_at(everything))
+    assert torch.equal(one.test.inputs_at(everything), two.test.inputs_at(everything))
+    assert one.train.inputs.shape == (20, 1, 6, 5)
+    assert float(one.train.inputs.max()) <= 1 - 0.3
+    assert two.test.targets.tolist() == [0, 1, 2, 3]
+
+
+def test_images_with_channels_last(tmp_path: Path) -> None:
+    x = np.zeros((10, 8, 6, 3), np.uint8)
+    x[:, :, :, 1] = 255
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(10) % 2)
+    inputs = load(str(tmp_path / "a.npz")).train.inputs
+    assert inputs.shape[1:] == (3, 8, 6)
+    assert inputs[:, 1].min() == 1
+
+
+def test_s8_a_table_as_excel_writes_it(tmp_path: Path) -> None:
+    """With a byte-order mark, and the label in the first column."""
+    path = tmp_path / "excel.csv"
+    rows = "".join(f"{i % 2},{10 * (i % 2)},{i}\r\n" for i in range(20))
+    path.write_text("label,a,b\r\n" + rows, encoding="utf-8-sig")
+    source = load(str(path))
+    assert source.train.targets.tolist() == (source.train.inputs[:, 0] > 0).long().tolist()
+    assert "The label is the column 'label'." in source.notes
+
+
+def test_s19_columns_are_matched_by_name_and_guesses_are_told(tmp_path: Path) -> None:
+    """Columns in another order, an index as pandas writes it, and labels 1 and 7."""
+    (tmp_path / "east.csv").write_text(",a,b,y\n" + "".join(f"{i},{i},100,{1 + 6 * (i % 2)}\n" for i in range(20)))
+    (tmp_path / "west.csv").write_text(",b,a,y\n" + "".join(f"{i},100,{i},{1 + 6 * (i % 2)}\n" for i in range(20)))
+    source = load(str(tmp_path))
+    assert source.train.inputs.shape[1] == 2
+    assert source.train.inputs[:, 1].abs().max() == 0  # column b is 100 everywhere
+    assert source.classes == 2
+    assert "Labels became class numbers: 1 -> 0, 7 -> 1." in source.notes
+    assert sum("row numbers that pandas writes" in note for note in source.notes) == 2
+    (tmp_path / "west.csv").write_text(",b,c,y\n1,2,3,1\n")
+    with pytest.raises(ValueError, match=r"only one of west\.csv and east\.csv has the column 'a'"):
+        load(str(tmp_path))
+
+
+def test_a_column_with_the_site(tmp_path: Path) -> None:
+    path = tmp_path / "all.csv"
+    path.write_text("site,a,y\n" + "".join(f"{'north' if i < 10 else 'south'},{i},{i % 2}\n" for i in range(20)))
+    source = load(str(path), site="site")
+    assert by_site(source.train.sites or ())[1] == ["north", "south"]
+    assert source.train.inputs.shape[1] == 1
+
+
+def test_s20_heart_disease_tells_what_is_dropped_and_uses_training_statistics(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cleveland", "va"):
+        lines = [f"{rng.normal():.3f},{'?' if name == 'va' else 1},{'?' if i == 3 else i},{i % 3}" for i in range(30)]
+        (tmp_path / f"processed.{name}.data").write_text("\n".join(lines) + "\n")
+    source = load(str(tmp_path), positive_above=0)
+    assert abs(float(source.train.inputs.double().mean(dim=0).abs().max())) < 1e-6
+    torch.testing.assert_close(source.train.inputs.std(dim=0, correction=0), torch.ones(2))
+    assert "Dropped, as over a third of the cells are missing: column 2 of the inputs." in source.notes
+    assert "Dropped 2 of 60 rows with missing cells." in source.notes
+    one, two = (load(str(tmp_path), positive_above=0, split_seed=seed) for seed in (1, 2))
+    assert len(one.test) == len(source.test)
+    assert not torch.equal(one.test.inputs, two.test.inputs)
 
 
 def test_parquet(tmp_path: Path) -> None:

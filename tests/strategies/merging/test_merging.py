@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -153,6 +154,20 @@ def network(worked: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple
     return Layout.of(state), torch.cat([state[name].reshape(-1) for name in names])
 
 
+class OneHiddenLayer(nn.Module):
+    """The network of the worked example."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in state.items():
+            self.register_parameter(name, nn.Parameter(tensor.clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = dict(self.named_parameters())
+        hidden = nn.functional.linear(x, weights["W1"], weights["b1"]).relu()
+        return nn.functional.linear(hidden, weights["W2"], weights["b2"])
+
+
 def test_worked_weight_matching() -> None:
     layout, reference = network(MATCHING["A"])
     _, other = network(MATCHING["B"])
@@ -164,7 +179,8 @@ def test_worked_weight_matching() -> None:
     assert_allclose((ordered - reference).norm(), MATCHING["l2_after"], rtol=1e-9)
     replies = [Reply.of("a", reference), Reply.of("b", other)]
     state = layout.restore(layout.flatten(layout.split(reference)))
-    middle = WeightMatching().aggregate(layout.flatten(state), replies, None).model.parameters
+    proxy = Proxy(OneHiddenLayer(state), torch.randn(8, layout.entries[0].shape[1], dtype=torch.float64))
+    middle = WeightMatching().aggregate(layout.flatten(state), replies, None, proxy=proxy).model.parameters
     assert_allclose(middle, (reference + ordered) / 2, atol=1e-12)
 
 
@@ -186,6 +202,41 @@ def test_matching_undoes_a_permutation_that_keeps_the_outputs(seed: int) -> None
     assert_allclose(proxy.scores(shuffled, torch.zeros(0)), proxy.scores(vector, torch.zeros(0)), atol=1e-10)
     back = permuted(layout, shuffled, match(layout, vector, shuffled, axes, seed), axes)
     assert torch.equal(back, vector)
+
+
+class Residual(nn.Module):
+    """Layers of equal width with a connection around the second one, or layers that are called in another order."""
+
+    def __init__(self, swapped: bool) -> None:
+        super().__init__()
+        self.swapped = swapped
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.two(x).relu() if self.swapped else self.one(x).relu()
+        second: Tensor = self.one(hidden).relu() if self.swapped else hidden + self.two(hidden).relu()
+        out: Tensor = self.three(second)
+        return out
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Residual(swapped=False),
+        lambda: Residual(swapped=True),
+        lambda: nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Linear(8, 8)),
+    ],
+    ids=["residual", "out of order", "groups of units"],
+)
+def test_s12_weight_matching_refuses_to_change_what_a_model_computes(make: Callable[[], nn.Module]) -> None:
+    replies = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        module = make()
+        replies.append(Reply.of(f"c{seed}", Layout.of_module(module).flatten(module.state_dict()).parameters))
+    origin = Layout.of_module(module).flatten(module.state_dict())
+    with pytest.raises(ValueError, match="changes its outputs; weight matching needs a plain chain"):
+        WeightMatching().aggregate(origin, replies, None, proxy=Proxy(module, torch.randn(20, 8)))
 
 
 def test_layers_that_are_no_chain_are_refused() -> None:

@@ -1,0 +1,43 @@
+"""The clients none of whose replies was admitted in a whole run, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from corymb.server.rounds.record import ADMITTED
+from corymb.simulations.results.folder import FinishedRun
+
+MAX_NAMED = 5  # clients that a sentence names
+
+
+def never_counted(runs: Iterable[FinishedRun], names: Sequence[str]) -> list[str]:
+    """Return a sentence for each run in which some of the clients called `names` never counted."""
+    sentences = []
+    for run in runs:
+        counted = {verdict.node for record in run.records for verdict in record.admitted}
+        missing = [name for name in names if name not in counted]
+        if not missing:
+            continue
+        whys = Counter(
+            verdict.code
+            for record in run.records
+            for verdict in record.verdicts
+            if verdict.node not in counted and verdict.code != ADMITTED
+        )
+        reasons = ", ".join(f"{code} {times} times" for code, times in whys.most_common()) or "never asked"
+        example = next(
+            (
+                f" For example: {verdict.reason}"
+                for record in run.records
+                for verdict in record.verdicts
+                if verdict.node not in counted and verdict.code not in (ADMITTED, "offline")
+            ),
+            "",
+        )
+        shown = ", ".join(missing[:MAX_NAMED]) + (", ..." if len(missing) > MAX_NAMED else "")
+        sentences.append(
+            f"{run.rule}, seed {run.seed}: {len(missing)} of {len(names)} clients never counted ({shown}): {reasons}."
+            + example
+        )
+    return sentences
