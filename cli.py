@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from dataclasses import MISSING, fields
@@ -77,17 +78,21 @@ def simulate(
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Number of clients, with --app.")] = 10,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Number of processes that run clients, with --app (default: one per core).")
+    ] = 0,
 ) -> None:
     """Run experiments, or any Flower app, on this machine.
 
     EXPERIMENTS are TOML files or names of shipped experiments (default: demo).
     """
+    from corymb.simulations.cores import cores
     from corymb.simulations.results.commands import simulate_app, simulate_experiments
 
     if app_folder is not None:
         if out is not None or jobs != 1:
             raise ValueError("--out and --jobs apply to experiments only; leave them out with --app.")
-        simulate_app(app_folder, nodes, changes or [], console)
+        simulate_app(app_folder, nodes, changes or [], workers or cores(), console)
     else:
         simulate_experiments(list(map(Path, experiments or ["demo"])), changes or [], out, jobs, console)
 
@@ -172,6 +177,7 @@ def results(
 
 def main() -> None:
     """Run the command line. A mistake of use prints one line and exits with code 2; see `is_mistake_of_use`."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # runs `finally` blocks
     try:
         app()
     except Exception as error:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE))
 
 import workload
 
-from corymb.simulations.results.runner import cores
+from corymb.simulations.cores import cores
 
 Result = dict[str, Any]
 

@@ -101,3 +101,17 @@ def unchecked_reply(message: Message, content: RecordDict | None = None, error: 
     reply = Message.__new__(Message)
     reply.__dict__.update(_metadata=metadata, _content=content, _error=error)
     return reply
+
+
+def metadata_of(message: Message) -> dict[str, object]:
+    """Return the metadata of `message` in a form that can be pickled; see `message_of`."""
+    return dict(message.metadata.__dict__)
+
+
+def message_of(metadata: Mapping[str, object], content: RecordDict) -> Message:
+    """Return the message with this metadata and content."""
+    restored = Metadata.__new__(Metadata)
+    restored.__dict__.update(metadata)
+    message = Message.__new__(Message)
+    message.__dict__.update(_metadata=restored, _content=content, _error=None)
+    return message

@@ -14,12 +14,13 @@ from torch.utils.data import TensorDataset
 from corymb.client import TrainSettings, train
 from corymb.client.app import derive_seed
 from corymb.client.batches import training_batches
+from corymb.simulations.cores import can_fork
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.engine import Engine, InProcessEngine, MultiDeviceEngine, Trainer
 from corymb.simulations.engine.program import CPU, Program, UseGram
 from corymb.simulations.engine.vmapped import Vmapped
-from corymb.simulations.engine.workers import WorkerEngine, can_fork
+from corymb.simulations.engine.workers import WorkerEngine
 from corymb.strategies import Layout
 
 log = logging.getLogger("flwr.corymb")

@@ -34,11 +34,6 @@ MAX_UNFINISHED = 2  # tasks that a worker may have at once, so that it never wai
 MAX_UNREAD = 8  # blocks per worker that may be trained and not yet taken from the iterator
 
 
-def can_fork() -> bool:
-    """Return whether this process can be forked; False with a GPU, because CUDA does not work in a forked process."""
-    return "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_available()
-
-
 class WorkerEngine:
     """Trains blocks in worker `processes`, forked from this one, so that they share its data without a copy.
 

@@ -49,8 +49,8 @@ def load_app(folder: Path) -> FlowerApp:
     )
 
 
-def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any]) -> None:
-    """Run `app` on `nodes` clients, with `changes` to its config.
+def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any], workers: int = 1) -> None:
+    """Run `app` on `nodes` clients in `workers` processes, with `changes` to its config.
 
     Raises `ValueError` for a change to a key that the config does not have, which `flwr run` also rejects, and if
     every client fails.
@@ -58,9 +58,10 @@ def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any]) -> None:
     if unknown := changes.keys() - app.config.keys():
         known = ", ".join(sorted(app.config)) or "no keys"
         raise ValueError(f"The app has no config key {min(unknown)!r}; [tool.flwr.app.config] has {known}.")
-    grid = LocalGrid(app.client_app, nodes, run_config={**app.config, **changes})
+    grid = LocalGrid(app.client_app, nodes, run_config={**app.config, **changes}, workers=workers)
     app.server_app(grid=grid, context=grid.server_context())
     grid.finish()
+    grid.close()
     grid.require_replies()
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from threading import RLock
 from typing import Any
+from weakref import finalize
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.serverapp import Grid
 
@@ -21,11 +23,11 @@ from corymb.protocol.flower import (
     set_task_identity,
     unchecked_reply,
 )
-from corymb.protocol.records import copied_message, copied_records
+from corymb.simulations.cores import can_fork
 from corymb.simulations.data.clients import Client, CohortTrainer, IndexedReplies
 from corymb.simulations.data.population import client_names
+from corymb.simulations.grid.client_pool import ClientPool, run_client
 from corymb.simulations.grid.waiting import WaitingMessages
-from corymb.strategies.core.random_state import protected_generators
 
 log = logging.getLogger("flwr.corymb")
 RUN_ID = 1
@@ -53,6 +55,7 @@ class LocalGrid(Grid):
         *,
         run_config: Mapping[str, Any] | None = None,
         node_config: Callable[[int], UserConfig] = lambda node: {},
+        workers: int = 1,
     ) -> None:
         names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
@@ -65,11 +68,17 @@ class LocalGrid(Grid):
         self._node_config = node_config
         self._contexts: dict[int, Context] = {}
         self._waiting = WaitingMessages()
-        self._begun: dict[str, Message] = {}  # messages whose clients train together and have not replied yet
+        self._begun: dict[str, Message] = {}  # messages whose clients run together and have not replied yet
         self._answers: IndexedReplies = iter(())  # replies to the begun messages; an index refers to `_begun_ids`
         self._begun_ids: list[str] = []
+        self._begun_contexts: list[Context] = []
         self._ready: dict[str, Message] = {}  # replies to begun messages that have not been pulled yet
         self._lock = RLock()
+        self._seed = torch.initial_seed()
+        self._pool: ClientPool | None = None
+        if workers > 1 and can_fork() and not isinstance(client_app, CohortTrainer):
+            self._pool = ClientPool(client_app, workers, self._seed)
+            self._closing = finalize(self, self._pool.close)
         self._run = empty_run(RUN_ID)
         self.replies = 0
         self.failures: Counter[str] = Counter()  # each different text is logged once
@@ -122,14 +131,23 @@ class LocalGrid(Grid):
     def finish(self) -> None:
         """Run the clients whose messages nobody has pulled, as a deployment does. Their replies are dropped."""
         with self._lock:
-            for message_id in self._waiting:
-                if message_id in self._waiting:
-                    self._run_client(message_id)
+            while message_ids := list(self._waiting):
+                self._start_together()
+                while self._begun:
+                    self._receive_next()
+                for message_id in message_ids:
+                    if message_id in self._waiting:
+                        self._run_client(message_id)
+
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        if self._pool is not None:
+            self._pool.close()
 
     def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
         """See `StreamingGrid`: clients that run one by one reply first, then those that train together."""
         wanted = [message_id for message_id in message_ids if message_id in self._waiting]
-        self._start_training()
+        self._start_together()
         together = {message_id for message_id in wanted if message_id in self._begun}
         try:
             for message_id in wanted:
@@ -173,8 +191,8 @@ class LocalGrid(Grid):
             )
 
     def _pull(self, message_id: str) -> Iterator[Message]:
-        if message_id in self._waiting and self._is_training(message_id):
-            self._start_training()
+        if message_id in self._waiting and self._runs_together(message_id):
+            self._start_together()
         while message_id in self._begun:
             self._receive_next()
         if message_id in self._ready:
@@ -182,25 +200,33 @@ class LocalGrid(Grid):
         elif message_id in self._waiting:
             yield self._run_client(message_id)
 
-    def _is_training(self, message_id: str) -> bool:
-        return self._waiting[message_id].metadata.message_type.startswith("train")
+    def _runs_together(self, message_id: str) -> bool:
+        """Return whether the client of a waiting message can be run together with others."""
+        if self._pool is not None:
+            return self._waiting.oldest_at(message_id) == message_id
+        is_training = self._waiting[message_id].metadata.message_type.startswith("train")
+        return is_training and isinstance(self._app, CohortTrainer)
 
-    def _start_training(self) -> None:
-        """Start the training of all waiting messages together, if the app can do that."""
-        ids = [message_id for message_id in self._waiting if self._is_training(message_id)]
-        if not ids or not isinstance(self._app, CohortTrainer):
+    def _start_together(self) -> None:
+        """Start the clients of all waiting messages that can be run together."""
+        ids = [message_id for message_id in self._waiting if self._runs_together(message_id)]
+        if not ids:
             return
         while self._begun:  # replies to an earlier push, which a strategy may still pull
             self._receive_next()
         self._begun_ids = ids
         self._begun = {message_id: self._waiting.take(message_id) for message_id in ids}
-        self._answers = self._app.train_together(
-            [(message, self._context(message.metadata.dst_node_id)) for message in self._begun.values()]
-        )
+        requests = [(message, self._context(message.metadata.dst_node_id)) for message in self._begun.values()]
+        self._begun_contexts = [context for _, context in requests]
+        if self._pool is not None:
+            self._answers = self._pool.run(requests)
+        elif isinstance(self._app, CohortTrainer):
+            self._answers = self._app.train_together(requests)
 
     def _receive_next(self) -> str:
         """Wait for the next reply of the clients that train together; return the id of its message."""
         index, reply = next(self._answers)
+        self._keep(self._begun_contexts[index])
         message_id = self._begun_ids[index]
         if message_id in self._begun:  # else the message was dropped
             self._ready[message_id] = self._finish(self._begun.pop(message_id), reply)
@@ -208,22 +234,19 @@ class LocalGrid(Grid):
 
     def _run_client(self, message_id: str) -> Message:
         """Run the client of this message, after the earlier messages to the same node, and return its reply."""
+        while self._begun and self._pool is not None:  # perhaps one of them goes to the same node
+            self._receive_next()
         while (oldest := self._waiting.oldest_at(message_id)) != message_id:
             self._ready[oldest] = self._run_client(oldest)
         message = self._waiting.take(message_id)
         context = self._context(message.metadata.dst_node_id)
-        before = copied_records(context.state)
-        reply: Message | Exception
-        with protected_generators():
-            try:
-                reply = self._app(copied_message(message), context)
-            except Exception as error:
-                reply = error
-        if isinstance(reply, Exception):
-            context.state = before
+        reply = run_client(self._app, message, context, self._seed)
+        self._keep(context)
+        return self._finish(message, reply)
+
+    def _keep(self, context: Context) -> None:
         if context.state:
             self._contexts[context.node_id] = context
-        return self._finish(message, reply)
 
     def _finish(self, message: Message, reply: Message | Exception) -> Message:
         """Return `reply` with an id, or, for an exception of the app, the error reply that a node sends."""

@@ -134,11 +134,11 @@ def _runs(resolved: Resolved, folder: Path, jobs: int, console: Console) -> list
     return runs
 
 
-def simulate_app(folder: Path, nodes: int, changes: list[str], console: Console) -> None:
-    """Run the Flower app in `folder` on a LocalGrid; progress is in Flower's log."""
+def simulate_app(folder: Path, nodes: int, changes: list[str], workers: int, console: Console) -> None:
+    """Run the Flower app in `folder` on a LocalGrid with this many `workers`; progress is in Flower's log."""
     app = load_app(folder)
     logging.getLogger("flwr").setLevel(logging.INFO)
     torch.set_num_threads(1)  # as for experiments: on shared cores, more threads are slower for small models
     started = time.monotonic()
-    run_app(app, nodes, dict(map(parse_change, changes)))
+    run_app(app, nodes, dict(map(parse_change, changes)), workers)
     console.print(f"Finished on {nodes} nodes in {time.monotonic() - started:.1f} s.")

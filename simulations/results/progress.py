@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -27,6 +28,7 @@ class Board:
         self._accuracy = context.RawArray("d", [nan] * runs)  # of the last test, and its number of clients
         self._clients = context.RawArray("i", runs)
         self._stopped = context.RawValue("b", 0)
+        self._process = os.getpid()
 
     def update(self, number: int, record: RoundRecord) -> None:
         """Record a round of run `number`. Raises `CancelledError` after `stop`."""
@@ -46,8 +48,9 @@ class Board:
         self._stopped.value = 1
 
     def check_running(self) -> None:
-        """Raise `CancelledError` after `stop`."""
-        if self._stopped.value:
+        """Raise `CancelledError` after `stop`, and in a worker process whose parent has ended."""
+        is_orphan = self._process not in (os.getpid(), os.getppid())
+        if self._stopped.value or is_orphan:
             raise CancelledError("The run was stopped, as another run failed or was cancelled.")
 
 

@@ -87,10 +87,12 @@ class Run:
         is_target = experiment.target.examples and self.scenario.names[client] == TARGET
         return config | (experiment.target_train().flat() if is_target else {})
 
-    def run_locally(self, clients: Client, folder: Path, on_round: OnRound | None = None) -> None:
-        """Run all rounds with `clients` in this process, and write the journal to `folder`."""
-        grid = LocalGrid(clients, self.scenario.names, run_config=self.settings.flat(), node_config=self.node_config)
-        self.serve(with_availability(grid, self.participation), folder, on_round)
+    def run_locally(self, clients: Client, folder: Path, on_round: OnRound | None = None, workers: int = 1) -> None:
+        """Run all rounds with `clients` on a `LocalGrid` with this many `workers`; write the journal to `folder`."""
+        config = self.settings.flat()
+        grid = LocalGrid(clients, self.scenario.names, run_config=config, node_config=self.node_config, workers=workers)
+        with closing(grid):
+            self.serve(with_availability(grid, self.participation), folder, on_round)
 
     def serve(self, grid: Grid, folder: Path, on_round: OnRound | None = None) -> None:
         """Run all rounds over `grid`, write the journal to `folder`, and call `on_round` after each round.

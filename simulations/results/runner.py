@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
-import os
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,8 +18,8 @@ import torch
 from rich.console import Console
 
 from corymb.server import RoundRecord
+from corymb.simulations.cores import can_fork, cores
 from corymb.simulations.data.clients import Client
-from corymb.simulations.engine.workers import can_fork
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import Key, Resolved, resolve
 from corymb.simulations.experiments.settings import ExperimentRule
@@ -109,7 +108,7 @@ class Clients:
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
+        self.workers = workers
         self._cached: tuple[int, Key, Client] | None = None  # the index of the plan, the scenario, the app
         self._stack = ExitStack()
 
@@ -117,7 +116,7 @@ class Clients:
         """Return the client app of the scenario `key` of a plan."""
         if self._cached is None or self._cached[:2] != (plan, key):
             self.close()
-            self._cached = (plan, key, self._stack.enter_context(clients_of(resolved, key, self._workers)))
+            self._cached = (plan, key, self._stack.enter_context(clients_of(resolved, key, self.workers)))
         return self._cached[2]
 
     def close(self) -> None:
@@ -140,7 +139,8 @@ def _run(plan: Plan, run: PlannedRun, clients: Clients, on_round: OnRound) -> Fi
         run_with_ray(resolved, experiment.rules.index(rule), seed, journal, on_round)
     else:
         app = clients.of(run.plan, resolved, resolved.key(rule, seed))
-        Run(resolved, rule, seed).run_locally(app, journal, on_round)
+        workers = clients.workers if experiment.engine == "auto" else 1
+        Run(resolved, rule, seed).run_locally(app, journal, on_round, workers)
     return collect_run(experiment, folder, rule, seed)
 
 
@@ -217,8 +217,3 @@ def _run_in_worker(run: PlannedRun) -> FinishedRun:
         _plans[run.plan] = (experiment, folder)
     with _quiet_single_thread():
         return _run((experiment, folder), run, _clients, partial(_board.update, run.number))
-
-
-def cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -147,7 +147,7 @@ class Layout:
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return views of `vector [..., P]`, one per parameter: `{name: [..., *shape]}`."""
         return {
-            entry.name: vector[..., entry.start : entry.stop].reshape(*vector.shape[:-1], *entry.shape)
+            entry.name: vector[..., entry.start : entry.stop].reshape((*vector.shape[:-1], *entry.shape))
             for entry in self.parameters
         }
 

@@ -119,3 +119,21 @@ def test_e2_what_the_loss_takes_is_enough() -> None:
     several = TensorDataset(x, x, (x.sum(dim=1) > 0).long())
     pairs = run(TwoInputs, lambda context: several, loss=lambda outputs, targets: cross_entropy(outputs[0], targets))
     assert [v.examples for v in pairs.record.admitted] == [10, 10]
+
+
+def test_q1_a_last_batch_of_one_does_not_fail_with_batch_norm() -> None:
+    """Eleven and twenty-two examples in batches of ten; a single example alone cannot be normalised."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    def data(context: Context) -> TensorDataset:
+        count = 11 * (1 + int(context.node_config["partition-id"]))
+        return TensorDataset(torch.randn(count, 3), torch.randint(0, 2, (count,)))
+
+    torch.manual_seed(0)
+    app = make_client_app(model, lambda context: (data(context), None))
+    strategy = FlowerStrategy(FedAvg(), fraction_evaluate=0)
+    grid = LocalGrid(app, 2, run_config={"train.batch_size": 10})
+    strategy.start(grid, ArrayRecord(model().state_dict()), num_rounds=1)
+    assert [(v.code, v.metrics["steps"]) for v in strategy.record.verdicts] == [("admitted", 1), ("admitted", 3)]

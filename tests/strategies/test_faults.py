@@ -10,7 +10,21 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor
 
-from corymb.strategies import IDA, MIFA, Cohort, FedAU, FedVARP, Mix, Model, Reply, SightedRule
+from corymb.strategies import (
+    IDA,
+    MIFA,
+    RULES,
+    Cohort,
+    FedAU,
+    FedVARP,
+    Layout,
+    Mix,
+    Model,
+    Proxy,
+    Reply,
+    SightedRule,
+    make_rule,
+)  # fmt: skip
 from corymb.strategies.core.client_updates import Updates
 from corymb.strategies.participation.fedau import Attendance
 from corymb.strategies.robust.foolsgold import dissimilarity_weights
@@ -112,3 +126,28 @@ class SquaresInFloat32(SightedRule[None]):
 def test_s16_check_rule_finds(rule: SightedRule[None], problem: str) -> None:
     with pytest.raises(AssertionError, match=problem):
         check_rule(rule)
+
+
+class Scaled(torch.nn.Module):
+    """A classifier with a parameter without dimensions, as CLIP's `logit_scale`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logit_scale * torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, kind in RULES.items() if kind.needs_proxy and name != "weight_matching"]
+)
+def test_e1_a_parameter_without_dimensions(name: str) -> None:
+    torch.manual_seed(0)
+    module = Scaled()
+    origin = Layout.of_module(module).flatten(module.state_dict())
+    clients = [Reply.of(f"c{i}", origin.parameters + 0.1 * torch.randn(9)) for i in range(4)]
+    proxy = Proxy(module, torch.randn(40, 3), torch.arange(40) % 2)
+    rule = make_rule(name)
+    assert rule.aggregate(origin, clients, rule.initial(), proxy=proxy).model.parameters.isfinite().all()

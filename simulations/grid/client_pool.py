@@ -1,0 +1,152 @@
+"""Forked worker processes that run the clients of any ClientApp, one client each at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, RecordDict
+
+from corymb.protocol.flower import message_of, metadata_of
+from corymb.protocol.records import copied_message, copied_records
+from corymb.simulations.data.clients import Client, IndexedReplies, Request
+from corymb.strategies.core.random_state import seeded_generators
+
+
+def run_client(app: Client, message: Message, context: Context, seed: int) -> Message | Exception:
+    """Return the reply of `app` to a copy of `message`, or the exception that it raised.
+
+    `context.state` keeps the changes of a client that replied. The global random generators are seeded with `seed`,
+    the node and the message, and restored afterwards; so a client's draws do not depend on what ran before it.
+    """
+    before = copied_records(context.state)
+    try:
+        with seeded_generators(seed, context.node_id, message.metadata.message_id):
+            return app(copied_message(message), context)
+    except Exception as error:
+        context.state = before
+        return error
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    index: int | None = None  # of the request that it runs
+
+
+class ClientPool:
+    """Runs the clients of `app` in `processes`, forked from this one at the first message, with one thread each.
+
+    The results do not depend on the number of processes. A worker that dies costs the reply of its client, and another
+    takes its place.
+    """
+
+    def __init__(self, app: Client, processes: int, seed: int) -> None:
+        self._app, self._size, self._seed = app, processes, seed
+        self._workers: list[_Worker] = []
+
+    def run(self, requests: Sequence[Request]) -> IndexedReplies:
+        """Yield (index of the request, reply or exception) in order of completion; updates the requests' Contexts."""
+        waiting = deque(range(len(requests)))
+        contents: dict[int, bytes] = {}  # by id: many messages share one content, which is pickled once
+        while len(self._workers) < min(self._size, len(requests)):
+            self._workers.append(self._fork())
+        for worker in self._workers:
+            self._send_next(worker, waiting, requests, contents)
+        while busy := [worker for worker in self._workers if worker.index is not None]:
+            for pipe in wait([worker.pipe for worker in busy]):
+                worker = next(worker for worker in busy if worker.pipe is pipe)
+                index, worker.index = worker.index, None
+                assert index is not None
+                reply = self._receive(worker, requests[index][1])
+                if not worker.process.is_alive():
+                    self._workers[self._workers.index(worker)] = worker = self._fork()
+                self._send_next(worker, waiting, requests, contents)
+                yield index, reply
+                del reply  # free its model before the next one is read
+
+    def close(self) -> None:
+        """End the worker processes."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+        self._workers = []
+
+    def _fork(self) -> _Worker:
+        context: Any = multiprocessing.get_context("fork")
+        pipe, worker_pipe = context.Pipe()
+        others = [pipe, *(worker.pipe for worker in self._workers)]
+        process = context.Process(target=_work, args=(worker_pipe, self._app, self._seed, others), daemon=True)
+        process.start()
+        worker_pipe.close()
+        return _Worker(process, pipe)
+
+    def _send_next(
+        self, worker: _Worker, waiting: deque[int], requests: Sequence[Request], contents: dict[int, bytes]
+    ) -> None:
+        if not waiting:
+            return
+        worker.index = waiting.popleft()
+        message, context = requests[worker.index]
+        key = id(message.content)
+        if key not in contents:
+            contents[key] = pickle.dumps(message.content, pickle.HIGHEST_PROTOCOL)
+        try:
+            worker.pipe.send((metadata_of(message), context))
+            worker.pipe.send_bytes(contents[key])
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the worker has died, which `_receive` finds
+
+    def _receive(self, worker: _Worker, context: Context) -> Message | Exception:
+        try:
+            reply, context.state = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            worker.process.join()
+            return ChildProcessError(f"The process of the client ended with exit code {worker.process.exitcode}.")
+        return reply  # type: ignore[no-any-return]
+
+
+def _work(pipe: Connection, app: Client, seed: int, others: list[Connection]) -> None:
+    """Run the clients that come through `pipe`, until the other end closes it. `others` are the server's ends."""
+    for other in others:  # inherited by the fork; while they are open here, the server's end never closes
+        other.close()
+    torch.set_num_threads(1)
+    for message, context in _requests(pipe):
+        reply = run_client(app, message, context, seed)
+        if isinstance(reply, Exception):
+            reply = _portable(reply)
+        try:
+            pipe.send((reply, context.state))
+        except Exception as error:  # it cannot be pickled
+            problem = f"{type(error).__name__}: {error}; it was {type(reply).__name__}: {reply}"
+            pipe.send((TypeError(f"The client's reply cannot be sent between processes: {problem}"), RecordDict()))
+
+
+def _portable(error: Exception) -> Exception:
+    """Return `error` with its traceback as a note; as a `RuntimeError` if it cannot be pickled."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _requests(pipe: Connection) -> Iterator[Request]:
+    while True:
+        try:
+            metadata, context = pipe.recv()
+            content = pickle.loads(pipe.recv_bytes())
+        except (EOFError, ConnectionResetError, KeyboardInterrupt):
+            return
+        yield message_of(metadata, content), context
