@@ -30,8 +30,8 @@ setup: $(VENV)/installed  ## create the environment with the versions in constra
 demo: $(VENV)/runtime  ## run the default experiment and write runs/demo/report.html
 	$(BIN)/corymb simulate
 
-test: $(VENV)/installed  ## run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## run all tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -43,7 +43,7 @@ docs: $(VENV)/installed  ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 coverage: $(VENV)/installed  ## run all tests and report which lines ran
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 wheel: $(VENV)/installed  ## build the wheel and the source archive into dist/
 	rm -rf dist

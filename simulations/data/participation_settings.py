@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from corymb.protocol.settings import Settings
 from corymb.simulations.data.kinds import CustomSettings, with_kind
@@ -54,6 +54,13 @@ class _Random(Settings):
     """The smallest of these probabilities."""
     alpha: float = Field(0.1, gt=0)
     """The concentration of the classes' weights; a small one makes the probabilities more unequal."""
+
+    @model_validator(mode="after")
+    def _check(self) -> _Random:
+        ignored = self.model_fields_set & {"mean", "minimum", "alpha"}
+        if self.probability is not None and ignored:
+            raise ValueError(f"{min(ignored)} has no effect beside probability; remove one of them")
+        return self
 
     def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
         """Return the process for clients with label distributions `labels [N, C]`, and their probabilities `[N]`."""

@@ -27,7 +27,11 @@ from corymb.simulations.experiments.settings import (
 
 def _seed_list(seeds: Any) -> Any:
     """Expand a number of seeds, `seeds = 3`, to `[0, 1, 2]`."""
-    return list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
+    if not isinstance(seeds, int) or isinstance(seeds, bool):
+        return seeds
+    if seeds < 1:
+        raise ValueError(f"{seeds} seeds are no run; use at least 1")
+    return list(range(seeds))
 
 
 class Experiment(Settings):

@@ -52,6 +52,13 @@ class Resolved:
         """The scenario of the first rule and seed, which the plots show."""
         return self.scenario(self.experiment.rules[0], self.experiment.seeds[0])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of the data guessed, changed or dropped, and whether the data's sites are not used."""
+        if self.source.train.sites is None or self.experiment.partition.kind == "site":
+            return self.source.notes
+        return (*self.source.notes, 'The data name sites; partition.kind = "site" gives each its own client.')
+
     def hostile_names(self, seed: int) -> set[str]:
         """Return the names of the hostile clients of `seed`; an empty set if no rule is attacked."""
         scenario = self.scenarios.get((seed, True))

@@ -56,7 +56,7 @@ def simulate_experiments(
         out if out and len(experiments) == 1 else (out or Path("runs")) / experiment.name for experiment in experiments
     ]
     plans = [(resolve(experiment), folder) for experiment, folder in zip(experiments, folders, strict=True)]
-    for note in dict.fromkeys(note for resolved, _ in plans for note in resolved.source.notes):
+    for note in dict.fromkeys(note for resolved, _ in plans for note in resolved.notes):
         console.print(f"Data: {note}", markup=False, soft_wrap=True)
     reports = [
         (resolved, runs, write_report(resolved, runs, folder))

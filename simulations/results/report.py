@@ -33,7 +33,7 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
     page = environment.get_template("report.html.j2").render(
         experiment=experiment,
         clients=len(scenario.names),
-        notes=resolved.source.notes,
+        notes=resolved.notes,
         never_counted=never_counted(runs, scenario.names),
         participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
         rows=[

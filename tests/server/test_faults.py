@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import sqlite3
 from collections.abc import Callable
@@ -161,6 +162,11 @@ def test_f11_as_many_nodes_as_flower_asks(nodes: int, fraction: float) -> None:
         )
         counts.append(grid.pushed)
     assert counts[0] == counts[1]
+
+
+def test_f12_every_argument_of_flowers_fedavg_exists() -> None:
+    ours, flowers = (set(inspect.signature(kind.__init__).parameters) for kind in (FlowerStrategy, flower.FedAvg))
+    assert flowers <= ours
 
 
 def test_f12_flowers_arguments_are_accepted() -> None:
