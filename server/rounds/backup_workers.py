@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from statistics import fmean
 
 import torch
@@ -75,7 +76,7 @@ def replies_to_wait_for(expected: Sequence[float], times: Sequence[float]) -> in
     """
     if max(expected) <= 0:
         return len(expected)
-    latest = [max(times[: k + 1]) for k in range(len(times))]
+    latest = accumulate(times, max)
     gain_rates = [gain / max(time, 1e-12) for gain, time in zip(expected, latest, strict=True)]
     best = max(gain_rates)
     return max(k for k, rate in enumerate(gain_rates, 1) if rate >= best)
@@ -86,7 +87,7 @@ class Estimates:
     """The estimates that `DynamicBackupWorkers` carries from round to round.
 
     `times[k - 1]` is the mean time of the k-th reply in seconds, over the `rounds[k - 1]` rounds that had a k-th
-    reply. `smooth` holds the latest estimates of the smoothness L, and `loss` is the training loss of the last round.
+    reply. `smoothness` holds the latest estimates of the smoothness L, and `loss` is the training loss of the last round.
     """
 
     gradients: Gradients | None = None

@@ -57,9 +57,10 @@ class _Random(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> _Random:
-        ignored = self.model_fields_set & {"mean", "minimum", "alpha"}
+        fields = _Random.model_fields
+        ignored = [name for name in ("mean", "minimum", "alpha") if getattr(self, name) != fields[name].default]
         if self.probability is not None and ignored:
-            raise ValueError(f"{min(ignored)} has no effect beside probability; remove one of them")
+            raise ValueError(f"{ignored[0]} has no effect beside probability; remove one of them")
         return self
 
     def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:

@@ -108,7 +108,7 @@ class FedAU(BlindRule[Attendance]):
         examples = memory.examples.clone()
         examples[rows] = torch.tensor([report.examples for report in reports], dtype=examples.dtype)
         length = memory.current_interval + 1
-        closes = participated if not self.cutoff else participated | (length == self.cutoff)
+        closes = participated if not self.cutoff else participated | (length >= self.cutoff)
         mean = (memory.closed_intervals * memory.mean_interval + length) / (memory.closed_intervals + 1)
         return Attendance(
             memory.nodes,

@@ -54,9 +54,14 @@ class Bulyan(SightedRule[None]):
     def _selected(self, distances: Tensor, count: int) -> Tensor:
         if self.one_pass:
             return krum_scores(distances, self.hostile).argsort(stable=True)[:count]
-        remaining = list(range(len(distances)))
+        nearest, order = distances.clone().fill_diagonal_(torch.inf).sort(dim=1)  # once, not for each selection
+        remaining = torch.ones(len(distances), dtype=torch.bool)
         selected = []
-        for _ in range(count):
-            scores = krum_scores(distances[remaining][:, remaining], self.hostile)
-            selected.append(remaining.pop(int(scores.argmin())))
+        for left in range(len(distances), len(distances) - count, -1):
+            is_left = remaining[order] & nearest.isfinite()
+            counts = is_left & (is_left.cumsum(dim=1) <= max(1, left - self.hostile - 2))
+            scores = torch.where(counts, nearest, 0.0).sum(dim=1)
+            best = int(torch.where(remaining, scores, torch.inf).argmin())
+            remaining[best] = False
+            selected.append(best)
         return torch.tensor(selected)
