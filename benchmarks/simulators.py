@@ -49,6 +49,10 @@ ROWS = {
     "mlp": Row("mlp", 50, 1, 10, 10, {"flower": 15, "pfl": 4, "fedjax": 4}),
     "mlp-5": Row("mlp", 50, 5, 20, 10, {"flower": 20, "pfl": 6, "fedjax": 6}),
     "cnn": Row("cnn", 10, 1, 10, 6, {"flower": 2.2, "pfl": 1.5, "fedjax": 3}),
+    "resnet_batch_norm": Row("resnet_batch_norm", 10, 1, 10, 4, {"flower": 1.15}),
+    "resnet_group_norm": Row("resnet_group_norm", 10, 1, 10, 4, {"flower": 1.15}),
+    "gru": Row("gru", 10, 1, 10, 6, {"flower": 1.15}),
+    "transformer": Row("transformer", 10, 1, 10, 4, {"flower": 1.15}),
 }
 CORYMB = Path(sys.executable).parent / "corymb"
 PYTHON = {
@@ -68,6 +72,9 @@ def write_experiment(row: Row, folder: Path, device: str = "cpu") -> Path:
         folder / "data.npz",
         x_train=inputs, y_train=targets, x_test=inputs[:100], y_test=targets[:100], offsets=offsets,
     )  # fmt: skip
+    model = f'{{ kind = "workload:{row.model}" }}'
+    if row.model not in workload.SHAPES:
+        model = f'{{ kind = "workload:field", options = {{ name = "{row.model}" }} }}'
     (folder / "workload.toml").write_text(f"""
 rounds = {WARMUP + row.rounds}
 rules = ["fedavg"]
@@ -75,7 +82,7 @@ fraction = {row.clients / workload.CLIENTS}
 blocks = {cores() if device == "cpu" else 1}
 data = {{ source = "{folder}/data.npz" }}
 partition = {{ kind = "site" }}
-model = {{ kind = "workload:{row.model}" }}
+model = {model}
 evaluate = {{ every = 1000 }}
 
 [train]
@@ -142,10 +149,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     missed = 0
-    print(f"{'workload':10}{'Corymb':>10}" + "".join(f"{peer:>34}" for peer in options.peers))
+    print(f"{'workload':20}{'Corymb':>10}" + "".join(f"{peer:>34}" for peer in options.peers))
     for name in options.rows:
         row = ROWS[name]
-        results: dict[str, list[Result]] = {peer: [] for peer in ("corymb", *options.peers)}
+        peers = [peer for peer in options.peers if peer in row.targets]
+        results: dict[str, list[Result]] = {peer: [] for peer in ("corymb", *peers)}
         for _ in range(options.repeats):
             for peer in results:
                 results[peer].append(run_corymb(row) if peer == "corymb" else run_peer(peer, row))
@@ -154,15 +162,15 @@ def main() -> None:
             for peer, runs in results.items()
         }
         checksum = results["corymb"][0]["checksum"]
-        line = f"{name:10}{times['corymb']:7.1f} ms"
-        for peer in options.peers:
+        line = f"{name:20}{times['corymb']:7.1f} ms"
+        for peer in peers:
             ratio = times[peer] / times["corymb"]
             missed += ratio < row.targets[peer]
             peer_checksum = results[peer][0]["checksum"]
             difference = f", checksum {peer_checksum / checksum - 1:+.0e}" if peer == "fedjax" else ""
             line += f"{f'{times[peer]:.0f} ms = {ratio:.1f}x ({row.targets[peer]:g}x{difference})':>34}"
         print(line, flush=True)
-        print(f"{'':10}time of a round: {overhead(row)}", flush=True)
+        print(f"{'':20}time of a round: {overhead(row)}", flush=True)
     sys.exit(missed > 0)
 
 

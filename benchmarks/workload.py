@@ -12,6 +12,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -55,10 +56,12 @@ def checksum(arrays: Iterable[NDArray[np.float32]]) -> float:
 
 
 def torch_model(model: str) -> Any:
-    """Return the model as a torch module with the parameters of `first_model`."""
+    """Return the model as a torch module, always with the same parameters."""
     import torch
     from torch import nn
 
+    if model not in SHAPES:
+        return import_module("field_models").field_model(model)
     layers: dict[str, list[nn.Module]] = {
         "softmax": [nn.Flatten(), nn.Linear(784, 10)],
         "mlp": [nn.Flatten(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 10)],
@@ -90,10 +93,15 @@ def cnn(shape: tuple[int, ...], classes: int) -> Any:
     return torch_model("cnn")
 
 
+def field(shape: tuple[int, ...], classes: int, name: str) -> Any:
+    """Return a model of `field_models`; an experiment names this function in `model.kind`."""
+    return torch_model(name)
+
+
 def options() -> argparse.ArgumentParser:
     """Return the command line parser of the peers' scripts."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", choices=list(SHAPES), default="mlp")
+    parser.add_argument("--model", default="mlp")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=10)

@@ -87,7 +87,8 @@ class Estimates:
     """The estimates that `DynamicBackupWorkers` carries from round to round.
 
     `times[k - 1]` is the mean time of the k-th reply in seconds, over the `rounds[k - 1]` rounds that had a k-th
-    reply. `smoothness` holds the latest estimates of the smoothness L, and `loss` is the training loss of the last round.
+    reply. `smoothness` holds the latest estimates of the smoothness L, and `loss` is the training loss of the last
+    round.
     """
 
     gradients: Gradients | None = None
