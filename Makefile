@@ -5,7 +5,7 @@ FLWR ?=
 TORCH ?=
 VENV := .venv$(if $(FLWR),-flwr-$(FLWR))$(if $(TORCH),-torch-$(TORCH))
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint $(VENV)/constraints.txt
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
