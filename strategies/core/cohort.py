@@ -103,9 +103,10 @@ class Cohort:
     def by_layer(self, work: Callable[[Cohort], Tensor]) -> Tensor:
         """Apply `work(cohort of one layer) -> [p]` to every layer and return the joined results, `[P]`.
 
-        A layer is one tensor of the model. The `origin`, `models` and `steps` of its cohort are views of this one's.
+        A layer is one tensor of the model; tensors without elements are left out. The `origin`, `models` and `steps` of
+        its cohort are views of this one's.
         """
-        return torch.cat([work(self._layer(entry)) for entry in self.layout.parameters])
+        return torch.cat([work(self._layer(entry)) for entry in self.layout.parameters if entry.stop > entry.start])
 
     def _layer(self, entry: Entry) -> Cohort:
         columns = slice(entry.start, entry.stop)

@@ -79,13 +79,22 @@ class Proxy:
         """Return the `outputs` for all examples, `[N, C]`, without gradients and in batches."""
         return torch.cat([self.outputs(parameters, buffers, rows) for rows in self.batches(EVALUATION_BATCH)])
 
+    def class_scores(self, parameters: Tensor, buffers: Tensor) -> Tensor:
+        """Return the `scores`. Raises `ValueError` unless they are scores of two or more classes, `[N, C]`."""
+        scores = self.scores(parameters, buffers)
+        if scores.dim() != 2 or scores.shape[1] < 2:
+            raise ValueError(
+                f"This rule needs scores of two or more classes, [N, C], and the module returns {[*scores.shape]}."
+            )
+        return scores
+
     def ballots(self, models: Tensor, buffers: Tensor) -> Tensor:
         """Return the scores of each of `models [V, P]` with its `buffers [V, B]`, `[V, N, C]`."""
-        return torch.stack([self.scores(*voter) for voter in zip(models, buffers, strict=True)])
+        return torch.stack([self.class_scores(*voter) for voter in zip(models, buffers, strict=True)])
 
     def accuracy(self, parameters: Tensor, buffers: Tensor) -> float:
         """Return the share of examples whose highest score is that of their target."""
-        return float((self.scores(parameters, buffers).argmax(dim=1) == self.labels).double().mean())
+        return float((self.class_scores(parameters, buffers).argmax(dim=1) == self.labels).double().mean())
 
     @torch.no_grad()
     def loss_of(self, parameters: Tensor, buffers: Tensor) -> float:

@@ -73,10 +73,12 @@ class Rule(ABC, Generic[M]):
 
         `replies` may be empty, holds at most one reply per node and is read once. `known` names all clients of the
         federation, absent ones included. `proxy` is the server's proxy data. The arguments are not modified.
-        Raises `ValueError` if the rule needs proxy data and `proxy` is None.
+        Raises `ValueError` if the rule needs proxy data and `proxy` is None, and for a model without parameters.
         """
         if self.needs_proxy and proxy is None:
             raise ValueError(f"{type(self).__name__} needs proxy data, but the server has none; set `proxy`.")
+        if not origin.parameters.numel():
+            raise ValueError("The model has no parameters, so there is nothing to aggregate.")
         return self._aggregate(origin, replies, memory, frozenset(known), proxy)
 
     @abstractmethod

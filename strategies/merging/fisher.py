@@ -67,7 +67,7 @@ def diagonal_fisher(proxy: Proxy, parameters: Tensor, buffers: Tensor, rows: Ten
 
     jacobians = vmap(jacrev(log_probabilities), in_dims=(None, 0))
     total = torch.zeros_like(parameters, dtype=torch.float64)
-    probabilities = torch.cat([proxy.outputs(parameters, buffers, part).softmax(dim=1) for part in rows.split(1024)])
+    probabilities = proxy.class_scores(parameters, buffers)[rows].softmax(dim=1)
     size = max(1, MAX_JACOBIAN_NUMBERS // (parameters.numel() * probabilities.shape[1]))
     for part, class_weights in zip(rows.split(size), probabilities.split(size), strict=True):
         total += torch.einsum("nc,ncp->p", class_weights.double(), jacobians(parameters, part).double().square())

@@ -61,7 +61,7 @@ class IsoCTS(SightedRule[None]):
 def layer_updates(layer: Cohort) -> Tensor:
     """Return the updates of one layer, `[K, *shape]` float64, where `shape` is the shape of the layer's tensor."""
     (entry,) = layer.layout.parameters
-    return (layer.models.double() - layer.origin.double()).reshape(-1, *entry.shape)
+    return (layer.models.double() - layer.origin.double()).reshape((-1, *entry.shape))
 
 
 def stepped(layer: Cohort, step: Tensor | None, scale: float) -> Tensor:

@@ -41,6 +41,8 @@ def layer_axes(layout: Layout) -> list[Axis]:
     axes: list[Axis] = []
     group, units = -1, 0
     for entry in layout.parameters:
+        if entry.start == entry.stop:
+            continue
         if len(entry.shape) >= 2:
             if group >= 0:
                 if entry.shape[1] % units:

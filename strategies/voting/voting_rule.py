@@ -84,7 +84,7 @@ class VotingRule(Rule[Voters]):
         index = {voter: row for row, voter in enumerate(voters)}
         scores: list[Tensor | None] = [None] * len(voters)
         for node, model, buffers in zip(memory.nodes, memory.models, memory.buffers, strict=True):
-            model_scores, total = proxy.scores(model, buffers), scores[index[node]]
+            model_scores, total = proxy.class_scores(model, buffers), scores[index[node]]
             scores[index[node]] = model_scores if total is None else total + model_scores
         ballots, seen = torch.stack([s for s in scores if s is not None]), None
         if self.abstain and memory.seen is not None:

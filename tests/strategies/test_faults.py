@@ -26,9 +26,11 @@ from corymb.strategies import (
     make_rule,
 )  # fmt: skip
 from corymb.strategies.core.client_updates import Updates
+from corymb.strategies.core.proxy import Loss
 from corymb.strategies.participation.fedau import Attendance
 from corymb.strategies.robust.foolsgold import dissimilarity_weights
 from corymb.testing import check_rule
+from corymb.tests.support import REQUIRED_PARAMETERS
 
 
 def replies(**values: list[float]) -> list[Reply]:
@@ -151,3 +153,46 @@ def test_e1_a_parameter_without_dimensions(name: str) -> None:
     proxy = Proxy(module, torch.randn(40, 3), torch.arange(40) % 2)
     rule = make_rule(name)
     assert rule.aggregate(origin, clients, rule.initial(), proxy=proxy).model.parameters.isfinite().all()
+
+
+class WithEmptyTensor(torch.nn.Module):
+    """A classifier that also has a parameter without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+        self.empty = torch.nn.Parameter(torch.zeros(0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
+
+
+def one_round(
+    name: str, module: torch.nn.Module, targets: Tensor, loss: Loss = torch.nn.functional.cross_entropy
+) -> Model:
+    """Aggregate four replies with the rule called `name`."""
+    torch.manual_seed(0)
+    origin = Layout.of_module(module).flatten(module.state_dict())
+    size = origin.parameters.numel()
+    clients = [Reply.of(f"site-{i:02d}", origin.parameters + 0.1 * torch.randn(size), 5) for i in range(8)]
+    rule = make_rule(name, **REQUIRED_PARAMETERS.get(name, {}))
+    proxy = Proxy(module, torch.randn(40, 3), targets, loss)
+    return rule.aggregate(origin, clients, rule.initial(), proxy=proxy).model
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_e5_a_tensor_without_elements(name: str) -> None:
+    assert one_round(name, WithEmptyTensor(), torch.arange(40) % 2).parameters.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["run_off_distillation", "greedy_soup", "fisher"])
+def test_e5_a_model_of_one_logit_has_no_class_scores(name: str) -> None:
+    targets = (torch.arange(40) % 2).float()[:, None]
+    with pytest.raises(ValueError, match=r"two or more classes, \[N, C\], and the module returns \[40, 1\]"):
+        one_round(name, torch.nn.Linear(3, 1), targets, torch.nn.functional.binary_cross_entropy_with_logits)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_e5_a_model_without_parameters(name: str) -> None:
+    with pytest.raises(ValueError, match="has no parameters"):
+        one_round(name, torch.nn.Identity(), torch.arange(40) % 2)
