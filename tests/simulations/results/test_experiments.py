@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from corymb.cli import main
 from corymb.server.journal.files import sha256
 from corymb.simulations.data.partition_settings import DirichletSettings
 from corymb.simulations.experiments.experiment import Experiment
@@ -370,13 +371,34 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
         (["simulate", "[/x]"], "There is no experiment '[/x]'"),
     ],
 )
-def test_a_user_error_prints_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_a_user_error_prints_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "pyproject.toml").write_text(APP)
-    result = corymb(*arguments, cwd=tmp_path)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["corymb", *arguments])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as ended:  # in this process, as importing the libraries takes seconds
+        main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir() if path.name != "pyproject.toml"] in ([], ["runs"])
+
+
+def test_an_exception_in_a_users_code_keeps_its_traceback(tmp_path: Path) -> None:
+    """E8: a mistake of use is one line, a `ValueError` of the user's module is not."""
+    (tmp_path / "mine.py").write_text("def make(shape, classes):\n    return int('not a number')\n")
+    (tmp_path / "mine.toml").write_text('rounds = 1\nrules = ["fedavg"]\n[model]\nkind = "mine:make"\n')
+    result = corymb("simulate", "mine.toml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert 'mine.py", line 2, in make' in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("error: The model 'mine:make' cannot be made")
 
 
 def test_rules_are_listed() -> None:
