@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -52,29 +52,46 @@ class ClientPool:
     def __init__(self, app: Client, processes: int, seed: int) -> None:
         self._app, self._size, self._seed = app, processes, seed
         self._workers: list[_Worker] = []
+        self._running = self._replies(())
 
     def run(self, requests: Sequence[Request]) -> IndexedReplies:
-        """Yield (index of the request, reply or exception) in order of completion; updates the requests' Contexts."""
+        """Yield (index of the request, reply or exception) in order of completion; updates the requests' Contexts.
+
+        Ends the call before, as `stop` does.
+        """
+        self.stop()
+        self._running = self._replies(requests)
+        return self._running
+
+    def stop(self) -> None:
+        """End the running call: clients that have not started do not start, and replies of the others are dropped."""
+        self._running.close()
+
+    def _replies(self, requests: Sequence[Request]) -> Generator[tuple[int, Message | Exception]]:
         waiting = deque(range(len(requests)))
         contents: dict[int, bytes] = {}  # by id: many messages share one content, which is pickled once
         while len(self._workers) < min(self._size, len(requests)):
             self._workers.append(self._fork())
-        for worker in self._workers:
-            self._send_next(worker, waiting, requests, contents)
-        while busy := [worker for worker in self._workers if worker.index is not None]:
-            for pipe in wait([worker.pipe for worker in busy]):
-                worker = next(worker for worker in busy if worker.pipe is pipe)
-                index, worker.index = worker.index, None
-                assert index is not None
-                reply = self._receive(worker, requests[index][1])
-                if not worker.process.is_alive():
-                    self._workers[self._workers.index(worker)] = worker = self._fork()
+        try:
+            for worker in self._workers:
                 self._send_next(worker, waiting, requests, contents)
-                yield index, reply
-                del reply  # free its model before the next one is read
+            while busy := [worker for worker in self._workers if worker.index is not None]:
+                for pipe in wait([worker.pipe for worker in busy]):
+                    worker = next(worker for worker in busy if worker.pipe is pipe)
+                    index, reply = self._receive(worker, requests)
+                    if not worker.process.is_alive():
+                        self._workers[self._workers.index(worker)] = worker = self._fork()
+                    self._send_next(worker, waiting, requests, contents)
+                    yield index, reply
+                    del reply  # free its model before the next one is read
+        finally:
+            for worker in self._workers:
+                if worker.index is not None:
+                    self._receive(worker, requests)
 
     def close(self) -> None:
         """End the worker processes."""
+        self.stop()
         for worker in self._workers:
             worker.pipe.close()
             worker.process.kill()
@@ -107,13 +124,16 @@ class ClientPool:
         except (BrokenPipeError, ConnectionResetError):
             return  # the worker has died, which `_receive` finds
 
-    def _receive(self, worker: _Worker, context: Context) -> Message | Exception:
+    def _receive(self, worker: _Worker, requests: Sequence[Request]) -> tuple[int, Message | Exception]:
+        """Wait for the worker's reply; return the index of its request, and the reply or exception."""
+        index, worker.index = worker.index, None
+        assert index is not None
         try:
-            reply, context.state = worker.pipe.recv()
+            reply, requests[index][1].state = worker.pipe.recv()
         except (EOFError, ConnectionResetError):
             worker.process.join()
-            return ChildProcessError(f"The process of the client ended with exit code {worker.process.exitcode}.")
-        return reply  # type: ignore[no-any-return]
+            reply = ChildProcessError(f"The process of the client ended with exit code {worker.process.exitcode}.")
+        return index, reply
 
 
 def _work(pipe: Connection, app: Client, seed: int, others: list[Connection]) -> None:

@@ -214,6 +214,10 @@ class LocalGrid(Grid):
             return
         while self._begun:  # replies to an earlier push, which a strategy may still pull
             self._receive_next()
+        if self._pool is not None:
+            self._pool.stop()
+        for context in self._begun_contexts:  # some may belong to replies that nobody waited for
+            self._keep(context)
         self._begun_ids = ids
         self._begun = {message_id: self._waiting.take(message_id) for message_id in ids}
         requests = [(message, self._context(message.metadata.dst_node_id)) for message in self._begun.values()]

@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from corymb.protocol.codec import to_state
-from corymb.server import FlowerStrategy
+from corymb.server import FlowerStrategy, WaitForShare
 from corymb.simulations import LocalGrid
 from corymb.strategies import FedAvg
 
@@ -109,4 +109,15 @@ def test_messages_to_one_node_run_in_their_order() -> None:
     grid.finish()
     (last,) = grid.send_and_receive([message(grid, 0)])
     assert last.content.metric_records["metrics"]["n"] == 4
+    grid.close()
+
+
+def test_a_round_that_does_not_wait_for_all_leaves_the_next_one_alone() -> None:
+    grid = LocalGrid(draws, 6, workers=2)
+    for _ in range(3):
+        strategy = FlowerStrategy(FedAvg(), round_size=WaitForShare(0.3), fraction_evaluate=0)
+        strategy.start(grid, ArrayRecord({"w": torch.zeros(3)}), num_rounds=3)
+        assert [v.code for v in strategy.record.verdicts].count("admitted") == 2
+    (reply,) = grid.send_and_receive([message(grid, 0)])
+    assert not reply.has_error()
     grid.close()
