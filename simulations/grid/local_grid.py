@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from threading import RLock
@@ -12,12 +11,10 @@ from typing import Any
 from weakref import finalize
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
-from flwr.serverapp import Grid
+from flwr.app import Context, Error, Message, UserConfig
 
 from corymb.protocol.flower import (
     CLIENT_APP_RAISED,
-    empty_run,
     node_info,
     set_message_id,
     set_task_identity,
@@ -26,24 +23,32 @@ from corymb.protocol.flower import (
 from corymb.simulations.cores import can_fork
 from corymb.simulations.data.clients import Client, CohortTrainer, IndexedReplies
 from corymb.simulations.data.population import client_names
+from corymb.simulations.grid.bare_grid import BareGrid
 from corymb.simulations.grid.client_pool import ClientPool, run_client
+from corymb.simulations.grid.contexts import FIRST_NODE_ID, RUN_ID, Contexts
+from corymb.simulations.grid.failures import Failures
 from corymb.simulations.grid.waiting import WaitingMessages
 
 log = logging.getLogger("flwr.corymb")
-RUN_ID = 1
 SERVER_ID = 1
-FIRST_NODE_ID = 1000
 
 
-class LocalGrid(Grid):
-    """A grid that delivers messages to `client_app` in this process, without Ray, sockets or serialisation.
+class LocalGrid(BareGrid):
+    """A grid that delivers messages to `client_app` on this machine, without Ray, sockets or serialisation.
 
     `nodes` is the number of nodes, or their names. Node `i` has `partition-id = i` and `num-partitions` in its node
-    config, as in Flower's simulation, together with the entries of `node_config(i)`. Its Context keeps its state for
-    the whole run. A client runs when its reply is pulled, so a strategy that pulls one id at a time needs memory for
-    one reply. An app that `CohortTrainer` trains all clients of a push in one call.
+    config, as in Flower's simulation, together with the entries of `node_config(i)`.
 
-    `answered` is the number of replies; `failures` counts the exceptions of the app by their text.
+    A client runs when its reply is pulled, so a strategy that pulls one id at a time needs memory for one reply.
+    Before a node runs a message, it runs those that were sent to it earlier; `finish` runs the rest. One client runs
+    at a time, also for a strategy with several threads. An app that implements `CohortTrainer` trains all clients of a
+    push in one call. With `workers` above 1, as many forked processes run the clients of any other app, except with a
+    GPU or where processes cannot be forked. The number of workers does not change the results: what a client draws
+    from the global random generators depends only on torch's seed when the grid was made, the node and the message.
+
+    A Context keeps the changes of a client that replied, not those of one that raised an exception. Clients do not
+    change the caller's random generators. `replies` is the number of replies; `failures` counts the exceptions of the
+    app by their text. `close` ends the processes.
     """
 
     is_complete = True  # no node joins later, so a server need not wait for more
@@ -60,13 +65,12 @@ class LocalGrid(Grid):
         names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
             raise ValueError("A grid of 0 nodes cannot run; give at least one node.")
+        super().__init__(RUN_ID)
         set_task_identity(RUN_ID, SERVER_ID)
         self._app = client_app
         self._names = names
         self._nodes: list[Any] = []
-        self._run_config: UserConfig = dict(run_config or {})
-        self._node_config = node_config
-        self._contexts: dict[int, Context] = {}
+        self._contexts = Contexts(len(names), run_config or {}, node_config)
         self._waiting = WaitingMessages()
         self._begun: dict[str, Message] = {}  # messages whose clients run together and have not replied yet
         self._answers: IndexedReplies = iter(())  # replies to the begun messages; an index refers to `_begun_ids`
@@ -79,28 +83,12 @@ class LocalGrid(Grid):
         if workers > 1 and can_fork() and not isinstance(client_app, CohortTrainer):
             self._pool = ClientPool(client_app, workers, self._seed)
             self._closing = finalize(self, self._pool.close)
-        self._run = empty_run(RUN_ID)
         self.replies = 0
-        self.failures: Counter[str] = Counter()  # each different text is logged once
-
-    def set_run(self, run: Any) -> None:
-        """Set the run of this grid."""
-        self._run = run
-
-    @property
-    def run(self) -> Any:
-        """The run, as Flower's `Run`."""
-        return self._run
+        self.failures = Failures()
 
     def server_context(self) -> Context:
         """Return a Context for a ServerApp."""
-        return Context(RUN_ID, SERVER_ID, {}, RecordDict(), dict(self._run_config))
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Return a new message; Flower deprecates this method in favour of the constructor."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+        return self._contexts.of_server(SERVER_ID)
 
     def get_node_ids(self) -> list[int]:
         """Return the ids of all nodes."""
@@ -185,10 +173,7 @@ class LocalGrid(Grid):
     def require_replies(self) -> None:
         """Raise `ValueError` if clients ran and the app raised an exception at every one."""
         if self.failures and not self.replies:
-            reason, times = self.failures.most_common(1)[0]
-            raise ValueError(
-                f"Every client failed; the most frequent error ({times} times): {' '.join(reason.split())}"
-            )
+            raise self.failures.error()
 
     def _pull(self, message_id: str) -> Iterator[Message]:
         if message_id in self._waiting and self._runs_together(message_id):
@@ -217,10 +202,10 @@ class LocalGrid(Grid):
         if self._pool is not None:
             self._pool.stop()
         for context in self._begun_contexts:  # some may belong to replies that nobody waited for
-            self._keep(context)
+            self._contexts.keep(context)
         self._begun_ids = ids
         self._begun = {message_id: self._waiting.take(message_id) for message_id in ids}
-        requests = [(message, self._context(message.metadata.dst_node_id)) for message in self._begun.values()]
+        requests = [(message, self._contexts.of(message.metadata.dst_node_id)) for message in self._begun.values()]
         self._begun_contexts = [context for _, context in requests]
         if self._pool is not None:
             self._answers = self._pool.run(requests)
@@ -230,7 +215,7 @@ class LocalGrid(Grid):
     def _receive_next(self) -> str:
         """Wait for the next reply of the clients that train together; return the id of its message."""
         index, reply = next(self._answers)
-        self._keep(self._begun_contexts[index])
+        self._contexts.keep(self._begun_contexts[index])
         message_id = self._begun_ids[index]
         if message_id in self._begun:  # else the message was dropped
             self._ready[message_id] = self._finish(self._begun.pop(message_id), reply)
@@ -243,14 +228,10 @@ class LocalGrid(Grid):
         while (oldest := self._waiting.oldest_at(message_id)) != message_id:
             self._ready[oldest] = self._run_client(oldest)
         message = self._waiting.take(message_id)
-        context = self._context(message.metadata.dst_node_id)
+        context = self._contexts.of(message.metadata.dst_node_id)
         reply = run_client(self._app, message, context, self._seed)
-        self._keep(context)
+        self._contexts.keep(context)
         return self._finish(message, reply)
-
-    def _keep(self, context: Context) -> None:
-        if context.state:
-            self._contexts[context.node_id] = context
 
     def _finish(self, message: Message, reply: Message | Exception) -> Message:
         """Return `reply` with an id, or, for an exception of the app, the error reply that a node sends."""
@@ -260,17 +241,5 @@ class LocalGrid(Grid):
             self.replies += 1
             set_message_id(reply, f"reply-{message.metadata.message_id}")
             return reply
-        reason = f"{type(reply).__name__}: {reply}"
-        if reason not in self.failures:
-            name = self._names[message.metadata.dst_node_id - FIRST_NODE_ID]
-            log.warning("The client app raised an exception at client %s.", name, exc_info=reply)
-        self.failures[reason] += 1
-        return unchecked_reply(message, error=Error(CLIENT_APP_RAISED, reason))
-
-    def _context(self, node_id: int) -> Context:
-        """Return the node's Context. Only Contexts with state are stored, so that idle nodes need no memory."""
-        if node_id in self._contexts:
-            return self._contexts[node_id]
-        row = node_id - FIRST_NODE_ID
-        config = {"partition-id": row, "num-partitions": len(self._names), **self._node_config(row)}
-        return Context(RUN_ID, node_id, config, RecordDict(), self._run_config.copy())
+        text = self.failures.add(reply, self._names[message.metadata.dst_node_id - FIRST_NODE_ID])
+        return unchecked_reply(message, error=Error(CLIENT_APP_RAISED, text))

@@ -26,7 +26,8 @@ from corymb.server import (
     RunState,
     conclude,
 )
-from corymb.simulations.grid.local_grid import FIRST_NODE_ID, LocalGrid
+from corymb.simulations.grid.contexts import FIRST_NODE_ID
+from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.simulations.scaffold.fixtures import make_module, make_proxy
 from corymb.strategies import RULES, FedAvg, Layout, Median, Rule, ServerOptimizer, make_rule
 from corymb.strategies.core.serialization import pack_memory
