@@ -33,6 +33,8 @@ DTYPES = {
     )
 }  # fmt: skip
 
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 class CodecError(ValueError):
     """An array in a message has a wrong format, dtype, header or number of bytes."""
@@ -50,9 +52,8 @@ class Array(flwr.app.Array):
         self._describe(tensor.dtype, tensor.shape)
 
     def _describe(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.dtype = str(dtype).removeprefix("torch.")
-        self.shape = tuple(shape)
-        self.stype = NPY
+        name = DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+        self.__dict__.update(dtype=name, shape=tuple(shape), stype=NPY)  # a new object needs no care of Flower's caches
 
     @property
     def tensor(self) -> Tensor:

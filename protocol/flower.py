@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, cast
 
-from flwr.app import ArrayRecord, Error, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.run import Run
@@ -57,6 +57,13 @@ def unchecked_metrics(numbers: dict[str, int | float]) -> MetricRecord:
     return record
 
 
+def unchecked_arrays(arrays: Mapping[str, Array]) -> ArrayRecord:
+    """Return `ArrayRecord(arrays)` without Flower's type check of each array."""
+    record = ArrayRecord()
+    record.__dict__["_data"] = dict(arrays)
+    return record
+
+
 def unchecked_record(records: Mapping[str, ArrayRecord | MetricRecord]) -> RecordDict:
     """Return `RecordDict(records)` without Flower's type check of each record."""
     content = RecordDict()
@@ -101,17 +108,3 @@ def unchecked_reply(message: Message, content: RecordDict | None = None, error: 
     reply = Message.__new__(Message)
     reply.__dict__.update(_metadata=metadata, _content=content, _error=error)
     return reply
-
-
-def metadata_of(message: Message) -> dict[str, object]:
-    """Return the metadata of `message` in a form that can be pickled; see `message_of`."""
-    return dict(message.metadata.__dict__)
-
-
-def message_of(metadata: Mapping[str, object], content: RecordDict) -> Message:
-    """Return the message with this metadata and content."""
-    restored = Metadata.__new__(Metadata)
-    restored.__dict__.update(metadata)
-    message = Message.__new__(Message)
-    message.__dict__.update(_metadata=restored, _content=content, _error=None)
-    return message

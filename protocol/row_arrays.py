@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from corymb.protocol.codec import Array
+from corymb.protocol.flower import unchecked_arrays
 from corymb.strategies import Layout
 from corymb.strategies.core.layout import Entry
 from corymb.strategies.core.rows import Rows
@@ -30,10 +31,9 @@ class ModelRow:
 
     def to_record(self) -> ArrayRecord:
         """Return the model as an ArrayRecord for a message."""
-        record = ArrayRecord()
-        for index, entry in enumerate(self.layout.parameters):
-            record[entry.name] = RowArray(self, index, entry)
-        return record
+        return unchecked_arrays(
+            {entry.name: RowArray(self, index, entry) for index, entry in enumerate(self.layout.parameters)}
+        )
 
 
 class RowArray(Array):

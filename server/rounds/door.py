@@ -82,7 +82,7 @@ class Door:
         numbers = {
             name: float(value)
             for name, value in metrics.items()
-            if isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC and name != self.examples_key
+            if name != self.examples_key and isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC
             if name.isprintable() and len(name) < 100
         }
         if len(numbers) > MAX_METRICS:

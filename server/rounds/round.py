@@ -29,7 +29,8 @@ class Requests:
         by_message = {}
         nodes = []
         for message in messages:
-            node_id, message_id = message.metadata.dst_node_id, message.metadata.message_id
+            metadata = message.metadata
+            node_id, message_id = metadata.dst_node_id, metadata.message_id
             nodes.append(connected.get(node_id, f"node-{node_id}"))
             if message_id:
                 by_message[message_id] = nodes[-1]
@@ -40,9 +41,10 @@ class Requests:
 
         The addressee takes precedence, because a SuperLink creates error replies under its own node id.
         """
-        name = self.by_message.get(reply.metadata.reply_to_message_id)
-        source = reply.metadata.src_node_id
-        return name or self.connected.get(source, f"node-{source}")
+        metadata = reply.metadata
+        if name := self.by_message.get(metadata.reply_to_message_id):
+            return name
+        return self.connected.get(metadata.src_node_id, f"node-{metadata.src_node_id}")
 
     def named(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
         """Yield each reply with the name of its node."""

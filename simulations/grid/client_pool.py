@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import pickle
-import traceback
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from flwr.app import Context, Message, RecordDict
 
-from corymb.protocol.flower import message_of, metadata_of
 from corymb.protocol.records import copied_message, copied_records
 from corymb.simulations.data.clients import Client, IndexedReplies, Request
+from corymb.simulations.grid.failures import RemoteError
 from corymb.strategies.core.random_state import seeded_generators
 
 
@@ -69,19 +68,18 @@ class ClientPool:
 
     def _replies(self, requests: Sequence[Request]) -> Generator[tuple[int, Message | Exception]]:
         waiting = deque(range(len(requests)))
-        contents: dict[int, bytes] = {}  # by id: many messages share one content, which is pickled once
         while len(self._workers) < min(self._size, len(requests)):
             self._workers.append(self._fork())
         try:
             for worker in self._workers:
-                self._send_next(worker, waiting, requests, contents)
+                self._send_next(worker, waiting, requests)
             while busy := [worker for worker in self._workers if worker.index is not None]:
                 for pipe in wait([worker.pipe for worker in busy]):
                     worker = next(worker for worker in busy if worker.pipe is pipe)
                     index, reply = self._receive(worker, requests)
                     if not worker.process.is_alive():
                         self._workers[self._workers.index(worker)] = worker = self._fork()
-                    self._send_next(worker, waiting, requests, contents)
+                    self._send_next(worker, waiting, requests)
                     yield index, reply
                     del reply  # free its model before the next one is read
         finally:
@@ -108,21 +106,12 @@ class ClientPool:
         worker_pipe.close()
         return _Worker(process, pipe)
 
-    def _send_next(
-        self, worker: _Worker, waiting: deque[int], requests: Sequence[Request], contents: dict[int, bytes]
-    ) -> None:
+    def _send_next(self, worker: _Worker, waiting: deque[int], requests: Sequence[Request]) -> None:
         if not waiting:
             return
         worker.index = waiting.popleft()
-        message, context = requests[worker.index]
-        key = id(message.content)
-        if key not in contents:
-            contents[key] = pickle.dumps(message.content, pickle.HIGHEST_PROTOCOL)
-        try:
-            worker.pipe.send((metadata_of(message), context))
-            worker.pipe.send_bytes(contents[key])
-        except (BrokenPipeError, ConnectionResetError):
-            return  # the worker has died, which `_receive` finds
+        with suppress(BrokenPipeError, ConnectionResetError):  # the worker has died, which `_receive` finds
+            worker.pipe.send(requests[worker.index])
 
     def _receive(self, worker: _Worker, requests: Sequence[Request]) -> tuple[int, Message | Exception]:
         """Wait for the worker's reply; return the index of its request, and the reply or exception."""
@@ -141,32 +130,13 @@ def _work(pipe: Connection, app: Client, seed: int, others: list[Connection]) ->
     for other in others:  # inherited by the fork; while they are open here, the server's end never closes
         other.close()
     torch.set_num_threads(1)
-    for message, context in _requests(pipe):
-        reply = run_client(app, message, context, seed)
-        if isinstance(reply, Exception):
-            reply = _portable(reply)
-        try:
-            pipe.send((reply, context.state))
-        except Exception as error:  # it cannot be pickled
-            problem = f"{type(error).__name__}: {error}; it was {type(reply).__name__}: {reply}"
-            pipe.send((TypeError(f"The client's reply cannot be sent between processes: {problem}"), RecordDict()))
-
-
-def _portable(error: Exception) -> Exception:
-    """Return `error` with its traceback as a note; as a `RuntimeError` if it cannot be pickled."""
-    error.add_note("".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def _requests(pipe: Connection) -> Iterator[Request]:
-    while True:
-        try:
-            metadata, context = pipe.recv()
-            content = pickle.loads(pipe.recv_bytes())
-        except (EOFError, ConnectionResetError, KeyboardInterrupt):
-            return
-        yield message_of(metadata, content), context
+    with suppress(EOFError, ConnectionResetError, KeyboardInterrupt):
+        while True:
+            message, context = pipe.recv()
+            reply = run_client(app, message, context, seed)
+            if isinstance(reply, Exception):
+                reply = RemoteError.of(reply)
+            try:
+                pipe.send((reply, context.state))
+            except Exception as error:
+                pipe.send((RemoteError.of(error), RecordDict()))

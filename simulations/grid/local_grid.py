@@ -79,10 +79,11 @@ class LocalGrid(BareGrid):
         self._ready: dict[str, Message] = {}  # replies to begun messages that have not been pulled yet
         self._lock = RLock()
         self._seed = torch.initial_seed()
+        self._cohort = client_app if isinstance(client_app, CohortTrainer) else None  # this check is slow
         self._pool: ClientPool | None = None
-        if workers > 1 and can_fork() and not isinstance(client_app, CohortTrainer):
+        if workers > 1 and can_fork() and self._cohort is None:
             self._pool = ClientPool(client_app, workers, self._seed)
-            self._closing = finalize(self, self._pool.close)
+            finalize(self, self._pool.close)
         self.replies = 0
         self.failures = Failures()
 
@@ -189,8 +190,7 @@ class LocalGrid(BareGrid):
         """Return whether the client of a waiting message can be run together with others."""
         if self._pool is not None:
             return self._waiting.oldest_at(message_id) == message_id
-        is_training = self._waiting[message_id].metadata.message_type.startswith("train")
-        return is_training and isinstance(self._app, CohortTrainer)
+        return self._cohort is not None and self._waiting[message_id].metadata.message_type.startswith("train")
 
     def _start_together(self) -> None:
         """Start the clients of all waiting messages that can be run together."""
@@ -209,8 +209,8 @@ class LocalGrid(BareGrid):
         self._begun_contexts = [context for _, context in requests]
         if self._pool is not None:
             self._answers = self._pool.run(requests)
-        elif isinstance(self._app, CohortTrainer):
-            self._answers = self._app.train_together(requests)
+        elif self._cohort is not None:
+            self._answers = self._cohort.train_together(requests)
 
     def _receive_next(self) -> str:
         """Wait for the next reply of the clients that train together; return the id of its message."""

@@ -90,7 +90,7 @@ def test_a_failure_costs_its_clients_reply_and_a_dead_worker_is_replaced() -> No
     assert reasons == [
         "",
         "ValueError: no such column",
-        "RuntimeError: Odd: 1 and 2",
+        "Odd: 1 and 2",
         "ChildProcessError: The process of the client ended with exit code 7.",
         "",
         "",
