@@ -43,10 +43,22 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the scores `[B, 10]`."""
-        hidden = self.body(self.first(x.squeeze(1)))
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        scores: Tensor = self.last(hidden[:, -1])
+        scores: Tensor = self.last(self.hidden(self.first(x[:, 0]))[:, -1])
         return scores
+
+    def hidden(self, sequence: Tensor) -> Tensor:
+        """Return the outputs of the body, `[B, 28, width]`."""
+        outputs: Tensor = self.body(sequence)
+        return outputs
+
+
+class RecurrentRows(Rows):
+    """`Rows` with a recurrent body, which also returns its state."""
+
+    def hidden(self, sequence: Tensor) -> Tensor:
+        """Return the outputs of the body, `[B, 28, width]`."""
+        outputs, _ = self.body(sequence)
+        return outputs  # type: ignore[no-any-return]
 
 
 def transformer() -> nn.Module:
@@ -58,7 +70,7 @@ def transformer() -> nn.Module:
 FIELD: dict[str, Callable[[], nn.Module]] = {
     "resnet_batch_norm": lambda: resnet8(nn.BatchNorm2d),
     "resnet_group_norm": lambda: resnet8(lambda channels: nn.GroupNorm(8, channels)),
-    "gru": lambda: Rows(nn.GRU(64, 64, batch_first=True), 64),
+    "gru": lambda: RecurrentRows(nn.GRU(64, 64, batch_first=True), 64),
     "transformer": lambda: Rows(transformer(), 64),
 }
 

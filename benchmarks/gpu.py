@@ -36,7 +36,7 @@ def main() -> None:
     peer_seconds: list[float] = []
     for _ in range(options.repeats):
         corymb_seconds += simulators.run_corymb(row, options.device)["seconds"]
-        peer_seconds += simulators.run_script("pfl", row, [], None, options.device)["seconds"]
+        peer_seconds += simulators.run_script("pfl", row, [], [], None, options.device)["seconds"]
     corymb, peer = statistics.median(corymb_seconds), statistics.median(peer_seconds)
     speed = FLOP_PER_EXAMPLE * options.clients * workload.EXAMPLES / corymb / 1e12
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device

@@ -1,10 +1,11 @@
 """Measure a round in Corymb and, on the same workload, in Flower's simulation, pfl-research and FedJAX.
 
-Corymb runs through `corymb simulate`, with rule, door, verdicts and journal. The runs of Corymb and its peers
-alternate, and each result is the median over rounds. FedJAX draws the same clients in the same order, so it must end
-with the same checksum. `make bench` runs this script and creates the environments of the peers.
+Corymb runs through `corymb simulate` with its default settings, and with rule, door, verdicts and journal. The runs of
+Corymb and its peers alternate, and each result is the median over rounds. With --ordered, nobody shuffles, and FedJAX,
+which draws the same clients in the same order, must end with the same checksum. `make bench` runs this script and
+creates the environments of the peers.
 
-    python benchmarks/simulators.py [--rows softmax mlp] [--peers fedjax] [--repeats 2]
+    python benchmarks/simulators.py [--rows softmax mlp] [--peers fedjax] [--repeats 2] [--ordered]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +66,7 @@ SCRIPTS = {"flower": "flower_simulation.py", "pfl": "pfl_research.py", "fedjax":
 WARMUP = 2  # rounds
 
 
-def write_experiment(row: Row, folder: Path, device: str = "cpu") -> Path:
+def write_experiment(row: Row, folder: Path, device: str = "cpu", ordered: bool = False) -> Path:
     """Write the workload's experiment and data files to `folder`; return the path of the experiment."""
     inputs, targets = (array.reshape(-1, *array.shape[2:]) for array in workload.data())
     offsets = np.arange(workload.CLIENTS + 1) * workload.EXAMPLES
@@ -89,16 +91,16 @@ evaluate = {{ every = 1000 }}
 learning_rate = {workload.RATE}
 batch_size = {row.batch}
 epochs = {row.epochs}
-shuffle = false
+shuffle = {str(not ordered).lower()}
 device = "{device}"
 """)
     return folder / "workload.toml"
 
 
-def run_corymb(row: Row, device: str = "cpu") -> Result:
+def run_corymb(row: Row, device: str = "cpu", ordered: bool = False) -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        experiment = write_experiment(row, folder, device)
+        experiment = write_experiment(row, folder, device, ordered)
         command = [str(CORYMB), "simulate", str(experiment), "--out", f"{folder}/out"]
         subprocess.run(command, check=True, capture_output=True, cwd=HERE)
         (journal,) = (folder / "out/journals").iterdir()
@@ -108,23 +110,25 @@ def run_corymb(row: Row, device: str = "cpu") -> Result:
         return {"seconds": seconds[WARMUP:], "checksum": workload.checksum(model.values())}
 
 
-def run_peer(peer: str, row: Row) -> Result:
+def run_peer(peer: str, row: Row, ordered: bool) -> Result:
     """Return the result of a peer; for pfl-research, the faster one of a single process and of two processes."""
     if peer != "pfl":
-        return run_script(peer, row, [], "2")
+        return run_script(peer, row, ["--ordered"] * ordered, [], "2")
     results = [
-        run_script(peer, row, launcher, "1")
+        run_script(peer, row, [], launcher, "1")
         for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])
     ]
     return min(results, key=lambda result: workload.median(result["seconds"]))
 
 
-def run_script(peer: str, row: Row, launcher: list[str], threads: str | None, device: str = "cpu") -> Result:
+def run_script(
+    peer: str, row: Row, extra: list[str], launcher: list[str], threads: str | None, device: str = "cpu"
+) -> Result:
     """Run a peer's script in its own environment, with `launcher` as arguments of Python; return its result."""
     command = [
         str(PYTHON[peer]), *launcher, str(HERE / "peers" / SCRIPTS[peer]), f"--model={row.model}",
         f"--clients={row.clients}", f"--epochs={row.epochs}", f"--batch={row.batch}", f"--rounds={row.rounds}",
-        f"--warmup={WARMUP}", f"--device={device}",
+        f"--warmup={WARMUP}", f"--device={device}", *extra,
     ]  # fmt: skip
     environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
     completed = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -147,6 +151,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--peers", nargs="*", choices=list(PYTHON), default=list(PYTHON))
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--ordered", action="store_true", help="train on the examples in their stored order")
     options = parser.parse_args()
     missed = 0
     print(f"{'workload':20}{'Corymb':>10}" + "".join(f"{peer:>34}" for peer in options.peers))
@@ -156,7 +161,8 @@ def main() -> None:
         results: dict[str, list[Result]] = {peer: [] for peer in ("corymb", *peers)}
         for _ in range(options.repeats):
             for peer in results:
-                results[peer].append(run_corymb(row) if peer == "corymb" else run_peer(peer, row))
+                run = partial(run_corymb, row) if peer == "corymb" else partial(run_peer, peer, row)
+                results[peer].append(run(ordered=options.ordered))
         times = {
             peer: workload.median([second for run in runs for second in run["seconds"]])
             for peer, runs in results.items()
@@ -167,7 +173,8 @@ def main() -> None:
             ratio = times[peer] / times["corymb"]
             missed += ratio < row.targets[peer]
             peer_checksum = results[peer][0]["checksum"]
-            difference = f", checksum {peer_checksum / checksum - 1:+.0e}" if peer == "fedjax" else ""
+            compares = peer == "fedjax" and options.ordered
+            difference = f", checksum {peer_checksum / checksum - 1:+.0e}" if compares else ""
             line += f"{f'{times[peer]:.0f} ms = {ratio:.1f}x ({row.targets[peer]:g}x{difference})':>34}"
         print(line, flush=True)
         print(f"{'':20}time of a round: {overhead(row)}", flush=True)

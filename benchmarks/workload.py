@@ -1,8 +1,8 @@
 """The workload of all simulators: the same data, initial model, cohorts and steps, and a checksum of the result.
 
 The data are 28x28 images of noise in 10 classes, with 100 examples at each of 100 clients. Clients train with plain
-SGD on cross-entropy, at a learning rate of 0.05, on their examples in the stored order. The module needs numpy only,
-so that each peer can import it in its own environment.
+SGD on cross-entropy, at a learning rate of 0.05, on their examples in a new order for each epoch or, with the option
+--ordered, in the stored order. The module needs numpy only, so that each peer can import it in its own environment.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--ordered", action="store_true")
     return parser
 
 

@@ -5,6 +5,7 @@ The tensors are read from the block only when the record is read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord
@@ -19,7 +20,7 @@ from corymb.strategies.core.rows import Rows
 
 @dataclass(frozen=True, eq=False)
 class ModelRow:
-    """One model: row `row` of `rows`, with the given `layout`, which has no buffers.
+    """One model: row `row` of `rows`, with the given `layout`.
 
     `bound` is an upper bound on the absolute values of the model's numbers; NaN if some may be NaN.
     """
@@ -29,11 +30,15 @@ class ModelRow:
     layout: Layout
     bound: float
 
-    def to_record(self) -> ArrayRecord:
-        """Return the model as an ArrayRecord for a message."""
-        return unchecked_arrays(
-            {entry.name: RowArray(self, index, entry) for index, entry in enumerate(self.layout.parameters)}
-        )
+    def to_record(self, buffers: Mapping[str, Tensor]) -> ArrayRecord:
+        """Return the model as an ArrayRecord for a message, with the model's `buffers`, which the rows do not hold."""
+        arrays: dict[str, Array] = {
+            entry.name: RowArray(self, index, entry) for index, entry in enumerate(self.layout.parameters)
+        }
+        if buffers:
+            arrays |= {name: Array(tensor) for name, tensor in buffers.items()}
+            arrays = {entry.name: arrays[entry.name] for entry in self.layout.entries}
+        return unchecked_arrays(arrays)
 
 
 class RowArray(Array):
@@ -55,10 +60,13 @@ RowArray.__qualname__ = Array.__qualname__  # Flower writes this name into the e
 
 def row_in(arrays: ArrayRecord, layout: Layout) -> ModelRow | None:
     """Return the `ModelRow` that `arrays` was made from, or None if the record was changed or has another layout."""
-    first = next(iter(arrays.values()), None)
-    if not isinstance(first, RowArray) or first.row.layout != layout or len(arrays) != len(layout.parameters):
+    if not layout.parameters or len(arrays) != len(layout.entries):
         return None
-    for name, array in arrays.items():
-        if not isinstance(array, RowArray) or array.row is not first.row or array._entry.name != name:
+    first = arrays.get(layout.parameters[0].name)
+    if not isinstance(first, RowArray) or (first.row.layout is not layout and first.row.layout != layout):
+        return None
+    for entry in layout.parameters:
+        array = arrays.get(entry.name)
+        if not isinstance(array, RowArray) or array.row is not first.row or array._entry.name != entry.name:
             return None
     return first.row

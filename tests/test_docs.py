@@ -65,6 +65,14 @@ def test_the_tutorials_lesson_holds(tmp_path: Path) -> None:
     assert accuracy["fedau"] > accuracy["fedavg"] + 3
 
 
+def test_a_client_layer_of_ones_own(tmp_path: Path) -> None:
+    for language, file, text in blocks("add-a-client-layer.md"):
+        if file:
+            (tmp_path / file).write_text(text)
+        elif language == "bash":
+            assert "fedavg" in run(text, tmp_path)
+
+
 def test_parts_of_ones_own(tmp_path: Path) -> None:
     """A participation process, a data source and a rule, as the guide and the data page show them."""
     sources = {"weekdays": "class Weekdays", "my_data": "def load", "my_package": "class InverseLoss"}

@@ -55,7 +55,7 @@ def main() -> None:
         fedjax.optimizers.sgd(workload.RATE),
         fedjax.optimizers.sgd(1.0),
         fedjax.ShuffleRepeatBatchHParams(
-            batch_size=options.batch, num_epochs=options.epochs, seed=0, skip_shuffle=True
+            batch_size=options.batch, num_epochs=options.epochs, seed=0, skip_shuffle=options.ordered
         ),
     )
     state = algorithm.init([jnp.asarray(array) for array in workload.first_model(options.model)])

@@ -23,7 +23,7 @@ from flwr.simulation import run_simulation
 logging.getLogger("flwr").setLevel(logging.ERROR)
 
 
-def client_app(model: str, epochs: int, batch: int) -> ClientApp:
+def client_app(model: str, epochs: int, batch: int, ordered: bool) -> ClientApp:
     app = ClientApp()
 
     @app.train()
@@ -43,8 +43,8 @@ def client_app(model: str, epochs: int, batch: int) -> ClientApp:
         module.load_state_dict(message.content["arrays"].to_torch_state_dict())
         optimizer = torch.optim.SGD(module.parameters(), lr=workload.RATE)
         for _ in range(epochs):
-            for start in range(0, workload.EXAMPLES, batch):
-                rows = slice(start, start + batch)
+            order = torch.arange(workload.EXAMPLES) if ordered else torch.randperm(workload.EXAMPLES)
+            for rows in order.split(batch):
                 optimizer.zero_grad()
                 torch.nn.functional.cross_entropy(module(inputs[rows]), targets[rows]).backward()
                 optimizer.step()
@@ -83,7 +83,7 @@ def main() -> None:
 
     run_simulation(
         app,
-        client_app(options.model, options.epochs, options.batch),
+        client_app(options.model, options.epochs, options.batch, options.ordered),
         num_supernodes=workload.CLIENTS,
         backend_config={
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},

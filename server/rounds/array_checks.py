@@ -30,6 +30,15 @@ def decoded_model(arrays: ArrayRecord, layout: Layout) -> dict[str, Tensor]:
     return state
 
 
+def decoded_buffers(arrays: ArrayRecord, layout: Layout) -> Tensor:
+    """Return the float buffers in `arrays`, `[B]`. Raises `Refused` as `decoded_model` does."""
+    _check_headers(arrays, layout)
+    state = {entry.name: _decoded(entry.name, arrays) for entry in layout.buffers}
+    for name, tensor in state.items():
+        _require_bounded(tensor, f"tensor {name!r}")
+    return layout.buffers_of(state)
+
+
 def decoded_steps(arrays: ArrayRecord, layout: Layout) -> Tensor:
     """Return the updates of S batches in `arrays`, `[S, P]`. Raises `Refused` if they are invalid."""
     names = [entry.name for entry in layout.parameters]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from corymb.protocol.records import EXAMPLES, STEPS
 from corymb.protocol.row_arrays import row_in
-from corymb.server.rounds.array_checks import LARGEST_NUMBER, decoded_model, decoded_steps
+from corymb.server.rounds.array_checks import LARGEST_NUMBER, decoded_buffers, decoded_model, decoded_steps
 from corymb.server.rounds.rejections import Code, Refused, Rejection, rejection_of_error, rejection_of_exception, short
 from corymb.strategies import Layout, Reply, Report
-from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
+from corymb.strategies.core.reply import CLASS_COUNT_PREFIX, NO_BUFFERS
 from corymb.strategies.core.rows import SingleRow
 
 Records = list[tuple[str, Any]]  # the records of a message with their names
@@ -49,7 +49,8 @@ class Door:
             arrays = _only(records, ArrayRecord, ignored=STEPS)
             row = row_in(arrays, self.layout)
             if row is not None and row.bound <= LARGEST_NUMBER:  # the block of the row has computed this bound
-                return Reply(report, row.rows, row.row, steps=self._steps(node, message))
+                buffers = decoded_buffers(arrays, self.layout) if self.layout.buffers else NO_BUFFERS
+                return Reply(report, row.rows, row.row, buffers, self._steps(node, message))
             state = decoded_model(arrays, self.layout)
             rows = SingleRow(self.layout.parts(state))
             return Reply(report, rows, 0, self.layout.buffers_of(state), self._steps(node, message))

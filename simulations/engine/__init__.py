@@ -26,11 +26,11 @@ How a block is trained
 - `program`: trains a block with layers that hold one set of weights per client.
 - `vmapped`: trains a block with `torch.func.vmap`, for models that `program` does not support.
 - `tracing`: traces a model into a graph of layers and checks that no operation mixes the examples of a batch.
-- `client_layers`: replaces the layers of a traced model with client layers.
-- `layers`, `convolution`: the client layers (linear, dropout, convolution).
+- `client_layers`: the registry of client layers, and the replacement of a traced model's layers by them.
+- `layers`: the base class of client layers.
+- `linear`, `convolution`, `dropout`, `norms`, `embedding`, `recurrent`: the client layers.
 - `backprop`: the forward and the backward pass through client layers, by hand or with autograd.
 - `optimizer`: torch's optimisers, applied to the weights of all clients at once.
-- `cuda_graphs`: runs the steps of a block as a CUDA graph.
 
 How the weights of a layer are stored
 
@@ -44,5 +44,4 @@ How a convolution is computed
 
 - `patches`: as matrix products with image patches.
 - `frequencies`: through a Fourier transform along the rows of the images.
-- `scratch`: buffers that are reused from step to step.
 """

@@ -5,15 +5,12 @@ For small layers autograd takes longer to record an operation than the operation
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from corymb.simulations.engine.convolution import ClientConv2d
 from corymb.simulations.engine.layers import ClientLayer
-from corymb.simulations.engine.scratch import Scratch
 
 BY_HAND = (nn.Flatten, nn.ReLU, nn.MaxPool2d)  # and client layers
 
@@ -21,12 +18,10 @@ BY_HAND = (nn.Flatten, nn.ReLU, nn.MaxPool2d)  # and client layers
 class Backprop(Protocol):
     """The two passes of a step: one `forward`, then one `backward`, both called with torch's autograd disabled.
 
-    `needs_autograd` is True if a pass enables autograd for some of its work. `is_fixed` is True if the passes are
-    known to run the same operations on any inputs.
+    `needs_autograd` is True if a pass enables autograd for some of its work.
     """
 
     needs_autograd: bool
-    is_fixed: bool
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the outputs."""
@@ -41,28 +36,24 @@ def make_backprop(module: fx.GraphModule) -> Backprop:
     layers = [module.get_submodule(str(node.target)) for node in inner if node.op == "call_module"]
     if len(layers) < len(inner) or any(len(node.users) > 1 for node in module.graph.nodes):
         return AutogradBackprop(module)
-    for index, pair in enumerate(pairwise(layers)):
-        if tuple(map(type, pair)) == (nn.ReLU, nn.MaxPool2d):  # pooling first gives the same, with fewer numbers
-            layers[index : index + 2] = pair[::-1]
     return SequentialBackprop(layers)
 
 
-def feeds_one_client_layer(module: fx.GraphModule) -> bool:
-    """Return whether the module's inputs go into a client layer, flattened at most, and nowhere else."""
+def reader_of_examples(module: fx.GraphModule) -> nn.Module | None:
+    """Return the layer that the module's inputs go into, flattened at most, if they go nowhere else, else None."""
     node = next(iter(module.graph.nodes))
     while len(node.users) == 1:
         node = next(iter(node.users))
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(layer, (nn.Flatten, nn.Identity)):
-            return isinstance(layer, ClientLayer)
-    return False
+            return layer
+    return None
 
 
 class AutogradBackprop:
     """Both passes with torch's autograd, for any graph of layers."""
 
     needs_autograd = True
-    is_fixed = False
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -85,15 +76,11 @@ class SequentialBackprop:
     def __init__(self, layers: list[nn.Module]) -> None:
         self._layers = layers
         self._first = next(index for index, layer in enumerate(layers) if isinstance(layer, ClientLayer))
-        last = next(layer for layer in reversed(layers) if isinstance(layer, ClientLayer))
-        self._returns_scratch = isinstance(last, ClientConv2d)  # the next step would overwrite these outputs
         self._saved: list[Any] = []
-        self._scratches = {index: Scratch() for index, layer in enumerate(layers) if type(layer) is nn.MaxPool2d}
         self.needs_autograd = any(
-            not isinstance(layer, ClientLayer) and type(layer) not in BY_HAND for layer in layers[self._first :]
+            not (layer.by_hand if isinstance(layer, ClientLayer) else type(layer) in BY_HAND)
+            for layer in layers[self._first :]
         )
-        is_known = all(isinstance(layer, ClientLayer) or type(layer) in (*BY_HAND, nn.Identity) for layer in layers)
-        self.is_fixed = is_known and not self.needs_autograd
 
     def forward(self, inputs: Tensor) -> Tensor:
         """See `Backprop`."""
@@ -118,7 +105,7 @@ class SequentialBackprop:
                     after = layer(before.clone() if getattr(layer, "inplace", True) else before)
                 saved, inputs = (before, after), after.detach()
             self._saved.append(saved)
-        return inputs.clone() if self._returns_scratch else inputs
+        return inputs
 
     def backward(self, gradients: Tensor) -> None:
         """See `Backprop`."""
@@ -136,15 +123,9 @@ class SequentialBackprop:
                 gradients = torch.ops.aten.threshold_backward.grad_input(gradients, saved, 0, grad_input=into)
             elif type(layer) is nn.MaxPool2d:
                 before, maxima = saved
-                pooling, args = torch.ops.aten.max_pool2d_with_indices_backward, (before, *_pooling_args(layer), maxima)
-                if before.is_cuda:  # the CUDA kernel accepts only memory in its own layout
-                    gradients = pooling.default(gradients, *args)
-                else:
-                    strides = torch.empty_like(
-                        before, device="meta"
-                    ).stride()  # without the gaps that `before` may have
-                    scratch = self._scratches[index].of(before.shape, before).as_strided(before.shape, strides)
-                    gradients = pooling.grad_input(gradients, *args, grad_input=scratch)
+                gradients = torch.ops.aten.max_pool2d_with_indices_backward(
+                    gradients, before, *_pooling_args(layer), maxima
+                )
             else:
                 (gradients,) = torch.autograd.grad(saved[1], saved[0], gradients)
             next_layer = layer

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -18,7 +21,7 @@ class Report:
 
     `losses` is the sum of the losses over all examples seen, `correct` the number of correct predictions among them,
     `examples` their number and `steps` the number of steps. `bounds` is an upper bound on the absolute value of every
-    parameter of a client; NaN if a parameter may be NaN.
+    parameter of a client; NaN if a parameter may be NaN. `buffers` are the models' buffers, `{name: [K, ...]}`.
     """
 
     losses: list[float]
@@ -26,6 +29,7 @@ class Report:
     examples: list[int]
     steps: list[int]
     bounds: list[float]
+    buffers: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,14 @@ class BlockResult:
     device: torch.device
 
     @classmethod
-    def of(cls, parameters: list[BlockParameter], logits: Tensor, targets: Tensor, batches: Batches) -> BlockResult:
+    def of(
+        cls,
+        parameters: list[BlockParameter],
+        logits: Tensor,
+        targets: Tensor,
+        batches: Batches,
+        buffers: Mapping[str, NDArray[Any]],
+    ) -> BlockResult:
         """Build the result from the model's outputs at each step, `logits [S, K * B, C]`, and `targets [S, K, B]`."""
         is_example = (batches.weights > 0).transpose(0, 1)
         losses = -logits.log_softmax(dim=2).gather(2, targets.flatten(1)[..., None]).view_as(is_example)
@@ -46,9 +57,8 @@ class BlockResult:
         bounds = torch.stack([parameter.bound() for parameter in parameters]).amax(dim=0)
         examples = is_example.sum(dim=(0, 2)).tolist()
         loss_sums, correct_sums = sums.tolist()
-        return cls(
-            parameters, Report(loss_sums, correct_sums, examples, batches.steps, bounds.tolist()), targets.device
-        )
+        report = Report(loss_sums, correct_sums, examples, batches.steps, bounds.tolist(), buffers)
+        return cls(parameters, report, targets.device)
 
     def weighted_update(self, weights: Tensor) -> Tensor:
         """Return `sum_k weights[k] * (model_k - start)`, `[P]`, for `weights [K]`; skips clients of weight 0."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from corymb.client import TrainSettings
@@ -24,12 +26,20 @@ Targets = Sequence[tuple[int, Tensor]]  # pairs of a model's number in its block
 
 @dataclass(frozen=True)
 class Task:
-    """Clients to train as one block, largest first; `requests` are the numbers of their messages in the push."""
+    """Clients to train as one block, largest first; `requests` are the numbers of their messages in the push.
+
+    `buffers` are the model's buffers at the start; with an own start for each client, `{name: [K, ...]}`.
+    """
 
     requests: tuple[int, ...]
     clients: tuple[int, ...]
     settings: TrainSettings
     server_round: int
+    buffers: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    def start(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the `parameters` and the buffers that the clients start from."""
+        return {**parameters, **{name: torch.tensor(values) for name, values in self.buffers.items()}}
 
 
 def max_clients(parameters: int) -> int:

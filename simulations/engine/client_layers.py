@@ -1,37 +1,55 @@
-"""Replace the layers of a module by client layers, which hold one set of weights per client."""
+"""The registry of client layers, and the replacement of a model's layers by them."""
 
 from __future__ import annotations
 
 from torch import fx, nn
 
 from corymb.simulations.engine.convolution import ClientConv2d
-from corymb.simulations.engine.layers import ClientDropout, ClientLayer, ClientLinear, StepContext
-from corymb.simulations.engine.tracing import name_of, trace
+from corymb.simulations.engine.dropout import ClientDropout
+from corymb.simulations.engine.embedding import ClientEmbedding
+from corymb.simulations.engine.layers import ClientLayer, StepContext
+from corymb.simulations.engine.linear import ClientLinear
+from corymb.simulations.engine.norms import ClientBatchNorm, ClientGroupNorm, ClientLayerNorm
+from corymb.simulations.engine.recurrent import ClientRecurrent
+from corymb.simulations.engine.tracing import label, name_of, trace
+
+# A torch layer, of exactly this class, and the client layer that replaces it.
+CLIENT_LAYERS: dict[type[nn.Module], type[ClientLayer]] = {
+    nn.Linear: ClientLinear,
+    nn.Conv2d: ClientConv2d,
+    nn.Dropout: ClientDropout,
+    nn.BatchNorm1d: ClientBatchNorm,
+    nn.BatchNorm2d: ClientBatchNorm,
+    nn.BatchNorm3d: ClientBatchNorm,
+    nn.GroupNorm: ClientGroupNorm,
+    nn.LayerNorm: ClientLayerNorm,
+    nn.Embedding: ClientEmbedding,
+    nn.RNN: ClientRecurrent,
+    nn.GRU: ClientRecurrent,
+    nn.LSTM: ClientRecurrent,
+}
 
 
 def to_client_layers(module: nn.Module, context: StepContext) -> tuple[fx.GraphModule, dict[str, ClientLayer]]:
-    """Return `module` as a graph for training with client layers, and its layers with parameters by name, in order.
+    """Return `module` as a graph for training with client layers, and its client layers by name, in order.
 
     Raises `ValueError` if that is not possible; the message says why and names the layer.
     """
     if any(not parameter.requires_grad for parameter in module.parameters()):
         raise ValueError("some parameters of the model do not require gradients")
-    graph_module = trace(module)
+    graph_module = trace(module, CLIENT_LAYERS)
     layers: dict[str, ClientLayer] = {}
-    used: set[str] = set()  # names of parameters
     for node in graph_module.graph.find_nodes(op="call_module"):
         layer, name = graph_module.get_submodule(str(node.target)), name_of(node)
         if name in layers:
             raise ValueError(f"the layer {name!r} is used twice")
-        if isinstance(layer, nn.Linear):
-            layers[name] = ClientLinear(layer, context)
-        elif isinstance(layer, nn.Conv2d):
-            layers[name] = ClientConv2d(layer, context)
-        elif isinstance(layer, nn.Dropout):
-            graph_module.set_submodule(str(node.target), ClientDropout(layer, context))
-        if name in layers:
+        if type(layer) in CLIENT_LAYERS:
+            try:
+                layers[name] = CLIENT_LAYERS[type(layer)](layer, context)
+            except ValueError as error:
+                raise ValueError(f"{label(name)} {error}") from None
             graph_module.set_submodule(str(node.target), layers[name])
-            used |= {parameter_of(name, kind) for kind, _ in layer.named_parameters()}
+    used = {parameter_of(name, kind) for name, layer in layers.items() for kind in layer.names}
     known = {name for name, _ in module.named_parameters()}
     if used - known:
         raise ValueError("two layers of the model share their parameters")
@@ -41,5 +59,5 @@ def to_client_layers(module: nn.Module, context: StepContext) -> tuple[fx.GraphM
 
 
 def parameter_of(layer: str, kind: str) -> str:
-    """Return the name of a layer's parameter; `kind` is "weight" or "bias"."""
+    """Return the name of a layer's parameter or buffer; `kind` is its name in the layer, such as "weight"."""
     return f"{layer}.{kind}".removeprefix(".")

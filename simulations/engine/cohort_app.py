@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
-from torch import Tensor
 
 from corymb.client import TrainSettings
 from corymb.client.app import model_record, participation_metric, round_of
@@ -23,6 +22,7 @@ from corymb.simulations.data.population import Population
 from corymb.simulations.engine.blocks import Task, cut_into_blocks
 from corymb.simulations.engine.engine import Engine, Outcome, obstacle
 from corymb.strategies import Layout
+from corymb.strategies.core.layout import Role
 
 log = logging.getLogger("flwr.corymb")
 Requests = Sequence[Request]
@@ -53,6 +53,7 @@ class CohortApp:
     def __init__(self, engine: Engine, population: Population, layout: Layout, single_app: Client, blocks: int) -> None:
         self._engine, self._population, self._layout, self._single_app = engine, population, layout, single_app
         self._blocks = blocks
+        self._buffers = [entry.name for entry in layout.entries if entry.role is not Role.PARAMETER]
         self._logged: set[str] = set()  # lines that were logged, because each is logged once
 
     def __call__(self, message: Message, context: Context) -> Message:
@@ -115,14 +116,20 @@ class CohortApp:
             self._logged.add(line)
 
     def _train_group(self, requests: Requests, group: _Group) -> Iterator[Outcome]:
-        return self._engine.train(self._tasks(requests, group.numbers, group), self._vector(group.arrays))
+        state = to_state(group.arrays)
+        tasks = self._tasks(requests, group.numbers, group)
+        if self._buffers:
+            tasks = [replace(task, buffers={name: state[name].numpy() for name in self._buffers}) for task in tasks]
+        return self._engine.train(tasks, self._layout.vector(state))
 
     def _train_own_starts(self, requests: Requests, groups: list[_Group]) -> Iterator[Outcome]:
         """Train groups of one client each, which have the same settings and different models."""
         arrays = {group.numbers[0]: group.arrays for group in groups}
         for task in self._tasks(requests, list(arrays), groups[0]):
-            starts = torch.stack([self._vector(arrays[number]) for number in task.requests])
-            yield self._engine.train_own_starts(task, starts)
+            states = [to_state(arrays[number]) for number in task.requests]
+            buffers = {name: torch.stack([state[name] for state in states]).numpy() for name in self._buffers}
+            starts = torch.stack([self._layout.vector(state) for state in states])
+            yield self._engine.train_own_starts(replace(task, buffers=buffers), starts)
 
     def _tasks(self, requests: Requests, numbers: list[int], group: _Group) -> list[Task]:
         """Cut the clients of the requests with these `numbers` into blocks, with the settings of `group`."""
@@ -137,9 +144,6 @@ class CohortApp:
             )
             for block in cut_into_blocks(sizes, group.settings, self._layout.num_parameters, self._blocks)
         ]
-
-    def _vector(self, arrays: ArrayRecord) -> Tensor:
-        return self._layout.vector(to_state(arrays))
 
     def _replies(self, requests: Requests, outcomes: Iterator[Outcome], started: float) -> IndexedReplies:
         """Yield the number of each request and its reply; the models stay in their block until they are read."""
@@ -166,7 +170,8 @@ class CohortApp:
                         **participation_metric(context),
                     }
                 )
-                arrays = ModelRow(block, index, self._layout, bound).to_record()
+                buffers = {name: torch.from_numpy(values)[index] for name, values in report.buffers.items()}
+                arrays = ModelRow(block, index, self._layout, bound).to_record(buffers)
                 yield number, unchecked_reply(message, content=unchecked_record({ARRAYS: arrays, METRICS: metrics}))
             del block, arrays  # frees their memory for the next block
 

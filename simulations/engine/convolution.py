@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from corymb.simulations.engine.frequencies import FourierConv, fourier_is_cheaper
 from corymb.simulations.engine.layers import ClientLayer, StepContext
 from corymb.simulations.engine.patches import Geometry, PatchColumns, PatchRows
-from corymb.simulations.engine.scratch import Scratch
-from corymb.simulations.engine.weight_forms import DenseWeights, first_rows
+from corymb.simulations.engine.weight_forms import first_rows
 
 
 class ConvMethod(Protocol):
@@ -35,20 +34,22 @@ class ClientConv2d(ClientLayer):
     """
 
     FEW_CHANNELS = 4
-    form: DenseWeights
+    by_hand = True
 
     def __init__(self, original: nn.Conv2d, context: StepContext) -> None:
         super().__init__(original, context)
-        self._methods: dict[type[Any], ConvMethod] = {}  # kept, because each reuses its scratch buffers
-        self._shape = tuple(original.weight.shape)
+        if original.padding_mode != "zeros" or isinstance(original.padding, str):
+            raise ValueError(
+                f"is a Conv2d with padding = {original.padding!r} and padding_mode = {original.padding_mode!r}"
+            )
+        self._methods: dict[type[Any], ConvMethod] = {}
         self._geometry = Geometry(
             original.kernel_size, original.stride, tuple(map(int, original.padding)), original.dilation, original.groups
         )
 
     def weights(self, images: Tensor) -> Tensor:
         """Return the weights `[A, out, in, h, w]` of the first A clients, in the dtype of `images [A, ...]`."""
-        weights: Tensor = self.form.like(images).unflatten(2, self._shape[1:])
-        return weights
+        return self.dense("weight").like(images)
 
     def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Tensor, Any]:
         """See `ClientLayer.outputs`."""
@@ -56,8 +57,8 @@ class ClientConv2d(ClientLayer):
         weights = self.weights(images)
         method = self._method(images, weights, needs_input_gradients)
         outputs, saved = method.forward(images, weights)
-        if self.bias is not None:
-            outputs += first_rows(self.context.clients, self.bias.weight)[:, None, :, None, None]
+        if "bias" in self.forms:
+            outputs += first_rows(self.context.clients, self.dense("bias").weight)[:, None, :, None, None]
         return outputs.flatten(0, 1), (method, saved, inputs.dtype)
 
     def backward(self, gradients: Tensor, saved: Any, needs_input_gradients: bool) -> Tensor | None:
@@ -67,7 +68,7 @@ class ClientConv2d(ClientLayer):
         weight_gradient, input_gradients = method.backward(
             by_client, saved, self.weights(by_client), needs_input_gradients
         )
-        self.form.apply_weight_gradient(weight_gradient.flatten(2), self.context.rate)
+        self.dense("weight").apply_weight_gradient(weight_gradient, self.context.rate)
         self.apply_bias_gradients(by_client.sum(dim=(3, 4)))
         return None if input_gradients is None else input_gradients.flatten(0, 1).to(dtype)
 
@@ -89,46 +90,30 @@ class ClientConv2d(ClientLayer):
 
 
 class LibraryConv:
-    """torch's own convolution, client by client; it is fastest on images with channels first in memory."""
+    """torch's own convolution, client by client."""
 
     def __init__(self, geometry: Geometry) -> None:
-        self._geometry = geometry
-        self._outputs, self._image_gradients = Scratch(), Scratch()
+        self._options: Any = geometry.stride, geometry.padding, geometry.dilation
+        self._groups = geometry.groups
 
     def forward(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `ConvMethod`."""
         contiguous = images.contiguous()
-        _, stride, padding, dilation, groups = self._geometry
-        shape = *images.shape[:2], *self._geometry.output_size(images.shape[3:]), weights.shape[1]
-        outputs = self._outputs.of(shape, images).permute(0, 1, 4, 2, 3)  # channels last, as pooling is fastest
-        for client_images, weight, target in zip(contiguous, weights, outputs, strict=True):
-            target.copy_(nn.functional.conv2d(client_images, weight, None, stride, padding, dilation, groups))
-        return outputs, contiguous
+        pairs: Any = zip(contiguous, weights, strict=True)
+        conv2d: Any = nn.functional.conv2d
+        outputs = [conv2d(each, weight, None, *self._options, self._groups) for each, weight in pairs]
+        return torch.stack(outputs), contiguous
 
     def backward(
         self, gradients: Tensor, saved: Tensor, weights: Tensor, needs_input_gradients: bool
     ) -> tuple[Tensor, Tensor | None]:
         """See `ConvMethod`."""
-        _, stride, padding, dilation, groups = self._geometry
-        clients, batch, channels, rows, columns = saved.shape
-        contiguous, weight_gradients = gradients.contiguous(), torch.empty_like(weights)
-        image_gradients = self._image_gradients.of(
-            (clients, batch, rows, columns, channels) if needs_input_gradients else (clients, 0), saved
+        wanted = [needs_input_gradients, True, False]
+        image_gradients, weight_gradients, _ = zip(
+            *(
+                torch.ops.aten.convolution_backward(*each, None, *self._options, False, [0, 0], self._groups, wanted)
+                for each in zip(gradients.contiguous(), saved, weights, strict=True)
+            ),
+            strict=True,
         )
-        for k, weight in enumerate(weights):
-            client_gradients, weight_gradients[k], _ = torch.ops.aten.convolution_backward(
-                contiguous[k],
-                saved[k],
-                weight,
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                [0, 0],
-                groups,
-                [needs_input_gradients, True, False],
-            )
-            if needs_input_gradients:
-                image_gradients[k] = client_gradients.permute(0, 2, 3, 1)
-        return weight_gradients, image_gradients.permute(0, 1, 4, 2, 3) if needs_input_gradients else None
+        return torch.stack(weight_gradients), torch.stack(image_gradients) if needs_input_gradients else None

@@ -85,7 +85,7 @@ class InProcessEngine:
         state = self._layout.split(start)
         for task in tasks:
             try:
-                result = self._trainer.train(state, task.clients, task.settings, task.server_round)
+                result = self._trainer.train(task.start(state), task.clients, task.settings, task.server_round)
             except Exception as error:
                 yield task, error, None
             else:
@@ -95,9 +95,8 @@ class InProcessEngine:
     def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
         """See `Engine.train_own_starts`."""
         try:
-            result = self._trainer.train(
-                self._layout.split(starts), task.clients, task.settings, task.server_round, own_starts=True
-            )
+            state = task.start(self._layout.split(starts))
+            result = self._trainer.train(state, task.clients, task.settings, task.server_round, own_starts=True)
         except Exception as error:
             return task, error, None
         return task, Matrix(result.models()), result.report

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
@@ -18,19 +19,21 @@ from corymb.simulations.cores import can_fork
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.engine import Engine, InProcessEngine, MultiDeviceEngine, Trainer
-from corymb.simulations.engine.program import CPU, Program, UseGram
+from corymb.simulations.engine.gram_products import UseGram
+from corymb.simulations.engine.program import CPU, Program
 from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.workers import WorkerEngine
 from corymb.strategies import Layout
 
 log = logging.getLogger("flwr.corymb")
 TRIAL_SETTINGS = [
-    TrainSettings(learning_rate=0.01, batch_size=2, epochs=2, shuffle=False, optimizer_options=options)
+    TrainSettings(learning_rate=0.01, batch_size=3, epochs=2, shuffle=False, optimizer_options=options)
     for options in ({}, {"momentum": 0.9, "weight_decay": 0.1})
 ]
 
 
 TrainerMaker = Callable[[Population, torch.device], Trainer]
+Candidate = Callable[[Callable[[], nn.Module], Population, torch.device], Trainer]
 
 
 def find_trainer(
@@ -54,7 +57,7 @@ def find_trainer(
             raise ValueError(
                 f"engine = {engine!r} cannot train this model: {error}. Use engine = 'serial' or 'auto'."
             ) from None
-        log.warning("Clients train one after another because %s.", error)
+        log.warning("Clients train one by one because %s.", error)
         return None
 
 
@@ -91,29 +94,26 @@ def _proven(model: Callable[[], nn.Module], store: Examples, low_rank: bool, dev
     Raises `ValueError` with the reason against each candidate if none passes.
     """
     population = _trial_population(store)
+    plain = partial(_program, low_rank, UseGram.NEVER)
     # Each candidate as it is tried and as it is used: the trial forces GramWeights, which are optional later.
-    candidates: list[tuple[TrainerMaker, TrainerMaker]] = [
-        (partial(_program, model, low_rank, UseGram.NEVER), partial(_program, model, low_rank, UseGram.NEVER))
-    ]
+    candidates: list[tuple[Candidate, Candidate]] = [(plain, plain)]
     if device == CPU:
-        candidates.append((partial(_vmapped, model), partial(_vmapped, model)))
-        if low_rank:  # not on a GPU: GramWeights loop over the clients, which a CUDA graph cannot capture
-            candidates.insert(
-                0, (partial(_program, model, True, UseGram.ALWAYS), partial(_program, model, True, UseGram.IF_CHEAPER))
-            )
+        candidates.append((_vmapped, _vmapped))
+        if low_rank:  # not on a GPU: GramWeights loop over the clients
+            candidates.insert(0, (partial(_program, True, UseGram.ALWAYS), partial(_program, True, UseGram.IF_CHEAPER)))
     reasons = []
     with torch.random.fork_rng(devices=[]):
         for trial, final in candidates:
             try:
-                _prove(trial(population, device), model(), population)
-                return final
+                _prove(trial, model, population, device)
+                return partial(final, model)
             except ValueError as error:
                 reasons.append(str(error))
     raise ValueError("; ".join(dict.fromkeys(reasons)))
 
 
 def _program(
-    model: Callable[[], nn.Module], low_rank: bool, use_gram: UseGram, population: Population, device: torch.device
+    low_rank: bool, use_gram: UseGram, model: Callable[[], nn.Module], population: Population, device: torch.device
 ) -> Trainer:
     return Program(model(), population, low_rank, use_gram, device)
 
@@ -123,47 +123,91 @@ def _vmapped(model: Callable[[], nn.Module], population: Population, device: tor
 
 
 def _trial_population(store: Examples) -> Population:
-    """Return two clients with five and two examples of noise at several scales.
+    """Return two clients with five and three examples of noise at several scales, or real ones if those are integers.
 
     The real examples may be too much alike for a trial, or not finite.
     """
-    shape = tuple(store.inputs_at(slice(0, 1)).shape[1:])
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([0.1, 1.0, 10.0, 0.1, 1.0, 10.0, 1.0]).view(7, *[1] * len(shape))
-    targets = store.targets[torch.arange(7) * (len(store) // 7) % len(store)]
-    return Population(Examples(scales * torch.randn(7, *shape, generator=generator), targets), np.array([0, 5, 7]))
+    rows = torch.arange(8) * (len(store) // 8) % len(store)
+    inputs = store.inputs_at(rows)
+    if inputs.is_floating_point():
+        scales = torch.tensor([0.1, 1.0, 10.0, 0.1, 1.0, 10.0, 1.0, 0.3]).view(8, *[1] * (inputs.dim() - 1))
+        inputs = scales * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))
+    return Population(Examples(inputs, store.targets[rows]), np.array([0, 5, 8]))
 
 
-def _prove(trainer: Trainer, module: nn.Module, population: Population) -> None:
-    """Train the clients of `population` with `trainer` and one by one. Raises `ValueError` if the results differ.
+def _prove(candidate: Candidate, model: Callable[[], nn.Module], population: Population, device: torch.device) -> None:
+    """Train the clients of `population` with `candidate` and one by one. Raises `ValueError` if the results differ.
 
-    Tracing has already rejected layers that are known to mix the examples of a batch; the trial is for other cases.
+    Tracing has already rejected layers that are known to mix the examples of a batch; the trial is for other cases. It
+    runs in float64, because deep models magnify the rounding of float32, or in float32 if the model's code needs that.
+    """
+
+    made: list[nn.Module] = []
+
+    def in_float64() -> nn.Module:
+        made.append(model())
+        return made[-1].double()
+
+    store = population.store
+    in_double = replace(population, store=replace(store, inputs=_in_double(store.inputs)))
+    try:
+        trainer, module = candidate(in_float64, in_double, device), in_float64()
+        return _compare(trainer, module, in_double, 1e-6)
+    except _Failed:
+        pass
+    finally:  # in case `model` returns the same module again
+        for module in made:
+            module.float()
+    try:
+        _compare(candidate(model, population, device), model(), population, 1e-3)
+    except _Failed as error:
+        cause = error.__cause__
+        raise ValueError(f"a trial with two clients failed ({type(cause).__name__}: {cause})") from cause
+
+
+class _Failed(Exception):
+    """The trial raised the exception that is this one's cause."""
+
+
+def _in_double(inputs: Tensor) -> Tensor:
+    return inputs.double() if inputs.is_floating_point() else inputs
+
+
+def _compare(trainer: Trainer, module: nn.Module, population: Population, tolerance: float) -> None:
+    """Raise `ValueError` if `trainer` does not train clients as `module` trains alone, up to `tolerance`.
+
+    Raises `_Failed` if the model's code or the trainer raises an exception.
     """
     if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in module.parameters()):
         raise ValueError("the model's parameters have hooks")
-    start = {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
-    before = torch.cat([tensor.flatten() for tensor in start.values()])
+    start = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+    before = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     for settings in TRIAL_SETTINGS:
-        expected, losses = [], []
+        expected, losses, buffers = [], [], []
         try:
             for client in range(len(population)):
-                nn.utils.vector_to_parameters(before.clone(), module.parameters())
+                module.load_state_dict(start)
                 torch.default_generator.manual_seed(derive_seed(settings.seed, client, 1))
                 batches = training_batches(TensorDataset(*population.examples(client)), settings, torch.Generator())
                 losses.append(train(module, batches, settings)["loss"])
                 expected.append(nn.utils.parameters_to_vector(module.parameters()).detach())
+                buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})
                 if any(parameter.requires_grad and parameter.grad is None for parameter in module.parameters()):
                     raise ValueError("the model has parameters that it does not use")
-            repeats = 3 if trainer.device.type == "cuda" else 1  # the third runs from a CUDA graph
-            results = [trainer.train(start, range(len(population)), settings, 1) for _ in range(repeats)]
-            models = [result.models() for result in results]
+            result = trainer.train(start, range(len(population)), settings, 1)
+            models, report = result.models(), result.report
         except ValueError:
             raise
         except Exception as error:  # the model's own code runs here
-            raise ValueError(f"a trial with two clients failed ({type(error).__name__}: {error})") from error
-        for report in (result.report for result in results):
-            if not np.allclose(np.divide(report.losses, report.examples), losses, rtol=1e-3):
-                raise ValueError("a client's loss in a block differs from its loss when it trains alone")
-        difference = (torch.stack(models) - torch.stack(expected)).flatten(1).norm(dim=1).max()
-        if not difference <= 1e-3 * (torch.stack(expected) - before).norm() + 1e-6 * before.norm():
+            raise _Failed from error
+        if not np.allclose(np.divide(report.losses, report.examples), losses, rtol=tolerance):
+            raise ValueError("a client's loss in a block differs from its loss when it trains alone")
+        for client, alone in enumerate(buffers):
+            together = {name: torch.from_numpy(values)[client] for name, values in report.buffers.items()}
+            if together.keys() != alone.keys() or not all(
+                torch.allclose(together[name], alone[name], rtol=tolerance, atol=tolerance) for name in alone
+            ):
+                raise ValueError("a client's buffers from a block differ from those when it trains alone")
+        difference = (models - torch.stack(expected)).norm()
+        if not difference <= tolerance * ((torch.stack(expected) - before).norm() + 1e-3 * before.norm()):
             raise ValueError("a client's model from a block differs from its model when it trains alone")

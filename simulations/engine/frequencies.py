@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from corymb.simulations.engine.patches import Geometry
-from corymb.simulations.engine.scratch import Scratch
 
 TRANSFORM_COST = 4  # cost of an operation of a transform, in operations of a matrix product
 MAX_COST_RATIO = 0.75  # use the transform only if it costs less than this share of a direct convolution
@@ -82,7 +81,6 @@ class FourierConv:
 
     def __init__(self, geometry: Geometry) -> None:
         (self._height, self._width), (self._row_padding, self._padding) = geometry.kernel, geometry.padding
-        self._images, self._weights, self._windows, self._gradients, self._outputs = (Scratch() for _ in range(5))
 
     def forward(self, images: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """See `ConvMethod`; saves the transformed images `[K, B, R, W, in]` and weights `[K, R, w * in, out]`."""
@@ -92,10 +90,10 @@ class FourierConv:
         )
         out_channels, out_columns = weights.shape[1], columns + 2 * self._padding - self._width + 1
         products = len(self._of_image)
-        outputs = self._outputs.of((clients, batch, self._of_output.shape[1], out_columns, out_channels), images)
-        weight_transforms = self._weights.of((clients, products, self._width * in_channels, out_channels), images)
+        outputs = images.new_empty(clients, batch, self._of_output.shape[1], out_columns, out_channels)
+        weight_transforms = images.new_empty(clients, products, self._width * in_channels, out_channels)
         padded = nn.functional.pad(images.permute(0, 1, 3, 4, 2), (0, 0, self._padding, self._padding))
-        image_transforms = self._images.of((clients, batch, products, *padded.shape[3:]), images)
+        image_transforms = images.new_empty(clients, batch, products, *padded.shape[3:])
         for k, client_images in enumerate(padded):
             torch.bmm(
                 self._of_image.expand(batch, -1, -1), client_images.flatten(2), out=image_transforms[k].flatten(2)
@@ -121,7 +119,7 @@ class FourierConv:
             else None
         )
         weight_gradients = torch.empty_like(weights)
-        transformed = self._gradients.of((products, batch, out_columns * out_channels), gradients)
+        transformed = gradients.new_empty(products, batch, out_columns * out_channels)
         for k, (image_transforms, weight_transforms) in enumerate(zip(*saved, strict=True)):
             torch.bmm(self._of_output.expand(batch, -1, -1), gradient_rows[k], out=transformed.transpose(0, 1))
             output_gradients = transformed.view(products, -1, out_channels)
@@ -146,9 +144,8 @@ class FourierConv:
         """Return the windows along W of images `[B, R, W, C]`, as `[R, B * W', width * C]`."""
         batch, products, columns, channels = transformed.shape
         shape = products, batch, columns - self._width + 1, self._width * channels
-        windows = self._windows.of(shape, transformed)
         strides = columns * channels, products * columns * channels, channels, 1
-        return windows.copy_(transformed.as_strided(shape, strides, transformed.storage_offset())).flatten(1, 2)
+        return transformed.as_strided(shape, strides, transformed.storage_offset()).flatten(1, 2)
 
 
 def _transform_back(products: Tensor, matrix: Tensor, into: Tensor) -> None:

@@ -4,24 +4,50 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.batches import Batches
+from corymb.simulations.engine.gram_weights import GramWeights
 
 MAX_CACHED = 1 << 26  # numbers in the cache
 MAX_TABLE = 1 << 24  # numbers in one table of a block
 
 
+class UseGram(Enum):
+    """When the first layer stores its weights as `GramWeights`, over the examples of each client."""
+
+    NEVER = "never"
+    IF_CHEAPER = "if cheaper"
+    ALWAYS = "always"
+
+
 class GramMatrices:
     """The matrices `X X^T [n, n]` of the clients of a population, where the rows of X are a client's examples."""
 
-    def __init__(self, population: Population) -> None:
-        self._population = population
+    def __init__(self, population: Population, use: UseGram) -> None:
+        self._population, self._use = population, use
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._free = MAX_CACHED  # numbers that still fit into the cache
+
+    def form(
+        self, weight: Tensor, bias: Tensor | None, clients: Sequence[int], batches: Batches, plain: bool
+    ) -> GramWeights | None:
+        """Return the first layer's weights over the examples, or None if another form is cheaper.
+
+        Also None if an example is not finite, because its inner products would make a client's weights NaN even if no
+        batch contains it.
+        """
+        if self._use is not UseGram.ALWAYS and not self.are_cheaper(clients, batches, weight.shape):
+            return None
+        products = self.of(clients)
+        if not products.diagonal(dim1=1, dim2=2).isfinite().all():
+            return None
+        basis = [self._population.examples(client)[0].flatten(1) for client in clients]
+        return GramWeights(weight, bias, basis, products, batches.rows.transpose(0, 1), plain)
 
     def are_cheaper(self, clients: Sequence[int], batches: Batches, shape: Sequence[int]) -> bool:
         """Return whether `GramWeights` cost less than dense weights for a first layer of this `shape` (out, in).

@@ -1,18 +1,22 @@
-"""Client layers: layers with one set of weights per client, for K clients whose batches are concatenated.
+"""The base class of client layers: layers with one set of weights per client, for K clients that train together.
 
-Layers without parameters, such as ReLU or pooling, are not replaced, because they process examples independently.
+The batches of the clients are concatenated. Layers without parameters, such as ReLU or pooling, are not replaced,
+because they process examples independently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm, as_dtype, first_rows
+from corymb.client import TrainSettings
+from corymb.simulations.engine.batches import Batches
+from corymb.simulations.engine.optimizer import is_linear, is_plain
+from corymb.simulations.engine.weight_forms import DenseWeights, as_dtype, first_rows
 
 
 @dataclass
@@ -27,104 +31,127 @@ class StepContext:
     generators: Sequence[torch.Generator] = ()  # each client's source of random numbers
 
 
-class _ApplyLayer(torch.autograd.Function):
-    """Makes a client layer part of an autograd graph; in the backward pass the layer updates its own weights."""
+@dataclass(frozen=True)
+class Block:
+    """What a layer needs to know about the block of K clients that it starts to train.
 
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, layer: Any) -> Tensor:
-        ctx.layer = layer
-        outputs, ctx.saved = layer.outputs(inputs, inputs.requires_grad)
-        result: Tensor = outputs.clone()  # the outputs may be a view, which later layers could not change in place
-        return result
+    With `own_starts`, every client has a start of its own, and tensors of the start have a first dimension K.
+    `low_rank` says whether low-rank weight forms are allowed.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, gradients: Tensor) -> Any:
-        return ctx.layer.backward(gradients, ctx.saved, ctx.needs_input_grad[0]), None, None
+    clients: Sequence[int]
+    batches: Batches
+    settings: TrainSettings
+    own_starts: bool
+    low_rank: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step is plain SGD."""
+        return is_plain(self.settings)
+
+    @property
+    def may_be_low_rank(self) -> bool:
+        """Whether the steps allow low-rank forms; in a lower precision their products would be rounded twice."""
+        is_float32 = self.settings.precision == "float32"
+        return self.low_rank and not self.own_starts and is_float32 and is_linear(self.settings)
 
 
 class ClientLayer(nn.Module):
-    """A layer with parameters for each client: `form` stores the weights, `bias` the bias unless `form` does."""
+    """A layer of K clients. A subclass replaces one kind of torch layer; `CLIENT_LAYERS` names the pairs.
+
+    A subclass implements `run`, with torch operations that autograd knows, or, to be faster, `outputs` and `backward`
+    by hand, and sets `by_hand`. It raises `ValueError` in `__init__` for an original that it cannot replace; the
+    message says what about it, as in "is a Conv2d with padding_mode = 'circular'".
+
+    `names` are the original's parameters. `forms` holds the parameters of the present block by name, each in a weight
+    form; `start_block` chooses the forms, which are dense unless a subclass knows better.
+    """
+
+    by_hand: ClassVar[bool] = False
+    needs_lengths: ClassVar[bool] = False  # whether `context.lengths` is read
 
     def __init__(self, original: nn.Module, context: StepContext) -> None:
         super().__init__()
         self.context = context
-        self.form: Any = None
-        self.bias: DenseWeights | None = None
+        self.names = [name for name, _ in original.named_parameters()]
+        self.forms: dict[str, Any] = {}  # of `BlockParameter`
         self._anchor = torch.zeros(1, requires_grad=True)  # makes autograd run backward through the first layer too
 
-    def start_block(self, form: Any, bias: DenseWeights | None) -> None:
-        """Set the parameters of a new block of clients."""
-        self.form, self.bias = form, bias
+    def start_block(self, start: Mapping[str, Tensor], block: Block) -> None:
+        """Set the parameters, and the buffers if there are any, of a new block to their values in `start`."""
+        self.forms = {name: DenseWeights(start[name], len(block.clients), block.own_starts) for name in self.names}
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def buffers_after(self) -> dict[str, Tensor]:
+        """Return the buffers at the K clients after the training of a block, `{name: [K, ...]}`."""
+        return {}
+
+    def run(self, inputs: Tensor, **parameters: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the outputs for `inputs [K * B, ...]`; each of `parameters` is `[K, ...]`."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Tensor) -> Any:
         """Return the outputs of all clients, `[K * B, ...]`."""
-        result: Tensor = _ApplyLayer.apply(inputs, self._anchor, self)  # type: ignore[no-untyped-call]
-        return result
+        return _ApplyLayer.apply(inputs, self._anchor, self)  # type: ignore[no-untyped-call]
 
-    def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Tensor, Any]:
+    def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Any, Any]:
         """Return the outputs and what `backward` needs; the caller passes the same flag to `backward`."""
-        raise NotImplementedError
+        inputs = inputs.detach().requires_grad_(needs_input_gradients)
+        cast = self.cast(inputs)
+        parameters = {name: self.parameter(name, cast).detach().requires_grad_() for name in self.names}
+        with torch.enable_grad():
+            outputs = self.run(self.cast(inputs), **parameters)
+        if isinstance(outputs, tuple):
+            return tuple(each.detach() for each in outputs), (inputs, parameters, outputs)
+        return outputs.detach(), (inputs, parameters, (outputs,))
 
-    def backward(self, gradients: Tensor, saved: Any, needs_input_gradients: bool) -> Any:
+    def backward(self, gradients: Any, saved: Any, needs_input_gradients: bool) -> Any:
         """Update the weights from the gradients of the outputs; return those of the inputs, or None if not needed."""
-        raise NotImplementedError
+        inputs, parameters, outputs = saved
+        wanted = [*parameters.values(), *([inputs] if needs_input_gradients else [])]
+        found = torch.autograd.grad(outputs, wanted, gradients if isinstance(gradients, tuple) else (gradients,))
+        for name, gradient in zip(parameters, found, strict=False):
+            self.dense(name).apply_weight_gradient(gradient, self.context.rate)
+        return found[-1] if needs_input_gradients else None
+
+    def dense(self, name: str) -> DenseWeights:
+        """Return the parameter `name`, which must be in the dense form."""
+        form = self.forms[name]
+        assert isinstance(form, DenseWeights)
+        return form
+
+    def parameter(self, name: str, like: Tensor) -> Tensor:
+        """Return the parameter `name` of the clients that still train, in the dtype of `like` if that is a float."""
+        weight = first_rows(self.context.clients, self.dense(name).weight)
+        return as_dtype(weight, like.dtype) if like.is_floating_point() else weight
 
     def cast(self, inputs: Tensor) -> Tensor:
         """Return `inputs` in the precision of the step."""
-        return inputs if self.context.precision is None else inputs.to(self.context.precision)
+        is_cast = self.context.precision is not None and inputs.is_floating_point()
+        return inputs.to(self.context.precision) if is_cast else inputs
 
     def apply_bias_gradients(self, gradients: Tensor) -> None:
-        """Update the bias, if there is one, from the gradients `[K, B, out]` of the outputs."""
-        if self.bias is not None:
-            self.bias.apply_weight_gradient(gradients.sum(dim=1), self.context.rate)
+        """Update the dense bias, if there is one, from the gradients `[K, B, out]` of the outputs."""
+        if isinstance(bias := self.forms.get("bias"), DenseWeights):
+            bias.apply_weight_gradient(gradients.sum(dim=1), self.context.rate)
 
 
-class ClientLinear(ClientLayer):
-    """`nn.Linear` with one set of weights per client, in any weight form."""
+class _ApplyLayer(torch.autograd.Function):
+    """Makes a client layer part of an autograd graph; in the backward pass the layer updates its own weights."""
 
-    form: WeightForm
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, anchor: Tensor, layer: Any) -> Any:
+        ctx.layer = layer
+        outputs, ctx.saved = layer.outputs(inputs, inputs.requires_grad)
+        return tuple(map(_no_view, outputs)) if isinstance(outputs, tuple) else _no_view(outputs)
 
-    def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Tensor, tuple[Tensor, torch.dtype]]:
-        """See `ClientLayer.outputs`."""
-        rows = self.cast(inputs.reshape(self.context.clients, -1, inputs.shape[-1]))
-        outputs = self.form.outputs(rows)
-        if self.bias is not None:
-            outputs = outputs.add_(first_rows(self.context.clients, self.bias.weight).unsqueeze(1))
-        return outputs.reshape(*inputs.shape[:-1], -1), (rows, inputs.dtype)
-
-    def backward(
-        self, gradients: Tensor, saved: tuple[Tensor, torch.dtype], needs_input_gradients: bool
-    ) -> Tensor | None:
-        """See `ClientLayer.backward`."""
-        rows, dtype = saved
-        by_client = gradients.reshape(self.context.clients, -1, gradients.shape[-1])
-        result = (
-            as_dtype(self.form.input_gradients(by_client).reshape(*gradients.shape[:-1], -1), dtype)
-            if needs_input_gradients
-            else None
-        )
-        self.form.apply_gradients(by_client, rows, self.context.rate)
-        self.apply_bias_gradients(by_client)
-        return result
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        several = gradients if len(gradients) > 1 else gradients[0]
+        return ctx.layer.backward(several, ctx.saved, ctx.needs_input_grad[0]), None, None
 
 
-class ClientDropout(nn.Module):
-    """Dropout that draws for each client the numbers that the client would draw if it trained alone."""
-
-    def __init__(self, original: nn.Dropout, context: StepContext) -> None:
-        super().__init__()
-        self.p, self.context = original.p, context
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return `inputs [K * B, ...]` with a share `p` set to zero and the rest scaled up."""
-        if not self.training or self.p == 0:
-            return inputs
-        scale = torch.zeros_like(inputs)
-        by_client = scale.unflatten(0, (self.context.clients, -1))
-        for target, length, generator in zip(by_client, self.context.lengths, self.context.generators, strict=False):
-            if length:  # zero for a client that has finished
-                drawn = torch.empty(target[:length].shape, dtype=inputs.dtype).bernoulli_(
-                    1 - self.p, generator=generator
-                )
-                target[:length] = drawn.div_(1 - self.p)
-        return inputs * scale
+def _no_view(tensor: Tensor) -> Tensor:
+    """Return a tensor with the same memory that is no view, so that later layers may change it in place."""
+    storage, shape = tensor.untyped_storage(), (tensor.storage_offset(), tensor.size(), tensor.stride())
+    return tensor.new_empty(0).set_(storage, *shape)

@@ -110,6 +110,9 @@ class LowRankBias:
     def squared_distances(self, offset: Tensor | None) -> Tensor:
         return squared_lengths(self.dense(), self.start, offset)
 
+    def trainable(self) -> list[tuple[Tensor, Tensor]]:
+        return []  # it follows from the weight's factors
+
     def dense(self) -> Tensor:
         return self.form.factors.sum(dim=1) + self.form.alpha[:, 0] * self.start
 

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from corymb.simulations.engine.scratch import Scratch
-
 
 class Geometry(NamedTuple):
     """The parameters of a convolution; each pair is for rows and columns."""
@@ -84,7 +82,6 @@ class PatchRows:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._outputs, self._patches = Scratch(), Scratch()
 
     def forward(self, images: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """See `convolution.ConvMethod`; the outputs lie in memory with channels last."""
@@ -101,9 +98,8 @@ class PatchRows:
             (clients * batch, rows, columns, width * column_size),
             (*strips.stride()[:2], column_stride * column_size, 1),
         )
-        patches = self._patches.of(shape, images).copy_(strips.as_strided(shape, strides)).view(clients, -1, shape[3])
-        outputs = self._outputs.of((*patches.shape[:2], weights.shape[1]), images)
-        torch.bmm(patches, weights.permute(0, 4, 2, 3, 1).reshape(clients, shape[3], -1), out=outputs)
+        patches = strips.as_strided(shape, strides).reshape(clients, -1, shape[3])
+        outputs = torch.bmm(patches, weights.permute(0, 4, 2, 3, 1).reshape(clients, shape[3], -1))
         return outputs.view(clients, batch, rows, columns, -1).permute(0, 1, 4, 2, 3), patches
 
     def backward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,51 +18,26 @@ class Tables(NamedTuple):
     factors: Tensor  # [K, N, out]
 
 
-class Selection(Protocol):
-    """The B rows of each client's tables that one batch uses. Each method takes those of the first A clients."""
+class Selection:
+    """The B rows of each client's tables that one batch uses. Each method takes those of the first A clients.
 
-    def start_outputs(self, clients: int) -> Tensor:
-        """Return `[A, B, out]`, a copy that the caller may change."""
-
-    def gram(self, clients: int) -> Tensor:
-        """Return `[A, B, N]`, possibly a view of the table."""
-
-    def add(self, gradients: Tensor, factor: float, into: Tensor | None = None) -> None:
-        """Add `gradients [A, B, out]` times `factor` to the factors, or to the table `into` of the same shape."""
-
-
-class ConsecutiveRows:
-    """The same consecutive rows for all clients, as without shuffling, so that views suffice."""
-
-    def __init__(self, tables: Tables, first: int, width: int) -> None:
-        self._rows = slice(first, first + width)
-        self._start_outputs, self._gram, self._factors = (table[:, self._rows] for table in tables)
-
-    def start_outputs(self, clients: int) -> Tensor:
-        return first_rows(clients, self._start_outputs).clone(memory_format=torch.contiguous_format)
-
-    def gram(self, clients: int) -> Tensor:
-        return first_rows(clients, self._gram)
-
-    def add(self, gradients: Tensor, factor: float, into: Tensor | None = None) -> None:
-        table = self._factors if into is None else into[:, self._rows]
-        first_rows(gradients.shape[0], table).add_(gradients, alpha=factor)
-
-
-class ScatteredRows:
-    """Any rows; `numbers [K * B]` are indices into the tables with all clients' rows one after another."""
+    `numbers [K * B]` are indices into the tables with all clients' rows one after another.
+    """
 
     def __init__(self, tables: Tables, numbers: Tensor) -> None:
         self._start_outputs, self._gram, self._factors = (table.flatten(0, 1) for table in tables)
         self._numbers, self._width = numbers, len(numbers) // len(tables.start_outputs)
 
     def start_outputs(self, clients: int) -> Tensor:
+        """Return `[A, B, out]`, a copy that the caller may change."""
         return self._select(self._start_outputs, clients)
 
     def gram(self, clients: int) -> Tensor:
+        """Return `[A, B, N]`."""
         return self._select(self._gram, clients)
 
     def add(self, gradients: Tensor, factor: float, into: Tensor | None = None) -> None:
+        """Add `gradients [A, B, out]` times `factor` to the factors, or to the table `into` of the same shape."""
         table = self._factors if into is None else into.flatten(0, 1)
         rows = gradients.flatten(0, 1)
         table.index_add_(0, first_rows(rows.shape[0], self._numbers), rows, alpha=factor)
@@ -75,14 +50,5 @@ class ScatteredRows:
 def select_batches(tables: Tables, rows: Tensor) -> list[Selection]:
     """Return the selection of every batch; `rows [S, K, B]` are indices into each client's own tables."""
     clients, count, _ = tables.start_outputs.shape
-    size = rows.shape[2]
-    firsts = rows[:, :1, :1]
-    are_consecutive = (rows == firsts + torch.arange(size)).flatten(1).all(dim=1).tolist()
-    numbers = (rows + torch.arange(clients)[:, None] * count).flatten(1).unbind()
-    consecutive: dict[int, ConsecutiveRows] = {}  # by their first row; each epoch uses the same ones
-    result: list[Selection] = []
-    for is_consecutive, first, step_numbers in zip(are_consecutive, firsts.flatten().tolist(), numbers, strict=True):
-        if is_consecutive and first not in consecutive:
-            consecutive[first] = ConsecutiveRows(tables, first, size)
-        result.append(consecutive[first] if is_consecutive else ScatteredRows(tables, step_numbers))
-    return result
+    numbers = rows + torch.arange(clients)[:, None] * count
+    return [Selection(tables, each) for each in numbers.flatten(1).unbind()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import random
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -75,17 +76,29 @@ class Reshape(nn.Module):
         return inputs.reshape(len(inputs), *self._shape)
 
 
-def trace(module: nn.Module) -> fx.GraphModule:
+class _Tracer(fx.Tracer):
+    """Traces up to the layers of torch and those of the classes `known`."""
+
+    def __init__(self, known: Collection[type[nn.Module]]) -> None:
+        super().__init__()
+        self._known = known
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a layer becomes one node of the graph."""
+        return type(m) in self._known or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(module: nn.Module, known: Collection[type[nn.Module]]) -> fx.GraphModule:
     """Return `module`, in training mode, as a graph of layers "traced.NAME".
 
-    Functions of one tensor become layers too. Linear, convolutional and dropout layers are left as they are. Raises
-    `ValueError`, which names the layer or function, for every operation that is not known to process each example
+    Functions of one tensor become layers too. Layers of the classes `known` are left as they are. Raises `ValueError`,
+    which names the layer or function, for every other operation that is not known to process each example
     independently, and for code that branches on its inputs.
     """
     for name, inner in module.named_modules():
         if any(getattr(inner, kind) for kind in HOOKS) or "forward" in vars(inner):
-            raise ValueError(f"{_label(name)} has hooks")
-    wrapped, tracer, states = Wrapped(module).train(), fx.Tracer(), random_states()
+            raise ValueError(f"{label(name)} has hooks")
+    wrapped, tracer, states = Wrapped(module).train(), _Tracer(known), random_states()
     try:
         graph = tracer.trace(wrapped)
     except Exception as error:  # the model's own code runs here
@@ -94,7 +107,10 @@ def trace(module: nn.Module) -> fx.GraphModule:
         raise ValueError("the model's code draws random numbers")
     graph_module = fx.GraphModule(wrapped, graph)
     graph = graph_module.graph
+    parts = check_recurrent(graph_module)
     for node in list(graph.nodes):
+        if node in parts:
+            continue
         if node.op in ("call_function", "call_method") and (layer := _layer(node)) is not None:
             name = f"function_{node.name}"
             graph_module.add_module(name, layer)
@@ -102,7 +118,8 @@ def trace(module: nn.Module) -> fx.GraphModule:
                 node.replace_all_uses_with(graph.call_module(name, (node.all_input_nodes[0],)))
     graph.eliminate_dead_code()
     for node in graph.nodes:
-        _check(node, graph_module)
+        if node not in parts:
+            _check(node, graph_module, known)
     graph_module.recompile()
     return graph_module
 
@@ -182,22 +199,20 @@ def _excludes_batch(dimensions: Any) -> bool:
     return all(type(dimension) is int and (dimension >= 1 or dimension == -1) for dimension in as_sequence)
 
 
-def _check(node: Any, graph_module: fx.GraphModule) -> None:
+def _check(node: Any, graph_module: fx.GraphModule, classes: Collection[type[nn.Module]]) -> None:
     """Raise `ValueError` if the operation of a node may mix the examples of a batch."""
     if node.op == "call_module":
         layer: Any = graph_module.get_submodule(str(node.target))
         kind = type(layer)
-        known = kind in EXAMPLEWISE_LAYERS or kind in (nn.Linear, nn.Dropout, Function, Reshape)
-        known |= kind is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        known = kind in EXAMPLEWISE_LAYERS or kind in classes or kind in (Function, Reshape)
         known |= kind in (nn.Softmax, nn.LogSoftmax) and _excludes_batch(layer.dim)
         known |= kind is nn.Flatten and layer.start_dim >= 1
         known |= kind is nn.InstanceNorm2d and not [*layer.parameters(), *layer.buffers()]
-        if (
-            kind is nn.Dropout and layer.inplace
-        ):  # `ClientDropout` does not change its input, which another layer may read
+        # `ClientDropout` does not change its input, which another layer may read.
+        if kind is nn.Dropout and layer.inplace:
             known = len(node.all_input_nodes[0].users) == 1
         if not known or len(node.all_input_nodes) != 1 or getattr(layer, "return_indices", False):
-            raise ValueError(f"{_label(name_of(node))} is a {kind.__name__}")
+            raise ValueError(f"{label(name_of(node))} is a {kind.__name__}")
     elif node.op in ("call_function", "call_method"):
         is_examplewise = node.target in ELEMENTWISE_FUNCTIONS or (
             node.target is torch.cat and _excludes_batch(node.kwargs.get("dim", (*node.args, None)[1]))
@@ -208,5 +223,37 @@ def _check(node: Any, graph_module: fx.GraphModule) -> None:
         raise ValueError(f"the model's code uses {name_of(node)!r} outside a layer")
 
 
-def _label(name: str) -> str:
+def check_recurrent(graph_module: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes that take apart what recurrent layers return: the outputs, and the last state of a layer.
+
+    Raises `ValueError` if the model's code uses a state `[layers, B, ...]` otherwise, because its first dimension is
+    not that of the batch.
+    """
+    parts: set[fx.Node] = set()
+    for node in graph_module.graph.find_nodes(op="call_module"):
+        layer = graph_module.get_submodule(str(node.target))
+        if not isinstance(layer, nn.RNNBase):
+            continue
+        pieces = {user: user.args[1] for user in _indexed_by_number(node)}
+        states = [piece for piece, index in pieces.items() if index in (1, -1)]
+        if isinstance(layer, nn.LSTM):
+            both = {inner for state in states for inner in _indexed_by_number(state)}
+            parts |= both
+            states = list(both)
+        parts |= pieces.keys()
+        for state in states:
+            parts |= set(_indexed_by_number(state))
+    return parts
+
+
+def _indexed_by_number(node: fx.Node) -> list[fx.Node]:
+    """Return the users of a node, which all have to be `node[i]`."""
+    for user in node.users:
+        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+            raise ValueError(f"the model's code uses the state of {label(name_of(node))} other than by its number")
+    return list(node.users)
+
+
+def label(name: str) -> str:
+    """Return the name of a layer for an error message."""
     return f"the layer {name!r}" if name else "the model"

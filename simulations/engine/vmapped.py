@@ -77,7 +77,7 @@ class Vmapped:
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
             logits.append(outputs.detach().flatten(0, 1))
         targets = store.targets[positions].transpose(0, 1)
-        return BlockResult.of(list(parameters.values()), torch.stack(logits), targets, batches)
+        return BlockResult.of(list(parameters.values()), torch.stack(logits), targets, batches, {})
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -158,9 +157,6 @@ def _work(
     """Run the main loop of a worker process; it ends when the server process closes the pipes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    # As a batch process, a worker that wakes up does not preempt the server process, which is waking the others.
-    with suppress(AttributeError, OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     for pipe in server_pipes:  # the fork copied them, and an open copy would keep a pipe from ending
         pipe.close()
     blocks: dict[int, BlockResult] = {}
@@ -178,7 +174,7 @@ def _work(
             if generation != current:  # a copy, because blocks may outlive their round
                 current, state = generation, layout.split(start.clone())
             try:
-                blocks[number] = trainer.train(state, task.clients, task.settings, task.server_round)
+                blocks[number] = trainer.train(task.start(state), task.clients, task.settings, task.server_round)
             except Exception as error:
                 tasks.send((number, RuntimeError(f"{type(error).__name__}: {error}")))
             else:

@@ -46,7 +46,7 @@ class CountedRows:
 
 
 def test_a_row_is_an_array_record() -> None:
-    record = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record()
+    record = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record({})
     for view in (record, record.copy()):
         assert isinstance(view, ArrayRecord)
         assert list(view) == list(view.keys()) == ["weight", "bias"]
@@ -58,13 +58,13 @@ def test_a_row_is_an_array_record() -> None:
 
 
 def test_a_row_is_encoded_as_flower_encodes_a_record() -> None:
-    row, plain = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record(), to_arrays(STATE)
+    row, plain = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record({}), to_arrays(STATE)
     assert {name: array.deflate() for name, array in row.items()} == {n: a.deflate() for n, a in plain.items()}
 
 
 def test_a_row_is_read_only_when_the_record_is_read() -> None:
     rows = CountedRows()
-    record = ModelRow(rows, 0, LAYOUT, 3.0).to_record()
+    record = ModelRow(rows, 0, LAYOUT, 3.0).to_record({})
     row = row_in(record, Layout.of(STATE))
     assert row is not None
     assert row.rows is rows
@@ -74,8 +74,8 @@ def test_a_row_is_read_only_when_the_record_is_read() -> None:
 
 
 def test_a_changed_record_is_not_a_row() -> None:
-    record = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record()
-    other = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record()
+    record = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record({})
+    other = ModelRow(CountedRows(), 0, LAYOUT, 3.0).to_record({})
     for changed in (
         {"weight": record["weight"], "bias": Array(torch.tensor([9.0]))},
         {"weight": record["weight"], "bias": other["bias"]},

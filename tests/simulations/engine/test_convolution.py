@@ -56,7 +56,7 @@ def compare(
 ) -> None:
     (expected,) = by_torch(geometry, images, weights, None)
     gradients = torch.randn_like(expected)
-    for _ in range(2):  # the second pass reuses the scratch buffers of the first
+    for _ in range(2):
         outputs, saved = method.forward(images, weights)
         assert_close(outputs, expected)
         weight_gradients, image_gradients = method.backward(gradients, saved, weights, needs_input_gradients)
@@ -151,6 +151,6 @@ def test_a_layer_chooses_the_cheapest_method(
     original: nn.Conv2d, shape: tuple[int, ...], method: type[ConvMethod]
 ) -> None:
     layer = ClientConv2d(original, StepContext(clients=1))
-    layer.start_block(DenseWeights(original.weight.detach().flatten(1), 1), None)
+    layer.forms = {"weight": DenseWeights(original.weight.detach(), 1)}
     _, (chosen, *_) = layer.outputs(torch.zeros(shape), needs_input_gradients=method is not PatchRows)
     assert type(chosen) is method

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from math import inf
@@ -26,14 +26,15 @@ from corymb.client.batches import training_batches
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine import frequencies
-from corymb.simulations.engine import program as programs
+from corymb.simulations.engine import linear as linears
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import MAX_PADDING, Task, cut_into_blocks
 from corymb.simulations.engine.engine import MultiDeviceEngine, Trainer, obstacle
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer, make_engine
+from corymb.simulations.engine.gram_products import UseGram
 from corymb.simulations.engine.gram_weights import GramWeights
 from corymb.simulations.engine.low_rank import InputHistoryWeights
-from corymb.simulations.engine.program import Program, UseGram
+from corymb.simulations.engine.program import Program
 from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm
 from corymb.simulations.engine.workers import WorkerEngine
@@ -96,12 +97,18 @@ def one_by_one(
 
 
 def together(
-    trainer: Any, layout: Layout, start: Tensor, clients: Population, train_settings: TrainSettings, number: int
+    trainer: Any,
+    layout: Layout,
+    start: Tensor,
+    clients: Population,
+    train_settings: TrainSettings,
+    number: int,
+    buffers: Mapping[str, Tensor],
 ) -> Tensor:
     """Train the clients in blocks and return the models, `[K, P]`, and check the sums and bounds of each block."""
     models = torch.empty(len(clients), len(start), dtype=start.dtype)
     for block in cut_into_blocks([clients.size(client) for client in range(len(clients))], train_settings):
-        result = trainer.train(layout.split(start), block, train_settings, number)
+        result = trainer.train({**layout.split(start), **buffers}, block, train_settings, number)
         models[block] = result.models()
         weights = torch.rand(len(block), generator=torch.Generator().manual_seed(number), dtype=start.dtype)
         update = weights @ (models[block] - start)
@@ -124,7 +131,9 @@ def differences(
         next_expected = one_by_one(module, expected, clients, train_settings, number).mean(dim=0)
         if not (next_expected.abs() < 100).all():
             break  # diverging training magnifies any rounding error
-        expected, actual = next_expected, together(trainer, layout, actual, clients, train_settings, number).mean(dim=0)
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        models = together(trainer, layout, actual, clients, train_settings, number, buffers)
+        expected, actual = next_expected, models.mean(dim=0)
     pairs = zip(layout.split(actual).values(), layout.split(expected).values(), strict=True)
     return [float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in pairs]
 
@@ -196,7 +205,7 @@ def test_low_rank_is_serial(
     trainer = Program(module, clients, use_gram=UseGram.ALWAYS if form == "gram" else UseGram.IF_CHEAPER)
     with pytest.MonkeyPatch.context() as patch:
         if form == "always":
-            patch.setattr(programs, "low_rank_is_cheaper", lambda *shape: True)
+            patch.setattr(linears, "low_rank_is_cheaper", lambda *shape: True)
         if by_frequency:  # `FourierConv` even for small convolutions
             patch.setattr(frequencies, "MAX_COST_RATIO", inf)
         assert max(differences(module, trainer, clients, train_settings)) < EXACT
@@ -721,21 +730,22 @@ def test_metrics_are_right_if_a_convolution_comes_last(end: list[nn.Module]) -> 
         assert report.correct[client] / report.examples[client] == pytest.approx(metrics["accuracy"])
 
 
-def with_norm(shape: tuple[int, ...], classes: int) -> nn.Module:
+def with_norm(shape: tuple[int, ...], classes: int, momentum: float | None = None) -> nn.Module:
     size = torch.Size(shape).numel()
-    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(size), nn.Linear(size, classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, 6), nn.BatchNorm1d(6, momentum=momentum), nn.Linear(6, classes))
 
 
 def test_a_model_that_no_engine_supports_is_rejected(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"engine": "batched", "model": {"kind": "corymb.tests.simulations.engine.test_engines:with_norm"}}
-    with pytest.raises(ValueError, match="cannot train this model: the layer '1' is a BatchNorm1d"):
+    with pytest.raises(ValueError, match="cannot train this model: the layer '2' is a BatchNorm with momentum = None"):
         resolve(Experiment(**{**SMALL, **changes}))
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert find_trainer("auto", lambda: with_norm((36,), 4), population([5, 6]).store) is None
-    assert caplog.messages == ["Clients train one after another because the layer '1' is a BatchNorm1d."]
+    (line,) = caplog.messages
+    assert line.startswith("Clients train one by one because the layer '2' is a BatchNorm with momentum = None")
 
 
 @pytest.mark.parametrize(
@@ -746,6 +756,7 @@ def test_a_model_that_no_engine_supports_is_rejected(
         {"train": {"epochs": 1, "optimizer": "Adam", "learning_rate": 0.01}},
         {"train": {"steps": 3, "batch_size": 16}, **CNN},
         {"train": {"steps": 3}, "model": {"kind": "mlp", "options": {"hidden": 9}, "random_start": True}},
+        {"train": {"steps": 3}, "model": {"kind": f"{__name__}:with_norm", "options": {"momentum": 0.2}}},
         {"train": {"steps": 3}, "attack": {"kind": "sign_flip", "clients": 1}},
         {"train": {"steps": 3}, "attack": {"kind": "gaussian", "clients": 2}},
         {"train": {"steps": 3}, "rules": [{"name": "run_off", "parameters": {"groups": 3}}]},

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from corymb.simulations.engine.backprop import (
     AutogradBackprop,
     SequentialBackprop,
-    feeds_one_client_layer,
     make_backprop,
+    reader_of_examples,
 )
-from corymb.simulations.engine.client_layers import to_client_layers
+from corymb.simulations.engine.client_layers import CLIENT_LAYERS, to_client_layers
 from corymb.simulations.engine.layers import StepContext
+from corymb.simulations.engine.linear import ClientLinear
 from corymb.simulations.engine.tracing import trace
 
 
@@ -52,7 +53,7 @@ class WithFirst(nn.Module):
 def test_a_tutorial_network_becomes_a_sequence_of_layers() -> None:
     torch.manual_seed(0)
     net = Net()
-    graph = trace(net)
+    graph = trace(net, CLIENT_LAYERS)
     layers = [graph.get_submodule(str(node.target)) for node in list(graph.graph.nodes)[1:-1]]
     assert [type(layer).__name__ for layer in layers] == [
         "Conv2d", "ReLU", "Conv2d", "ReLU", "MaxPool2d", "Flatten", "Dropout", "Linear", "Function", "Linear",
@@ -64,7 +65,7 @@ def test_a_tutorial_network_becomes_a_sequence_of_layers() -> None:
     torch.manual_seed(1)
     assert torch.equal(graph(inputs), expected)
     graph_module, client_layers = to_client_layers(net, StepContext())
-    assert list(client_layers) == ["first", "second", "middle", "last"]
+    assert list(client_layers) == ["first", "second", "function_dropout", "middle", "last"]
     assert isinstance(make_backprop(graph_module), SequentialBackprop)
 
 
@@ -81,7 +82,7 @@ def test_a_tutorial_network_becomes_a_sequence_of_layers() -> None:
 )
 def test_flattened_inputs_feed_one_client_layer(before: Any) -> None:
     graph_module, _ = to_client_layers(WithFirst(before), StepContext())
-    assert feeds_one_client_layer(graph_module)
+    assert isinstance(reader_of_examples(graph_module), ClientLinear)
     assert isinstance(make_backprop(graph_module), SequentialBackprop)
 
 
@@ -100,9 +101,9 @@ def test_flattened_inputs_feed_one_client_layer(before: Any) -> None:
 def test_other_functions_of_the_inputs_are_traced(before: Any, backprop: type) -> None:
     module = WithFirst(before)
     inputs = torch.randn(3, 1, 6, 6)
-    assert torch.equal(trace(module)(inputs), module(inputs))
+    assert torch.equal(trace(module, CLIENT_LAYERS)(inputs), module(inputs))
     graph_module, _ = to_client_layers(module, StepContext())
-    assert not feeds_one_client_layer(graph_module)
+    assert not isinstance(reader_of_examples(graph_module), ClientLinear)
     assert isinstance(make_backprop(graph_module), backprop)
 
 
@@ -125,20 +126,20 @@ def test_other_functions_of_the_inputs_are_traced(before: Any, backprop: type) -
         (lambda x: F.dropout2d(x).flatten(1), "the model's code .*dropout2d"),
         (nn.Softmax(dim=0), "the layer 'before' is a Softmax"),
         (nn.Flatten(0), "the layer 'before' is a Flatten"),
-        (nn.BatchNorm2d(1), "the layer 'before' is a BatchNorm2d"),
+        (nn.LocalResponseNorm(1), "the layer 'before' is a LocalResponseNorm"),
         (nn.MaxPool2d(2, return_indices=True), "the layer 'before' is a MaxPool2d"),
     ],
 )
 def test_an_operation_that_may_mix_examples_is_named(before: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        trace(WithFirst(before))
+        trace(WithFirst(before), CLIENT_LAYERS)
 
 
 def test_hooks_are_rejected() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))
     module[1].register_forward_hook(lambda layer, inputs, outputs: outputs.tanh())
     with pytest.raises(ValueError, match="the layer '1' has hooks"):
-        trace(module)
+        trace(module, CLIENT_LAYERS)
 
 
 def test_every_layer_must_be_used_exactly_once() -> None:
