@@ -7,7 +7,7 @@ import sys
 import traceback
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -30,6 +30,9 @@ Changes = Annotated[
 Out = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="Results folder; several experiments get subfolders OUT/NAME (default: runs/NAME)."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep finished runs of the same settings, and go on with unfinished ones.")
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Number of runs in parallel, each in its own process.")]
 
@@ -71,6 +74,7 @@ def simulate(
     changes: Changes = None,
     out: Out = None,
     jobs: Jobs = 1,
+    resume: Resume = False,
     app_folder: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -90,11 +94,11 @@ def simulate(
     from corymb.simulations.results.commands import simulate_app, simulate_experiments
 
     if app_folder is not None:
-        if out is not None or jobs != 1:
-            raise ValueError("--out and --jobs apply to experiments only; leave them out with --app.")
+        if out is not None or jobs != 1 or resume:
+            raise ValueError("--out, --jobs and --resume apply to experiments only; leave them out with --app.")
         simulate_app(app_folder, nodes, changes or [], workers or cores(), console)
     else:
-        simulate_experiments(list(map(Path, experiments or ["demo"])), changes or [], out, jobs, console)
+        simulate_experiments(list(map(Path, experiments or ["demo"])), changes or [], out, jobs, console, resume=resume)
 
 
 @app.command()
@@ -107,6 +111,7 @@ def compare(
     changes: Changes = None,
     out: Out = None,
     jobs: Jobs = 1,
+    resume: Resume = False,
 ) -> None:
     """Run several rules on the same data, participation and seeds, and rank them.
 
@@ -114,10 +119,9 @@ def compare(
     """
     from corymb.simulations.results.commands import simulate_experiments
 
-    extra = {"rules": [rule.strip() for rule in rules.split(",")]} if rules else {}
-    simulate_experiments(
-        [Path(experiment)], changes or [], out, jobs, console, extra | ({"seeds": seeds} if seeds else {})
-    )
+    extra: dict[str, Any] = {"rules": [rule.strip() for rule in rules.split(",")]} if rules else {}
+    extra |= {"seeds": seeds} if seeds else {}
+    simulate_experiments([Path(experiment)], changes or [], out, jobs, console, extra, resume)
 
 
 new = typer.Typer(help="Create a new package from a template.", no_args_is_help=True)
@@ -145,6 +149,48 @@ def new_rule(
         markup=False,
         soft_wrap=True,
     )
+
+
+model = typer.Typer(help="The trained models of runs on a SuperLink.", no_args_is_help=True)
+app.add_typer(model, name="model")
+
+
+@model.command("list")
+def list_models(
+    folder: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the journals (default: ~/.corymb/runs)."),
+    ] = None,
+) -> None:
+    """List the runs that have a journal, oldest first, with their best round."""
+    from corymb.server.journal.models import stored_runs
+    from corymb.server.settings import runs_folder
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("run", "rule", "rounds", "best round", "accuracy or -loss"):
+        table.add_column(column, overflow="fold")
+    for run in stored_runs(folder or runs_folder()):
+        score = "-" if run.best_score is None else f"{run.best_score:.4f}"
+        table.add_row(run.folder.name, run.rule, str(run.rounds), str(run.best_round or "-"), score)
+    console.print(table)
+
+
+@model.command("export")
+def export(
+    run: Annotated[str, typer.Argument(help="A run in ~/.corymb/runs, or the folder of a journal.")],
+    best: Annotated[bool, typer.Option("--best", help="Export the best model instead of the last.")] = False,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.safetensors"),
+) -> None:
+    """Write a run's model to a safetensors file, whose metadata say where it comes from.
+
+    RUN is the name of a run in ~/.corymb/runs, or the folder of a journal.
+    """
+    from corymb.server.journal.models import export_model
+    from corymb.server.settings import runs_folder
+
+    folder = Path(run) if Path(run).is_dir() else runs_folder() / run
+    metadata = export_model(folder, out, best)
+    console.print(f"Wrote the model of round {metadata['round']} to {out}.", markup=False, soft_wrap=True)
 
 
 @app.command()

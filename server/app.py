@@ -10,7 +10,7 @@ The keys are those of an experiment's tables. In the pyproject.toml of a Flower 
     rules = "fedau"                      # or a table: rules.name, rules.parameters.*, rules.server_optimizer.*, ...
     rounds = 10
     min_available_nodes = 3
-    journal = "journal"                  # folder; "" for no journal
+    journal = ""                         # a folder; "" for ~/.corymb/runs/RUN-ID, "none" for no journal
     train.epochs = 1                     # and any other key of [train]
 
 `ServerSettings` lists all keys. Lists are written as JSON strings, such as rules.candidate_election = '["median"]'.
@@ -18,7 +18,7 @@ The keys are those of an experiment's tables. In the pyproject.toml of a Flower 
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
 
 import torch
 from flwr.app import ConfigRecord, Context
@@ -33,6 +33,7 @@ from corymb.server.strategy import FlowerStrategy
 from corymb.strategies import Layout, Proxy
 from corymb.strategies.core.registry import import_reference
 
+log = logging.getLogger("flwr.corymb")
 app = ServerApp()
 
 
@@ -44,7 +45,11 @@ def main(grid: Grid, context: Context) -> None:
     torch.manual_seed(settings.seed)
     module: nn.Module = import_reference(settings.model.kind, "model")(**settings.model.options)
     proxy = Proxy(module, *import_reference(settings.proxy.data, "proxy data")()) if settings.proxy else None
-    journal = Journal(Path(settings.journal)) if settings.journal else None
+    folder = settings.journal_folder(context.run_id)
+    journal = Journal(folder, keep_every=settings.keep_every) if folder else None
+    resume = journal is not None and (settings.resume or journal.about().get("flower-run") == str(context.run_id))
+    if journal is not None:
+        log.info("Journal: %s", folder)
     strategy = FlowerStrategy(
         rule.make(),
         server_optimizer=rule.make_server_optimizer(),
@@ -58,9 +63,12 @@ def main(grid: Grid, context: Context) -> None:
         seed=settings.seed,
         buffers=[entry.name for entry in Layout.of_module(module).buffers],
         journal=journal,
+        resume=resume,
     )
     train = ConfigRecord({**flatten({"train": rule.train})})  # settings in a message override the run config
     try:
+        if journal is not None:  # so that a ServerApp that Flower starts again under this run goes on
+            journal.note({"flower-run": str(context.run_id)})
         arrays = to_arrays(module.state_dict())
         strategy.start(grid, arrays, settings.rounds, settings.timeout, train_config=train)
     finally:

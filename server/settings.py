@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -138,6 +140,11 @@ def _kind(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+def runs_folder() -> Path:
+    """Return the folder of the journals of deployments: `runs` in `$CORYMB_HOME`, which is `~/.corymb` by default."""
+    return Path(os.environ.get("CORYMB_HOME") or Path.home() / ".corymb") / "runs"
+
+
 class ServerSettings(Settings):
     """The settings that `corymb.server.app:app` reads from the run config."""
 
@@ -166,7 +173,18 @@ class ServerSettings(Settings):
     seed: int = 0
     """Seeds the first model and the sampling of nodes."""
     journal: str = ""
-    """A folder that records the run; without it, nothing is recorded."""
+    """The journal's folder. A relative one lies in `~/.corymb/runs`, and "" is `run-` with the run's id. "none": no
+    journal."""
+    keep_every: int = Field(0, ge=0)
+    """The journal keeps the model of every so many rounds, besides the last two and the best; 0 for none."""
+    resume: bool = False
+    """Go on with the run of an earlier ServerApp that is in the journal's folder."""
+
+    def journal_folder(self, run_id: int) -> Path | None:
+        """Return the folder of the journal of the Flower run `run_id`; None for no journal."""
+        if self.journal == "none":
+            return None
+        return runs_folder() / (self.journal or f"run-{run_id}")
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ServerSettings:

@@ -46,9 +46,9 @@ class FlowerStrategy(RoundLoop):
     With a `candidate_election`, the clients elect each round's model. `buffers` names the float buffers in the state
     dict (default: BatchNorm's statistics).
 
-    Three arguments have an effect only under this class's own `start()`: `round_size` decides how many replies a
-    round waits for, `journal` stores each finished round, and `on_round` is called with the record of each finished
-    round.
+    Four arguments have an effect only under this class's own `start()`: `round_size` decides how many replies a
+    round waits for, `journal` stores each finished round, `resume` goes on after the last round in the journal, and
+    `on_round` is called with the record of each finished round.
 
     `train_metrics_aggr_fn` and `evaluate_metrics_aggr_fn` replace the mean of the metrics. They are called as in
     Flower, with the content of each admitted reply and `weighted_by_key`; the content has the metrics only.
@@ -78,6 +78,7 @@ class FlowerStrategy(RoundLoop):
         round_size: RoundSize[Any] | None = None,
         proxy: Proxy | None = None,
         journal: Journal | None = None,
+        resume: bool = False,
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
         if not isinstance(rule, Rule):
@@ -90,6 +91,7 @@ class FlowerStrategy(RoundLoop):
         self._aggregate_metrics = {"train": train_metrics_aggr_fn, "evaluate": evaluate_metrics_aggr_fn}
         self.buffers = buffers
         self.journal = journal
+        self.resume = resume
         self.on_round = on_round
         self.record = RoundRecord(0)  # of the current round
         self._state: RunState | None = None
@@ -196,6 +198,21 @@ class FlowerStrategy(RoundLoop):
             self._state = replace(self._state, model=model) if self._state else self.method.initial(model)
             self._sent = SentModel.of(model)
         return self._sent.arrays
+
+    def sent_model(self) -> ArrayRecord:
+        """See `RoundLoop.sent_model`."""
+        self._sent = SentModel.of(self.state.model)
+        return self._sent.arrays
+
+    def about(self) -> dict[str, str]:
+        """See `RoundLoop.about`."""
+        method = self.method
+        return {
+            "rule": repr(method.rule),
+            "server optimizer": repr(method.server_optimizer),
+            "candidate election": repr(method.candidate_election),
+            "seed": str(method.seed),
+        }
 
     def messages_pushed(self, messages: Iterable[Message]) -> None:
         """See `RoundLoop.messages_pushed`."""

@@ -1,4 +1,4 @@
-"""The journal: an SQLite database of rounds, and safetensors files of the newest models and states.
+"""The journal: an SQLite database of rounds, and safetensors files of models and states.
 
 A round counts as finished once it is committed.
 """
@@ -6,8 +6,10 @@ A round counts as finished once it is committed.
 from __future__ import annotations
 
 import json
+import logging
+import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,77 +17,141 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from corymb.server.journal.files import save, sha256
-from corymb.server.journal.rows import insert, open_database, read_rounds
+from corymb.server.journal.files import FileLock, save, sha256
+from corymb.server.journal.rows import delete_after, insert, open_database, read_rounds
 from corymb.server.rounds.record import RoundRecord
 from corymb.server.rounds.state import RunState
 from corymb.strategies.core.serialization import pack_memory, unpack_memory
 
+log = logging.getLogger("flwr.corymb")
 KEPT_MODELS = 2  # files of the newest models
 COMMIT_SECONDS = 1.0  # between two commits of a journal that is not durable
+BEST = "best.safetensors"
 
 
 class Journal:
     """The journal in `folder`, which is created if it is missing.
 
-    Use `durable=False` for simulations, which are repeated rather than resumed. The journal then commits the rounds
-    of about one second together, with the state after the last of them, and does not wait until they are on the disk.
+    It keeps the newest two models, the best one as `best.safetensors`, and the model of every `keep_every`-th round
+    (0: none). The best model is the one with the highest accuracy at the server's test or the clients' evaluation, or
+    with the lowest loss if there is no accuracy.
+
+    Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of about one second
+    together, with the state after the last of them, and does not wait until they are on the disk.
     """
 
-    def __init__(self, folder: str | Path, durable: bool = True) -> None:
+    def __init__(self, folder: str | Path, durable: bool = True, keep_every: int = 0) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._durable = durable
+        self._durable, self._keep_every = durable, keep_every
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
         self._last_commit = time.monotonic()
+        self._lock = FileLock(folder / "writer.lock")
         self._database = open_database(folder)
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
-        newest = "SELECT model FROM rounds WHERE model IS NOT NULL ORDER BY round DESC LIMIT ?"
-        self._models = [name for (name,) in self._database.execute(newest, (KEPT_MODELS,))][::-1]
+
+    def begin(self, about: Mapping[str, str], resume: bool) -> None:
+        """Prepare the journal for writing a run that `about` describes.
+
+        With `resume`, the journal may hold rounds of the same run. Raises `ValueError` if it holds rounds otherwise, or
+        if another process is writing to it.
+        """
+        self._lock.take(f"Another process is writing to the journal in {self.folder}; use another folder.")
+        self.commit()
+        (rounds,) = self._database.execute("SELECT COUNT(*) FROM rounds").fetchone()
+        stored = dict(self._database.execute("SELECT key, value FROM run"))
+        if rounds and not resume:
+            raise ValueError(
+                f"The journal in {self.folder} already holds {rounds} rounds; use a new folder, or resume the run."
+            )
+        for key, value in about.items():
+            if rounds and stored.get(key, value) != value:
+                raise ValueError(
+                    f"The journal in {self.folder} is of a run with {key} = {stored[key]}, not {value}; use "
+                    "another folder."
+                )
+        self.note(about)
+
+    def resume(self, initial: RunState) -> RunState:
+        """Return the state to go on from: the newest one whose files are whole, or `initial` if there is none.
+
+        Rounds after that state are deleted from the journal. `initial` is the state before the first round.
+        """
+        number = self.last_whole_round()
+        delete_after(self._database, number)
+        return self.state(initial) if number else initial
+
+    def last_whole_round(self) -> int:
+        """Return the number of the newest round whose state was saved in files that are whole; 0 if there is none."""
+        self.commit()
+        for number, model, digest, state_digest in self._saved():
+            try:
+                self._check(model, digest, state_digest)
+            except (OSError, ValueError) as error:
+                log.warning("The state after round %d cannot be read (%s); an older one is used.", number, error)
+            else:
+                return number
+        return 0
 
     def write(self, record: RoundRecord, state: RunState) -> None:
-        """Write a finished round and the state after it. The tensors of `state` must not be changed afterwards."""
+        """Write a finished round and the state after it. The tensors of `state` must not be changed afterwards.
+
+        Raises `OSError` or `sqlite3.OperationalError` if that is not possible now. The journal then keeps the round in
+        memory, and the next `write` or `commit` tries again.
+        """
         self._uncommitted.append(record)
         self._state = state
         if self._durable or time.monotonic() - self._last_commit > COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        """Commit the rounds that were written since the last commit.
+        """Commit the rounds that were written since the last commit. Raises as `write` does.
 
         The files are complete before the row that names them is committed. So after a crash, the journal ends with
-        the last committed round. All model and state files but the newest two of each are deleted.
+        the last committed round. Files of models that need not be kept are deleted afterwards.
         """
-        records, self._uncommitted = self._uncommitted, []
+        records = self._uncommitted
         if not records or self._state is None:
             return
         newest = f"model-{records[-1].round:06d}.safetensors"
         model = self._state.model
         save(model.layers.restore(model), self.folder / newest, self._durable)
         plain, tensors = pack_memory(_without_model(self._state))
+        digest = None
         if tensors:
             save(tensors, self.folder / _state_of(newest), self._durable)
-        insert(self._database, records, (newest, sha256(self.folder / newest), json.dumps(plain)))
-        self._models.append(newest)
-        while len(self._models) > KEPT_MODELS:
-            old = self._models.pop(0)
-            for name in (old, _state_of(old)):
-                (self.folder / name).unlink(missing_ok=True)
+            digest = sha256(self.folder / _state_of(newest))
+        model_digest = sha256(self.folder / newest)
+        try:
+            insert(self._database, records, (newest, model_digest, json.dumps(plain), digest))
+        except sqlite3.OperationalError:  # the disk is full, or the database is locked
+            raise
+        except Exception:
+            self._uncommitted = []  # trying again would fail again
+            raise
+        self._uncommitted = []
         self._last_commit = time.monotonic()
-
-    def require_empty(self) -> None:
-        """Raise `ValueError` if the journal already holds a run; a journal holds one run only."""
-        self.commit()
-        (rounds,) = self._database.execute("SELECT COUNT(*) FROM rounds").fetchone()
-        if rounds:
-            raise ValueError(f"The journal in {self.folder} already holds {rounds} rounds; use a new folder.")
+        self._keep_if_best(records[-1], newest)
+        for number, name, *_ in self._saved()[KEPT_MODELS:]:
+            if not (self._keep_every and number % self._keep_every == 0):
+                for file in (name, _state_of(name)):
+                    (self.folder / file).unlink(missing_ok=True)
 
     def rounds(self) -> Iterator[RoundRecord]:
         """Return the records of all rounds, in order."""
         self.commit()
         return iter(read_rounds(self._database))
+
+    def about(self) -> dict[str, str]:
+        """Return what is known of the run: what `begin` was given, and the round and score of the best model."""
+        return dict(self._database.execute("SELECT key, value FROM run"))
+
+    def note(self, entries: Mapping[str, str]) -> None:
+        """Store `entries` about the run; `about` returns them."""
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", entries.items())
 
     def model(self) -> dict[str, Tensor]:
         """Return the newest committed model. Raises `LookupError` before the first round."""
@@ -93,24 +159,19 @@ class Journal:
 
     def model_sha256(self) -> str:
         """Return the SHA-256 of the newest committed model's file. Raises `LookupError` before the first round."""
-        return self._newest("model_sha256")
+        return str(self._newest("model_sha256"))
 
     def state(self, initial: RunState) -> RunState:
         """Return the newest committed state. Raises `LookupError` before the first round.
 
         `initial` is the state before the first round; it gives the types of the fields and the layout of the model.
+        Raises `ValueError` if a file is damaged.
         """
-        plain, tensors = json.loads(self._newest("state")), self.folder / _state_of(self._newest("model"))
-        restored = unpack_memory(_without_model(initial), plain, load_file(tensors) if tensors.exists() else {})
+        model, digest, state, state_digest = map(self._newest, ("model", "model_sha256", "state", "state_sha256"))
+        self._check(model, digest, state_digest)
+        tensors = load_file(self.folder / _state_of(model)) if state_digest else {}
+        restored = unpack_memory(_without_model(initial), json.loads(state), tensors)
         return replace(initial, model=initial.model.layers.flatten(self.model()), **restored)
-
-    def _newest(self, column: str) -> str:
-        self.commit()
-        query = f"SELECT {column} FROM rounds ORDER BY round DESC LIMIT 1"
-        row = self._database.execute(query).fetchone()
-        if row is None:
-            raise LookupError(f"The journal in {self.folder} has no rounds yet; run at least one round first.")
-        return str(row[0])
 
     def close(self) -> None:
         """Commit the written rounds and close the database."""
@@ -118,6 +179,46 @@ class Journal:
             self.commit()
         finally:
             self._database.close()
+            self._lock.release()
+
+    def _saved(self) -> list[tuple[int, str, str, str | None]]:
+        """Return round, model file, its SHA-256, and that of the state's tensors, for saved rounds, newest first.
+
+        The files of older rounds may be deleted by now.
+        """
+        columns = "round, model, model_sha256, state_sha256"
+        return list(
+            self._database.execute(f"SELECT {columns} FROM rounds WHERE model IS NOT NULL ORDER BY round DESC LIMIT 64")
+        )
+
+    def _check(self, model: str, digest: str, state_digest: str | None) -> None:
+        """Raise `ValueError` if a file of a saved round does not have its SHA-256."""
+        files = {model: digest} | ({_state_of(model): state_digest} if state_digest else {})
+        for name, expected in files.items():
+            if sha256(self.folder / name) != expected:
+                raise ValueError(f"the file {name} is damaged")
+
+    def _keep_if_best(self, record: RoundRecord, model: str) -> None:
+        """Keep a copy of the newest model if its round has the best score so far."""
+        score = score_of(record)
+        best = self.about().get("best-score")
+        if score is not None and (best is None or score > float(best)):
+            save(load_file(self.folder / model), self.folder / BEST, self._durable)
+            self.note({"best-score": repr(score), "best-round": str(record.round)})
+
+    def _newest(self, column: str) -> Any:
+        self.commit()
+        row = self._database.execute(f"SELECT {column} FROM rounds ORDER BY round DESC LIMIT 1").fetchone()
+        if row is None:
+            raise LookupError(f"The journal in {self.folder} has no rounds yet; run at least one round first.")
+        return row[0]
+
+
+def score_of(record: RoundRecord) -> float | None:
+    """Return a round's score, higher is better: accuracy if it was measured, else minus the loss; None without both."""
+    measured = record.server or record.evaluate
+    loss = measured.get("loss")
+    return measured.get("accuracy", None if loss is None else -loss)
 
 
 def _without_model(state: RunState) -> dict[str, Any]:

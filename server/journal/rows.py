@@ -14,7 +14,8 @@ from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.rejections import Code
 
 DATABASE = "journal.sqlite"
-VERSION = 2  # of the tables
+VERSION = 3  # of the tables
+MIGRATIONS = {2: "ALTER TABLE rounds ADD COLUMN state_sha256 TEXT"}  # from each older version that is read
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY,
@@ -25,8 +26,13 @@ CREATE TABLE IF NOT EXISTS rounds (
     notes TEXT NOT NULL,
     model TEXT,
     model_sha256 TEXT,
-    state TEXT
+    state TEXT,
+    state_sha256 TEXT
 ) STRICT;
+CREATE TABLE IF NOT EXISTS run (  -- what the run is, and its best model
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS verdicts (
     round INTEGER NOT NULL REFERENCES rounds,
     node TEXT NOT NULL,
@@ -63,30 +69,34 @@ def open_database(folder: Path) -> sqlite3.Connection:
     database = sqlite3.connect(folder / DATABASE, check_same_thread=False)
     (version,) = database.execute("PRAGMA user_version").fetchone()
     (tables,) = database.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    if tables and version != VERSION:
+    if tables and version != VERSION and version not in MIGRATIONS:
         database.close()
         raise ValueError(
             f"The journal in {folder} has tables of version {version}, and this Corymb reads version {VERSION}; use "
             "the Corymb that wrote it, or a new folder."
         )
     database.execute("PRAGMA journal_mode = WAL")
-    database.executescript(SCHEMA)
-    database.execute(f"PRAGMA user_version = {VERSION}")
+    if version != VERSION:  # in one transaction, so that a crash leaves all tables or none
+        migration = MIGRATIONS.get(version, "")
+        database.executescript(f"BEGIN; {migration}; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
     return database
 
 
-def insert(database: sqlite3.Connection, records: Sequence[RoundRecord], newest: tuple[str, str, str]) -> None:
+def insert(
+    database: sqlite3.Connection, records: Sequence[RoundRecord], newest: tuple[str, str, str, str | None]
+) -> None:
     """Insert `records` in one transaction.
 
-    `newest` is the name of the model file, its SHA-256 and the state as JSON, all after the last of `records`.
+    `newest` is the name of the model file, its SHA-256, the state as JSON, and the SHA-256 of the file of the state's
+    tensors, if there is one; all after the last of `records`.
     """
     with database:
         database.executemany(
-            "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO rounds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
                     r.round, r.seconds, *(json.dumps(dict(getattr(r, name))) for name in JSON_COLUMNS),
-                    *(newest if r is records[-1] else (None, None, None)),
+                    *(newest if r is records[-1] else (None,) * 4),
                 )
                 for r in records
             ],
@@ -104,6 +114,13 @@ def insert(database: sqlite3.Connection, records: Sequence[RoundRecord], newest:
             ],
         )
         database.executemany("INSERT INTO offline VALUES (?, ?)", [(r.round, _offline(r)) for r in records])
+
+
+def delete_after(database: sqlite3.Connection, number: int) -> None:
+    """Delete the rounds with numbers above `number`."""
+    with database:
+        for table in ("rounds", "verdicts", "evaluations", "offline"):
+            database.execute(f"DELETE FROM {table} WHERE round > ?", (number,))
 
 
 def committed(folder: Path, after: int) -> list[RoundRecord]:

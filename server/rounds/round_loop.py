@@ -8,15 +8,15 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from corymb.server.rounds.arrivals import arrivals
-from corymb.server.rounds.record import RoundRecord
+from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.requests import push
+from corymb.server.rounds.round_journal import RoundJournal, commit_patiently, write_or_keep
 from corymb.server.rounds.state import Method, RunState
 
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
@@ -36,22 +36,13 @@ class NoReplyAdmitted(RuntimeError):
         )
 
 
-class RoundJournal(Protocol):
-    """The methods of `Journal` that the round loop uses."""
-
-    def require_empty(self) -> None:
-        """Raise `ValueError` if the journal already holds a run."""
-
-    def write(self, record: RoundRecord, state: RunState) -> None:
-        """Write a finished round and the state after it."""
-
-
 class RoundLoop(Strategy):
     """A Flower strategy whose `start()` processes each reply as soon as it arrives.
 
     The loop calls the methods of Flower's `Strategy`, so a subclass may override any of them. `state` is the current
     state of the run, `record` the record of the current round. Each finished round is written to `journal`, if there
-    is one, and `on_round` is called with its record. `timeout` is the limit in seconds for each phase, None for no
+    is one, and `on_round` is called with its record. With `resume`, `start()` goes on from the last round in the
+    journal. `timeout` is the limit in seconds for each phase, None for no
     limit.
     """
 
@@ -59,6 +50,7 @@ class RoundLoop(Strategy):
     state: RunState
     record: RoundRecord
     journal: RoundJournal | None
+    resume: bool
     on_round: Callable[[RoundRecord], None] | None
     timeout: float | None
 
@@ -68,6 +60,14 @@ class RoundLoop(Strategy):
 
         Returns a record that shares the memory of the state's model.
         """
+
+    @abstractmethod
+    def sent_model(self) -> ArrayRecord:
+        """Return the state's model as a record that shares its memory."""
+
+    @abstractmethod
+    def about(self) -> dict[str, str]:
+        """Return what must not change when the run is resumed, for the journal."""
 
     @abstractmethod
     def messages_pushed(self, messages: Iterable[Message]) -> None:
@@ -91,15 +91,17 @@ class RoundLoop(Strategy):
         """
         self.summary()
         if self.journal is not None:
-            self.journal.require_empty()
+            self.journal.begin(self.about(), self.resume)
         self.timeout = timeout
         result = Result(arrays=self.set_model(initial_arrays))
         del initial_arrays  # frees the second copy of the model
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-        if evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
+        if self.journal is not None and self.resume:
+            self._restore(self.journal, result)
+        if not self.state.round and evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
         started = time.monotonic()
-        for number in range(1, num_rounds + 1):
+        for number in range(self.state.round + 1, num_rounds + 1):
             self.record = RoundRecord(number)
             messages = list(self.configure_train(number, result.arrays, train_config, grid))
             trained = self._train(grid, number, messages, result)
@@ -107,19 +109,15 @@ class RoundLoop(Strategy):
             replies = arrivals(grid, self._push(grid, messages), timeout)
             evaluated = self.aggregate_evaluate(number, replies)
             server = evaluate_fn(number, result.arrays) if evaluate_fn else None
-            for metrics, history in (
-                (trained, result.train_metrics_clientapp),
-                (evaluated, result.evaluate_metrics_clientapp),
-                (server, result.evaluate_metrics_serverapp),
-            ):
-                if metrics is not None:
-                    history[number] = metrics
+            _add_metrics(result, number, trained, evaluated, server)
             ended = time.monotonic()  # the time to write this round to the journal counts for the next round
             self.record = replace(
                 self.record, evaluate=_numbers(evaluated), server=_numbers(server), seconds=ended - started
             )
             started = ended
             self._finish(num_rounds)
+        if self.journal is not None:
+            commit_patiently(self.journal)
         if self.state.cost.messages and not self.state.cost.admitted:
             raise NoReplyAdmitted(num_rounds, self.record)
         return result
@@ -148,7 +146,7 @@ class RoundLoop(Strategy):
         """Write the round to the journal, log a summary and call `on_round`."""
         record = self.record
         if self.journal is not None:
-            self.journal.write(record, self.state)
+            write_or_keep(self.journal, record, self.state)
         measured = record.server or record.evaluate or record.train
         log.info(
             "[ROUND %d/%d] replies of %d of %d nodes admitted in %.2f s %s",
@@ -161,6 +159,18 @@ class RoundLoop(Strategy):
         )
         if self.on_round is not None:
             self.on_round(record)
+
+    def _restore(self, journal: RoundJournal, result: Result) -> None:
+        """Go on from the state in `journal`, and put the rounds that it holds into `result`."""
+        self.state = journal.resume(self.state)
+        if not self.state.round:
+            return
+        log.info("Resuming after round %d.", self.state.round)
+        result.arrays = self.sent_model()
+        for record in journal.rounds():
+            metrics = (as_metrics(measured) for measured in (record.train, record.evaluate, record.server))
+            _add_metrics(result, record.round, *metrics)
+            self.record = record
 
 
 @dataclass
@@ -177,6 +187,18 @@ class _ArrivalTimes:
                 self.seconds.append(time.monotonic() - self.started)
             yield reply
             del reply
+
+
+def _add_metrics(result: Result, number: int, *metrics: MetricRecord | None) -> None:
+    """Put the metrics of a round into `result`: of the training, of the evaluation, of the server's own test."""
+    histories = (
+        result.train_metrics_clientapp,
+        result.evaluate_metrics_clientapp,
+        result.evaluate_metrics_serverapp,
+    )
+    for record, history in zip(metrics, histories, strict=True):
+        if record is not None:
+            history[number] = record
 
 
 def _numbers(metrics: MetricRecord | None) -> dict[str, float]:

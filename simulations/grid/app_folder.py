@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -58,7 +59,8 @@ def run_app(app: FlowerApp, nodes: int, changes: Mapping[str, Any], workers: int
     if unknown := changes.keys() - app.config.keys():
         known = ", ".join(sorted(app.config)) or "no keys"
         raise ValueError(f"The app has no config key {min(unknown)!r}; [tool.flwr.app.config] has {known}.")
-    grid = LocalGrid(app.client_app, nodes, run_config={**app.config, **changes}, workers=workers)
+    config, run_id = {**app.config, **changes}, secrets.randbits(63)
+    grid = LocalGrid(app.client_app, nodes, run_config=config, workers=workers, run_id=run_id)
     app.server_app(grid=grid, context=grid.server_context())
     grid.finish()
     grid.close()

@@ -21,12 +21,16 @@ OFFLINE = Error(NODE_UNAVAILABLE, "The node is offline.")
 POLL_SECONDS = 0.1
 
 
-def with_availability(grid: Grid, participation: Participation) -> AvailabilityGrid:
+def with_availability(grid: Grid, participation: Participation, finished: int = 0) -> AvailabilityGrid:
     """Return `grid` with nodes that are online as `participation` decides; client i is the i-th node of the grid.
+
+    The process is first advanced by the `finished` rounds of a run that is resumed.
 
     Each push of training messages advances the process by one step. The grid answers for an offline node with the
     error that a SuperLink sends, so that Flower's strategies work unchanged and rules still know all nodes.
     """
+    for _ in range(finished):
+        participation.step()
     kind = StreamingAvailabilityGrid if isinstance(grid, StreamingGrid) else AvailabilityGrid
     return kind(grid, participation)
 

@@ -14,8 +14,10 @@ FIRST_NODE_ID = 1000
 class Contexts:
     """The Context of each of `count` nodes. Only those with state are stored, so that idle nodes need no memory."""
 
-    def __init__(self, count: int, run_config: Mapping[str, Any], node_config: Callable[[int], UserConfig]) -> None:
-        self._count, self._node_config = count, node_config
+    def __init__(
+        self, count: int, run_config: Mapping[str, Any], node_config: Callable[[int], UserConfig], run_id: int
+    ) -> None:
+        self._count, self._node_config, self._run_id = count, node_config, run_id
         self._run_config: UserConfig = dict(run_config)
         self._stored: dict[int, Context] = {}
 
@@ -25,11 +27,11 @@ class Contexts:
             return self._stored[node_id]
         row = node_id - FIRST_NODE_ID
         config = {"partition-id": row, "num-partitions": self._count, **self._node_config(row)}
-        return Context(RUN_ID, node_id, config, RecordDict(), self._run_config.copy())
+        return Context(self._run_id, node_id, config, RecordDict(), self._run_config.copy())
 
     def of_server(self, server_id: int) -> Context:
         """Return a Context for a ServerApp."""
-        return Context(RUN_ID, server_id, {}, RecordDict(), self._run_config.copy())
+        return Context(self._run_id, server_id, {}, RecordDict(), self._run_config.copy())
 
     def keep(self, context: Context) -> None:
         """Keep the state of `context`, if it has any."""

@@ -61,16 +61,17 @@ class LocalGrid(BareGrid):
         run_config: Mapping[str, Any] | None = None,
         node_config: Callable[[int], UserConfig] = lambda node: {},
         workers: int = 1,
+        run_id: int = RUN_ID,
     ) -> None:
         names = client_names(nodes) if isinstance(nodes, int) else nodes
         if not names:
             raise ValueError("A grid of 0 nodes cannot run; give at least one node.")
-        super().__init__(RUN_ID)
-        set_task_identity(RUN_ID, SERVER_ID)
+        super().__init__(run_id)
+        set_task_identity(run_id, SERVER_ID)
         self._app = client_app
         self._names = names
         self._nodes: list[Any] = []
-        self._contexts = Contexts(len(names), run_config or {}, node_config)
+        self._contexts = Contexts(len(names), run_config or {}, node_config, run_id)
         self._waiting = WaitingMessages()
         self._begun: dict[str, Message] = {}  # messages whose clients run together and have not replied yet
         self._answers: IndexedReplies = iter(())  # replies to the begun messages; an index refers to `_begun_ids`

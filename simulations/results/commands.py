@@ -21,10 +21,12 @@ from corymb.simulations.grid.app_folder import load_app, run_app
 from corymb.simulations.results.claims import findings, put_into, table
 from corymb.simulations.results.folder import (
     FinishedRun,
-    check_replaceable,
+    check_results,
     collect,
     is_finished,
+    journal_folder,
     prepare,
+    rounds_in,
     scores,
     write,
 )
@@ -42,11 +44,13 @@ def simulate_experiments(
     jobs: int,
     console: Console,
     extra: Mapping[str, Any] | None = None,
+    resume: bool = False,
 ) -> None:
     """Run the experiments in `paths`, print their rankings, and write their results.
 
     `changes` are "key=value" from the command line, `extra` further changes as a table. The results go to `out`, or
-    to `out`/NAME if there are several experiments; without `out`, to runs/NAME.
+    to `out`/NAME if there are several experiments; without `out`, to runs/NAME. With `resume`, finished runs in these
+    folders are kept, and unfinished ones go on after their last round.
     """
     settings = dict(map(parse_change, changes)) | dict(extra or {})
     experiments = [read(path, settings) for path in paths]
@@ -60,7 +64,7 @@ def simulate_experiments(
         console.print(f"Data: {note}", markup=False, soft_wrap=True)
     reports = [
         (resolved, runs, write_report(resolved, runs, folder))
-        for (resolved, folder), runs in zip(plans, _run_plans(plans, jobs, console), strict=True)
+        for (resolved, folder), runs in zip(plans, _run_plans(plans, jobs, console, resume), strict=True)
     ]
     for resolved, runs, report in reports:
         if len(reports) > 1:
@@ -71,16 +75,33 @@ def simulate_experiments(
         console.print(f"Report: {report}", soft_wrap=True, markup=False)
 
 
-def _run_plans(plans: list[Plan], jobs: int, console: Console) -> Iterator[list[FinishedRun]]:
+def _run_plans(plans: list[Plan], jobs: int, console: Console, resume: bool = False) -> Iterator[list[FinishedRun]]:
     """Run each plan, write its folder as soon as its last run ends, and yield its runs."""
     for _, folder in plans:
-        check_replaceable(folder)
-    for _, folder in plans:  # earlier results are deleted only after all checks
-        prepare(folder)
-    with closing(run_all(plans, console, jobs)) as finished:
-        for (resolved, folder), runs in zip(plans, finished, strict=True):
-            write(resolved.experiment, runs, folder)
-            yield runs
+        check_results(folder)
+    for resolved, folder in plans:  # earlier results move only after all checks
+        if moved := prepare(resolved.experiment, folder, resume):
+            console.print(f"Earlier results are in {moved}.", markup=False, soft_wrap=True)
+    try:
+        with closing(run_all(plans, console, jobs)) as finished:
+            for (resolved, folder), runs in zip(plans, finished, strict=True):
+                write(resolved.experiment, runs, folder)
+                yield runs
+    except (KeyboardInterrupt, SystemExit):
+        for resolved, folder in plans:
+            console.print(_how_far(resolved, folder), markup=False, soft_wrap=True)
+        raise
+
+
+def _how_far(resolved: Resolved, folder: Path) -> str:
+    """Return how much of an experiment is finished, for a user who has stopped it."""
+    experiment = resolved.experiment
+    rounds = [rounds_in(journal_folder(folder, rule, seed)) for rule in experiment.rules for seed in experiment.seeds]
+    finished = sum(number >= experiment.rounds for number in rounds)
+    return (
+        f"{experiment.name}: {finished} of {len(rounds)} runs are finished, and {sum(rounds)} of "
+        f"{experiment.rounds * len(rounds)} rounds. To go on, run the same command with --resume."
+    )
 
 
 def _ranking(runs: list[FinishedRun]) -> Table:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import numpy as np
 import tomli_w
 
 from corymb.server import Journal, RoundRecord
+from corymb.server.journal.rows import committed
 from corymb.server.settings import RuleSettings
 from corymb.simulations.experiments.experiment import Experiment
 
-SUMMARY = "summary.json"
+CONFIG, SUMMARY = "config.toml", "summary.json"
 FILES = {
-    "config.toml", "rounds.jsonl", "clients.jsonl", SUMMARY, "model.safetensors", "report.html", "journals",
+    CONFIG, "rounds.jsonl", "clients.jsonl", SUMMARY, "model.safetensors", "report.html", "journals",
     "accuracy.png", "participation.png", "weights.png", "labels.png",
 }  # fmt: skip
 
@@ -69,7 +71,12 @@ def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: 
     return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest)
 
 
-def check_replaceable(folder: Path) -> None:
+def rounds_in(journal: Path) -> int:
+    """Return the number of finished rounds in a run's journal; 0 if there is none."""
+    return max((record.round for record in committed(journal, 0)), default=0)
+
+
+def check_results(folder: Path) -> None:
     """Raise `ValueError` if `folder` is a file, or has files that are not results of an experiment."""
     if not folder.exists():
         return
@@ -85,17 +92,28 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def prepare(folder: Path) -> None:
-    """Create `folder`, empty; results in it are deleted. Raises `ValueError` as `check_replaceable` does."""
-    check_replaceable(folder)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+def prepare(experiment: Experiment, folder: Path, resume: bool) -> Path | None:
+    """Create `folder` for the results of `experiment`. With `resume`, results of the same experiment stay in it.
+
+    Other results in it move to a new folder beside it, which is returned. Raises `ValueError` as `check_results` does,
+    and if there is a run to resume but not of this experiment.
+    """
+    check_results(folder)
+    if resume and (folder / CONFIG).exists():
+        if _stored(folder) != _settings(experiment):
+            raise ValueError(f"The results in {folder} have other settings; leave out --resume, or give another --out.")
+        return None
+    moved = None
+    if folder.exists() and any(folder.iterdir()):
+        moved = next(p for p in (folder.with_name(f"{folder.name}.{n}") for n in count(1)) if not p.exists())
+        folder.rename(moved)
+    (folder / "journals").mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(tomli_w.dumps(experiment.model_dump(mode="json", exclude_none=True)))
+    return moved
 
 
 def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None:
-    """Write all files of `folder` but plots and report: config, rounds, clients, summary and the best model."""
-    (folder / "config.toml").write_text(_config(experiment))
+    """Write all files of `folder` but config, plots and report: rounds, clients, summary and the best model."""
     _write_lines(folder / "rounds.jsonl", (_round_row(run, record) for run in runs for record in run.records))
     _write_lines(
         folder / "clients.jsonl",
@@ -133,19 +151,20 @@ def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None
 
 def is_finished(experiment: Experiment, folder: Path) -> bool:
     """Return whether `folder` has results of `experiment`; settings without effect on results are ignored."""
-    config = folder / "config.toml"
-    if not ((folder / SUMMARY).exists() and config.exists()):
-        return False
+    return (folder / SUMMARY).exists() and _stored(folder) == _settings(experiment)
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of the experiment in `folder`; None if there is none, or one of another version."""
     try:
-        stored = Experiment.model_validate(tomllib.loads(config.read_text()))
-    except ValueError:  # written by a version with other settings
-        return False
-    ignored = {"claims", "setting", "engine", "ray"}  # these have no effect on results
-    return stored.model_dump(exclude=ignored) == experiment.model_dump(exclude=ignored)
+        return _settings(Experiment.model_validate(tomllib.loads((folder / CONFIG).read_text())))
+    except (OSError, ValueError):
+        return None
 
 
-def _config(experiment: Experiment) -> str:
-    return tomli_w.dumps(experiment.model_dump(mode="json", exclude_none=True))
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """Return the settings that have an effect on results."""
+    return experiment.model_dump(exclude={"claims", "setting", "engine", "ray"})
 
 
 def _round_row(run: FinishedRun, record: RoundRecord) -> dict[str, Any]:

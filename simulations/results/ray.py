@@ -17,7 +17,6 @@ from flwr.serverapp import Grid, ServerApp
 from corymb.simulations.data.clients import Client
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import Resolved, resolve
-from corymb.simulations.grid.availability import with_availability
 from corymb.simulations.grid.flower_simulation import FlowerRun, simulate
 from corymb.simulations.grid.named_grid import NamedGrid, partition_reply
 from corymb.simulations.results.run import OnRound, Run, clients_of
@@ -70,7 +69,7 @@ def _run_key(context: Context) -> tuple[str, int, int, str]:
 def _serve(grid: Grid, context: Context) -> None:
     run, _ = _run(*_run_key(context))
     named_grid = NamedGrid(grid, run.scenario.names)
-    run.serve(with_availability(named_grid, run.participation), Path(str(context.run_config["journal"])))
+    run.serve(named_grid, Path(str(context.run_config["journal"])))
 
 
 @client.query()

@@ -15,8 +15,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 from torch.utils.data import TensorDataset
 
-from corymb.client import TrainSettings, evaluate, make_client_app
-from corymb.client.batches import evaluation_batches
+from corymb.client import make_client_app
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.server.rounds.record import ADMITTED
@@ -31,6 +30,7 @@ from corymb.simulations.experiments.scenario import TARGET, participation_of
 from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.simulations.grid.availability import with_availability
 from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.simulations.results.central_test import CentralTest
 from corymb.strategies import Proxy, VotingRule
 from corymb.strategies.voting.election import certified_accuracy
 
@@ -92,16 +92,18 @@ class Run:
         config = self.settings.flat()
         grid = LocalGrid(clients, self.scenario.names, run_config=config, node_config=self.node_config, workers=workers)
         with closing(grid):
-            self.serve(with_availability(grid, self.participation), folder, on_round)
+            self.serve(grid, folder, on_round, workers)
 
-    def serve(self, grid: Grid, folder: Path, on_round: OnRound | None = None) -> None:
-        """Run all rounds over `grid`, write the journal to `folder`, and call `on_round` after each round.
+    def serve(self, grid: Grid, folder: Path, on_round: OnRound | None = None, threads: int = 1) -> None:
+        """Run the rounds that are not yet in the journal in `folder`, over the nodes of `grid` that are online.
 
-        The server's metrics are the test accuracy and loss.
+        Writes the journal and calls `on_round` after each round.
+        The server's metrics are the test accuracy and loss, measured in `threads` threads.
         """
         experiment, scenario = self._resolved.experiment, self.scenario
         torch.manual_seed(self._seed)
         module = self._resolved.model()
+        central_test = CentralTest(module, scenario.test, threads)
         rule = self._rule.make()
         voting_test = self._proxy(scenario.test) if isinstance(rule, VotingRule) else None
 
@@ -111,10 +113,7 @@ class Run:
             if voting_test is not None and isinstance(rule, VotingRule):
                 return _voting_metrics(rule, strategy.state.memory, voting_test, experiment.evaluate.budgets)
             module.load_state_dict(to_state(arrays))
-            test = TensorDataset(scenario.test.inputs, scenario.test.targets)
-            metrics: dict[str, Any] = evaluate(module, evaluation_batches(test), TrainSettings())
-            del metrics["seconds"]
-            return MetricRecord(metrics)
+            return MetricRecord(dict(central_test.metrics()))
 
         def after_round(record: RoundRecord) -> None:
             failures.check(record)
@@ -134,12 +133,14 @@ class Run:
                 min_available_nodes=1,
                 seed=self._seed,
                 journal=journal,
+                resume=True,  # a run that begins anew has an empty folder
                 on_round=after_round,
                 buffers=[entry.name for entry in self._resolved.layout.buffers],
             )
             initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
             # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
-            strategy.start(grid, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
+            online = with_availability(grid, self.participation, journal.last_whole_round())
+            strategy.start(online, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
 
     def _proxy(self, examples: Examples) -> Proxy:
         """Return `examples` with a new module, without drawing from the random numbers of the run."""

@@ -23,7 +23,7 @@ from corymb.simulations.data.clients import Client
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import Key, Resolved, resolve
 from corymb.simulations.experiments.settings import ExperimentRule
-from corymb.simulations.results.folder import FinishedRun, collect_run, journal_folder
+from corymb.simulations.results.folder import FinishedRun, collect_run, journal_folder, rounds_in
 from corymb.simulations.results.progress import Board, progress
 from corymb.simulations.results.ray import run_with_ray
 from corymb.simulations.results.run import OnRound, Run, clients_of
@@ -135,6 +135,8 @@ def _run(plan: Plan, run: PlannedRun, clients: Clients, on_round: OnRound) -> Fi
     """Execute `run`, whose journal goes into the folder of `plan`, and return its results."""
     (resolved, folder), rule, seed = plan, run.rule, run.seed
     experiment, journal = resolved.experiment, journal_folder(folder, rule, seed)
+    if rounds_in(journal) >= experiment.rounds:  # before it was resumed
+        return collect_run(experiment, folder, rule, seed)
     if experiment.engine == "ray":
         run_with_ray(resolved, experiment.rules.index(rule), seed, journal, on_round)
     else:

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from corymb.server.journal import Journal
 from corymb.server.journal.files import sha256
+from corymb.server.journal.models import export_model, stored_runs
 from corymb.server.rounds.backup_workers import Estimates, Gradients
 from corymb.server.rounds.record import RoundRecord, Verdict
+from corymb.server.rounds.round_journal import write_or_keep
 from corymb.server.rounds.state import Cost, RunState
 from corymb.strategies import Layout
 from corymb.strategies.core.serialization import pack_memory
@@ -61,7 +67,7 @@ def test_only_the_last_two_models_are_kept(tmp_path: Path) -> None:
     for number in range(1, 6):
         journal.write(record(number), state(memory=memory))
     journal.close()
-    names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    names = sorted(path.name for path in tmp_path.glob("*-*.safetensors"))
     assert names == [f"{kind}-00000{n}.safetensors" for kind in ("model", "state") for n in (4, 5)]
     tensors = load_file(tmp_path / "state-000005.safetensors")
     assert tensors.keys() == {
@@ -144,3 +150,118 @@ def test_a_state_is_stored_as_json_and_tensors_and_restored(tmp_path: Path) -> N
 def packed_equal(one: RunState, two: RunState) -> bool:
     (plain, tensors), (plain_2, tensors_2) = (pack_memory(replace(each, model=None)) for each in (one, two))  # type: ignore[arg-type]
     return bool(plain == plain_2) and all(torch.equal(tensors[name], tensors_2[name]) for name in tensors | tensors_2)
+
+
+def scored(number: int, accuracy: float) -> RoundRecord:
+    return replace(record(number), server={"accuracy": accuracy})
+
+
+def test_the_best_and_every_nth_model_are_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, keep_every=3)
+    for number, accuracy in enumerate([0.1, 0.6, 0.3, 0.6, 0.2, 0.4, 0.1, 0.1], 1):
+        journal.write(scored(number, accuracy), state({"w": torch.full((1,), float(number))}))
+    assert journal.about() == {"best-score": "0.6", "best-round": "2"}
+    journal.close()
+    assert load_file(tmp_path / "best.safetensors")["w"].item() == 2
+    assert sorted(p.name for p in tmp_path.glob("model-*")) == [f"model-00000{n}.safetensors" for n in (3, 6, 7, 8)]
+
+
+def test_a_damaged_file_falls_back_to_the_round_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A flipped byte in the newest model, or a torn file of the newest memory. The later round is forgotten."""
+    for damage in ("model", "state"):
+        folder = tmp_path / damage
+        journal = Journal(folder)
+        memory = Attendance(("a",), *(torch.ones(1) for _ in range(4)))
+        for number in (1, 2, 3):
+            journal.write(record(number), replace(state({"w": torch.full((1,), float(number))}, memory), round=number))
+        path = folder / f"{damage}-000003.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content if damage == "model" else content[:-5])
+        initial = state({"w": torch.zeros(1)}, Attendance())
+        with pytest.raises(ValueError, match="is damaged"):
+            journal.state(initial)
+        resumed = journal.resume(initial)
+        assert (resumed.round, resumed.model.parameters.tolist()) == (2, [2.0])
+        assert [r.round for r in journal.rounds()] == [1, 2]
+        journal.write(record(3), replace(resumed, round=3))
+        assert [r.round for r in journal.rounds()] == [1, 2, 3]
+        journal.close()
+
+
+def test_a_journal_of_version_2_is_migrated(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(record(1), replace(state(), round=1))
+    journal.close()
+    with sqlite3.connect(tmp_path / "journal.sqlite") as database:
+        database.execute("ALTER TABLE rounds DROP COLUMN state_sha256")
+        database.execute("DROP TABLE run")
+        database.execute("PRAGMA user_version = 2")
+    migrated = Journal(tmp_path)
+    assert migrated.resume(state()).round == 1
+    assert list(migrated.rounds()) == [record(1)]
+    migrated.close()
+
+
+def test_a_full_disk_keeps_rounds_in_memory(tmp_path: Path) -> None:
+    """A quota of the database stands for the full disk: sqlite reports it as it reports a full disk."""
+    journal = Journal(tmp_path)
+    journal.write(record(1), replace(state(), round=1))
+    pages = journal._database.execute("PRAGMA page_count").fetchone()[0]
+    journal._database.execute(f"PRAGMA max_page_count = {pages}")
+    large = replace(record(2), train={f"metric-{n}": float(n) for n in range(5000)})
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        journal.write(large, replace(state(), round=2))
+    write_or_keep(journal, replace(record(3)), replace(state(), round=3))
+    journal._database.execute("PRAGMA max_page_count = 100000")
+    write_or_keep(journal, replace(record(4)), replace(state(), round=4))
+    assert [r.round for r in journal.rounds()] == [1, 2, 3, 4]
+    assert journal.resume(state()).round == 4
+    journal.close()
+
+
+def test_a_model_is_listed_and_exported_with_its_origin(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run-7")
+    journal.begin({"rule": "FedAU()"}, resume=False)
+    for number, accuracy in ((1, 0.9), (2, 0.4)):
+        journal.write(scored(number, accuracy), state({"w": torch.full((1,), float(number))}))
+    journal.close()
+    (run,) = stored_runs(tmp_path)
+    assert (run.folder.name, run.rule, run.rounds, run.best_round, run.best_score) == ("run-7", "FedAU()", 2, 1, 0.9)
+    for best, number in ((False, 2), (True, 1)):
+        out = tmp_path / f"{number}.safetensors"
+        export_model(run.folder, out, best)
+        assert load_file(out)["w"].item() == number
+        with safe_open(out, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["round"] == str(number)
+        assert metadata["rule"] == "FedAU()"
+        assert json.loads(metadata["admitted-rounds-by-site"]) == {"b": number}
+    with pytest.raises(ValueError, match="There is no journal in"):
+        export_model(tmp_path / "nowhere", tmp_path / "x")
+
+
+LOCKER = """
+import sys, time
+from corymb.server.journal import Journal
+journal = Journal(sys.argv[1])
+journal.begin({"rule": "FedAvg"}, resume=False)
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_server_is_refused_until_the_first_has_died(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", LOCKER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        journal = Journal(tmp_path)
+        with pytest.raises(ValueError, match="Another process is writing to the journal"):
+            journal.begin({}, resume=True)
+        other.kill()
+        other.wait()
+        journal.begin({"rule": "FedAvg"}, resume=True)
+        journal.write(record(1), replace(state(), round=1))
+        with pytest.raises(ValueError, match="is of a run with rule = FedAvg, not FedAU"):
+            journal.begin({"rule": "FedAU"}, resume=True)
+        journal.close()

@@ -20,6 +20,7 @@ from corymb.server import (
     CandidateElection,
     FlowerStrategy,
     Method,
+    NoReplyAdmitted,
     Requests,
     Round,
     RoundRecord,
@@ -117,7 +118,10 @@ def looped(method: Method, plan: list[dict[str, PlannedReply]], start: Any) -> t
         fraction_evaluate=0,
         buffers=[entry.name for entry in LAYOUT.buffers],
     )
-    start(strategy, federation(plan), to_arrays(STATE), num_rounds=len(plan))
+    try:
+        start(strategy, federation(plan), to_arrays(STATE), num_rounds=len(plan))
+    except NoReplyAdmitted:
+        assert not any(record.admitted for record in records)
     return strategy.state, records
 
 

@@ -231,15 +231,15 @@ def test_another_seed_gives_another_model(finished: Path) -> None:
 def test_results_do_not_overwrite_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.docx").write_text("years of work")
     with pytest.raises(ValueError, match=r"contains thesis\.docx, which is not a result"):
-        prepare(tmp_path)
+        prepare(Experiment(**SMALL), tmp_path, resume=False)
     assert (tmp_path / "thesis.docx").exists()
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     (pictures / "labels.png").write_text("not a plot of Corymb")
     with pytest.raises(ValueError, match="is not a result"):
-        prepare(pictures)
+        prepare(Experiment(**SMALL), pictures, resume=False)
     with pytest.raises(ValueError, match="There is a file at"):
-        prepare(tmp_path / "thesis.docx")
+        prepare(Experiment(**SMALL), tmp_path / "thesis.docx", resume=False)
 
 
 def test_an_invalid_setting_keeps_earlier_results(tmp_path: Path) -> None:

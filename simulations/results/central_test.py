@@ -1,0 +1,52 @@
+"""The test of the server's model on the central test set, on all cores."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from itertools import chain
+from queue import SimpleQueue
+
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from corymb.client import evaluate
+from corymb.client.batches import evaluation_batches
+from corymb.simulations.data.examples import Examples
+
+PART = 1024  # examples that a thread tests at a time
+
+
+class CentralTest:
+    """Tests `module` on `examples` in parts of 1024, in `threads` threads. Their number does not change the result."""
+
+    def __init__(self, module: nn.Module, examples: Examples, threads: int) -> None:
+        inputs, targets = examples.inputs.split(PART), examples.targets.split(PART)
+        self._parts = [TensorDataset(*part) for part in zip(inputs, targets, strict=True)]
+        self._threads = min(threads, len(self._parts))
+        # A thread has a module of its own, which may keep notes in `forward`, with the same parameters and buffers.
+        shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+        self._modules: SimpleQueue[nn.Module] = SimpleQueue()
+        self._modules.put(module)
+        for _ in range(self._threads - 1):
+            self._modules.put(deepcopy(module, dict(shared)))
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean loss and the accuracy of the module's present parameters."""
+        if self._threads > 1:
+            with ThreadPoolExecutor(self._threads) as pool:
+                found = list(pool.map(self._test, self._parts))
+        else:
+            found = list(map(self._test, self._parts))
+        counts = [len(part) for part in self._parts]
+        names = found[0] if found else {}
+        return {name: sum(f[name] * n for f, n in zip(found, counts, strict=True)) / sum(counts) for name in names}
+
+    def _test(self, part: TensorDataset) -> dict[str, float]:
+        module = self._modules.get()
+        try:
+            metrics = evaluate(module, evaluation_batches(part))
+        finally:
+            self._modules.put(module)
+        del metrics["seconds"]
+        return metrics
