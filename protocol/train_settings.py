@@ -59,6 +59,8 @@ class TrainSettings(Settings):
     def _check(self) -> TrainSettings:
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"epochs is {self.epochs} and steps is {self.steps}; set only one of them")
+        if self.optimizer == "SGD" and not self.optimizer_options and self.schedule is None:
+            return self  # nothing to ask torch, whose first optimiser in a process takes seconds to import
         parameter = torch.nn.Parameter(torch.zeros(1, 1))
         parameter.grad = torch.zeros(1, 1)
         try:

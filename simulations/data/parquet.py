@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from corymb.simulations.data.decoded import decoded_once
 from corymb.simulations.data.tables import column_of
 
 IMAGES = ("image", "img")  # names of the column of encoded images
@@ -20,18 +21,29 @@ def read_parquet(files: Sequence[Path], label: str | None) -> tuple[NDArray[Any]
     """Return the inputs, the labels `[n]` and the label column's name of parquet `files`, read as one table.
 
     Inputs are the number columns, `[n, d]` float32, or, if there is a column of encoded images called `image` or
-    `img`, uint8 pixels `[n, channels, height, width]`. Raises `ValueError` if a package or the `label` column is
-    missing, and for a column that is neither.
+    `img`, uint8 pixels `[n, channels, height, width]`, which are decoded once and then kept in a cache on disk. Raises
+    `ValueError` if a package or the `label` column is missing, and for a column that is neither.
     """
     try:
         from PIL import Image
         from pyarrow import concat_tables, parquet
     except ImportError:
         raise ValueError("parquet files need pyarrow and pillow; run pip install 'corymb[parquet]'") from None
-    columns: dict[str, list[Any]] = concat_tables([parquet.read_table(file) for file in files]).to_pydict()
+
+    def read(names: list[str]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = concat_tables(
+            [parquet.read_table(file, columns=names) for file in files]
+        ).to_pydict()
+        return columns
+
+    def decode() -> NDArray[Any]:
+        return np.stack([np.asarray(Image.open(BytesIO(cell["bytes"]))) for cell in read([str(image)])[str(image)]])
+
+    names = list(parquet.read_schema(files[0]).names)
+    image = next((name for name in IMAGES if name in names), None)
+    columns = read([name for name in names if name != image])
     target = list(columns)[column_of(files[0], list(columns), label, "label")]
     labels = np.array(columns.pop(target), dtype=np.int64)
-    image = next((name for name in IMAGES if name in columns), None)
     if image is None:
         try:
             return np.array(list(columns.values()), dtype=np.float32).T, labels, target
@@ -40,5 +52,4 @@ def read_parquet(files: Sequence[Path], label: str | None) -> tuple[NDArray[Any]
                 f"the file {files[0]} has columns {', '.join(columns)}, which are not all numbers; call a column of "
                 f"encoded images {IMAGES[0]!r}, and remove other columns"
             ) from None
-    pixels = np.stack([np.asarray(Image.open(BytesIO(cell["bytes"]))) for cell in columns[image]])
-    return pixels, labels, target
+    return decoded_once(files, decode), labels, target

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from corymb.strategies.core.layout import Layout
@@ -69,6 +68,8 @@ def match(
     Each sweep visits the groups in a random order drawn with `seed`. It solves each group exactly while the others
     are fixed. The sweeps end when no group improves the similarity.
     """
+    from scipy.optimize import linear_sum_assignment  # here, because it takes half a second to import
+
     axes = layer_axes(layout) if axes is None else axes
     fixed, moving = layout.split(reference.double()), layout.split(vector.double())
     sizes = {a.group: fixed[a.name].shape[a.axis] // a.block for a in axes}

@@ -44,18 +44,18 @@ class Processes:
         (folder / "flwr").mkdir()
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, *command: str) -> None:
+    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process that stays, in a group of its own."""
         with (self.folder / f"{name}.log").open("wb") as log:
-            self._started.append(
-                subprocess.Popen(
-                    [str(BIN / command[0]), *command[1:]],
-                    env=self.environment,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            process = subprocess.Popen(
+                [str(BIN / command[0]), *command[1:]],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
+        self._started.append(process)
+        return process
 
     def run(self, *command: str, timeout: float = 240) -> str:
         """Run a command to its end; what it printed. Raises `AssertionError` with that when it fails."""

@@ -40,6 +40,7 @@ def make(shape, classes):
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(600)
 def test_ray_gives_the_model_that_serial_gives(tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(EXPERIMENT)

@@ -182,7 +182,7 @@ def test_s20_heart_disease_tells_what_is_dropped_and_uses_training_statistics(tm
     assert not torch.equal(one.test.inputs, two.test.inputs)
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from io import BytesIO
 
     import pyarrow as pa
@@ -197,9 +197,23 @@ def test_parquet(tmp_path: Path) -> None:
     for part, count in (("train", 6), ("test", 2)):
         columns = {"image": [picture(255) for _ in range(count)], "label": list(range(count))}
         parquet.write_table(pa.table(columns), tmp_path / f"{part}.parquet")
-    source = load(str(tmp_path))
-    assert source.train.inputs.shape == (6, 3, 6, 4)
-    assert source.train.inputs[0, :, 0, 0].tolist() == [1, 0, 0]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened: list[object] = []
+    original = Image.open
+
+    def counted(file: BytesIO) -> object:
+        opened.append(file)
+        return original(file)
+
+    monkeypatch.setattr(Image, "open", counted)
+    for _ in range(2):  # P2: the second time from the cache
+        source = load(str(tmp_path))
+        assert source.train.inputs.shape == (6, 3, 6, 4)
+        assert source.train.inputs[0, :, 0, 0].tolist() == [1, 0, 0]
+        assert len(opened) == 8
+    columns = {"image": [picture(0) for _ in range(6)], "label": list(range(6))}
+    parquet.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert load(str(tmp_path)).train.inputs[0, :, 0, 0].tolist() == [0, 0, 0]  # a changed file is decoded again
     numbers = tmp_path / "numbers.parquet"
     parquet.write_table(pa.table({"a": [1.0] * 10, "b": [2.0] * 10, "target": [0, 1] * 5}), numbers)
     assert load(str(numbers)).train.inputs.shape == (8, 2)

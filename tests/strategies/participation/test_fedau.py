@@ -97,7 +97,7 @@ def test_quadratic_federation_finds_the_optimum_that_averaging_misses() -> None:
     """F_n(x) = (x - c_n)^2 / 2. The optimum is 0, but clients with c_n near 1 participate far more often."""
     centres, probabilities = np.linspace(-1, 1, 10), np.linspace(0.05, 0.95, 10)
     nodes = [f"site-{i}" for i in range(10)]
-    rounds, rng = 8000, np.random.default_rng(0)
+    rounds, rng = 3000, np.random.default_rng(0)
     participation = rng.random((rounds, 10)) < probabilities
     found: dict[type, Any] = {}
     rules: list[Rule[Any]] = [FedAU(cutoff=50, server_rate=0.1), FedAvg(by_examples=False)]
