@@ -26,6 +26,7 @@ How a block is trained
 - `program`: trains a block with layers that hold one set of weights per client.
 - `vmapped`: trains a block with `torch.func.vmap`, for models that `program` does not support.
 - `tracing`: traces a model into a graph of layers and checks that no operation mixes the examples of a batch.
+- `examplewise`: the layers and functions that are known to process examples independently.
 - `client_layers`: the registry of client layers, and the replacement of a traced model's layers by them.
 - `layers`: the base class of client layers.
 - `linear`, `convolution`, `dropout`, `norms`, `embedding`, `recurrent`: the client layers.
