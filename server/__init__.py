@@ -6,8 +6,8 @@ from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.round import Requests, Round
-from corymb.server.rounds.round_loop import NoReplyAdmitted
 from corymb.server.rounds.round_size import RoundSize, WaitForShare
+from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed
 from corymb.server.rounds.state import Method, RunState
 from corymb.server.strategy import FlowerStrategy
 
@@ -18,6 +18,7 @@ __all__ = [
     "Journal",
     "Method",
     "NoReplyAdmitted",
+    "QuorumMissed",
     "Requests",
     "Round",
     "RoundRecord",

@@ -60,6 +60,8 @@ def main(grid: Grid, context: Context) -> None:
         fraction_evaluate=settings.fraction_evaluate,
         min_available_nodes=settings.min_available_nodes,
         wait_seconds=settings.wait_seconds,
+        quorum=settings.quorum,
+        max_abandoned=settings.max_abandoned,
         seed=settings.seed,
         buffers=[entry.name for entry in Layout.of_module(module).buffers],
         journal=journal,

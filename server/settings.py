@@ -170,6 +170,10 @@ class ServerSettings(Settings):
     """The number of replies that a round waits for; without it, all of them."""
     proxy: ProxySettings | None = None
     """The server's own data."""
+    quorum: int = Field(0, ge=0)
+    """A round with fewer admitted replies is abandoned: the model stays as it was."""
+    max_abandoned: int = Field(5, ge=1)
+    """So many abandoned rounds in a row end the run as failed."""
     seed: int = 0
     """Seeds the first model and the sampling of nodes."""
     journal: str = ""

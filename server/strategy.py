@@ -46,7 +46,10 @@ class FlowerStrategy(RoundLoop):
     With a `candidate_election`, the clients elect each round's model. `buffers` names the float buffers in the state
     dict (default: BatchNorm's statistics).
 
-    Four arguments have an effect only under this class's own `start()`: `round_size` decides how many replies a
+    A round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
+
+    Five arguments have an effect only under this class's own `start()`: `max_abandoned` such rounds in a row end the
+    run with `QuorumMissed`, with growing pauses between them. `round_size` decides how many replies a
     round waits for, `journal` stores each finished round, `resume` goes on after the last round in the journal, and
     `on_round` is called with the record of each finished round.
 
@@ -77,13 +80,17 @@ class FlowerStrategy(RoundLoop):
         candidate_election: CandidateElection | None = None,
         round_size: RoundSize[Any] | None = None,
         proxy: Proxy | None = None,
+        quorum: int = 0,
+        max_abandoned: int = 5,
         journal: Journal | None = None,
         resume: bool = False,
         on_round: Callable[[RoundRecord], None] | None = None,
     ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is {rule!r}; pass an instance of a rule, such as FedAU().")
-        self.method = Method(rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed)
+        self.method = Method(
+            rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed, quorum
+        )
         self.sampling = Sampling(
             fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed, min_train_nodes,
             min_evaluate_nodes,
@@ -92,6 +99,7 @@ class FlowerStrategy(RoundLoop):
         self.buffers = buffers
         self.journal = journal
         self.resume = resume
+        self.max_abandoned = max_abandoned
         self.on_round = on_round
         self.record = RoundRecord(0)  # of the current round
         self._state: RunState | None = None

@@ -1,9 +1,8 @@
-"""Iteration over replies as they arrive. It pulls one message id at a time, so at most one reply is in memory."""
+"""Iteration over replies as they arrive. One message id is pulled at a time, so at most one reply is in memory."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import inf
 
@@ -12,11 +11,8 @@ from flwr.serverapp import Grid
 
 from corymb.protocol.flower import unchecked_reply
 from corymb.protocol.grids import StreamingGrid
+from corymb.server.rounds.pulls import pulled
 from corymb.server.rounds.rejections import UNREADABLE
-
-POLL_SECONDS = 0.2  # the first pause after a poll that brought no reply
-MAX_POLL_SECONDS = 3.0  # the longest pause
-TRIES = 3  # attempts to pull a reply before it counts as unreadable
 
 
 def arrivals(
@@ -26,11 +22,10 @@ def arrivals(
 
     The iteration ends after all replies, after `timeout` seconds (None: no limit), or after `enough` replies that are
     not errors. Error replies are yielded too. They come from clients and from the SuperLink. This function makes one
-    itself if the grid still cannot receive a reply after `TRIES` attempts, because the network fails or because the
+    itself if the grid still cannot receive a reply after three attempts, because the network fails or because the
     bytes are not a message. So a broken reply from one client cannot end the round.
 
-    The timeout does not interrupt a pull: Flower's grid waits inside a pull until an upload that has begun is
-    complete.
+    The timeout holds even while an upload is slow: a pull that hangs is left alone; see `pulled`.
     """
     deadline = time.monotonic() + (inf if timeout is None else timeout)
     left = len(sent) if enough is None else enough
@@ -51,29 +46,12 @@ def _streamed(grid: StreamingGrid, sent: Mapping[str, Message], deadline: float)
 
 
 def _polled(grid: Grid, sent: Mapping[str, Message], deadline: float) -> Iterator[Message]:
-    pending = dict(sent)
-    failed: Counter[str] = Counter()
-    pause = POLL_SECONDS
-    while pending:
-        has_news = False
-        for message_id in list(pending):
-            try:
-                replies = list(grid.pull_messages([message_id]))
-            except Exception as error:
-                failed[message_id] += 1
-                if failed[message_id] >= TRIES:
-                    yield _unreadable(pending.pop(message_id), f"{type(error).__name__}: {error}")
-                continue
-            if replies:
-                has_news = True
-                yield _checked_reply(pending.pop(message_id), replies.pop())
-            if time.monotonic() > deadline:
-                return
-        pause = POLL_SECONDS if has_news else min(1.5 * pause, MAX_POLL_SECONDS)
-        if pending and not has_news:
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            if time.monotonic() >= deadline:
-                return
+    for message_id, outcome in pulled(grid, sent, deadline):
+        if isinstance(outcome, Exception):
+            yield _unreadable(sent[message_id], f"{type(outcome).__name__}: {outcome}")
+        else:
+            yield _checked_reply(sent[message_id], outcome)
+        del outcome
 
 
 def _checked_reply(message: Message, reply: Message) -> Message:

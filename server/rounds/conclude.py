@@ -20,6 +20,7 @@ from corymb.server.rounds.state import Cost, Method, RunState
 from corymb.strategies import Model, Reply, Report
 from corymb.strategies.core.random_state import seeded_generators
 
+BELOW_QUORUM = "below-quorum"  # a note of a round that was abandoned; its value is the quorum
 NamedReplies = Iterable[tuple[str, Message]]  # replies with the names of their nodes
 Evaluate = Callable[[Model], NamedReplies]
 
@@ -39,7 +40,8 @@ def conclude(
 
     The door checks each of `replies` separately; `replies` is read once. The rule aggregates the admitted replies.
     The server optimiser, the candidate election and a check for finite numbers then process the rule's model. The
-    round keeps the previous model if no reply is admitted or if the new model is not finite.
+    round keeps the previous model if no reply is admitted or if the new model is not finite, and the previous model,
+    memory and optimiser if fewer than the method's quorum are admitted.
 
     `evaluate(model)` asks the nodes of the round to evaluate a candidate and returns their replies. Only a candidate
     election calls it. Raises `ValueError` if there is an election and `evaluate` is missing.
@@ -61,14 +63,18 @@ def conclude(
     notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})
     absent = state.known_nodes.difference(requests.nodes, requests.connected.values())
     results = checked.by_node | {node: not_connected(node) for node in absent}
-    record = RoundRecord(
-        round.number, tuple(verdicts(requests.nodes, results, outcome.weights)), train=train, notes=notes
-    )
+    admitted_count = sum(isinstance(report, Report) for report in checked.by_node.values())
+    is_abandoned = admitted_count < method.quorum
+    weights = {} if is_abandoned else outcome.weights
+    notes |= {BELOW_QUORUM: float(method.quorum)} if is_abandoned else {}
+    record = RoundRecord(round.number, tuple(verdicts(requests.nodes, results, weights)), train=train, notes=notes)
+    cost = Cost(state.cost.messages + len(requests.by_message), state.cost.admitted + admitted_count)
+    concluded = replace(state, round=round.number, cost=cost)
+    if is_abandoned:
+        return concluded, record
     concluded = replace(
-        state,
-        round=round.number,
+        concluded,
         memory=outcome.memory,
-        cost=Cost(state.cost.messages + len(requests.by_message), state.cost.admitted + len(record.admitted)),
         round_size=state.round_size if observer is None else observer.estimates(train.get("loss")),
     )
     if outcome.model is state.model:

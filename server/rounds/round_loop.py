@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -14,26 +13,16 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from corymb.server.rounds.arrivals import arrivals
+from corymb.server.rounds.conclude import BELOW_QUORUM
 from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.requests import push
 from corymb.server.rounds.round_journal import RoundJournal, commit_patiently, write_or_keep
+from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed
 from corymb.server.rounds.state import Method, RunState
 
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds after a round that was abandoned
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-
-
-class NoReplyAdmitted(RuntimeError):
-    """A run has ended in which no reply to a training message was admitted."""
-
-    def __init__(self, rounds: int, last: RoundRecord) -> None:
-        reasons = Counter(verdict.code for verdict in last.verdicts)
-        counts = ", ".join(f"{count} {code}" for code, count in reasons.most_common())
-        example = next((f" For example: {v.reason}" for v in last.verdicts if v.reason), "")
-        super().__init__(
-            f"No reply was admitted in {rounds} rounds, so the model did not change. The last round: "
-            f"{counts or 'no node was asked'}.{example}"
-        )
 
 
 class RoundLoop(Strategy):
@@ -51,6 +40,7 @@ class RoundLoop(Strategy):
     record: RoundRecord
     journal: RoundJournal | None
     resume: bool
+    max_abandoned: int
     on_round: Callable[[RoundRecord], None] | None
     timeout: float | None
 
@@ -87,7 +77,8 @@ class RoundLoop(Strategy):
 
         The arguments and the result are those of Flower's `Strategy.start`. `timeout` is the limit in seconds for the
         replies of each phase; None means no limit. Raises `NoReplyAdmitted` after the last round if no reply of the
-        run was admitted, so that the model is the initial one.
+        run was admitted, so that the model is the initial one, and `QuorumMissed` after `max_abandoned` rounds in a row
+        with fewer admitted replies than the quorum.
         """
         self.summary()
         if self.journal is not None:
@@ -100,7 +91,7 @@ class RoundLoop(Strategy):
             self._restore(self.journal, result)
         if not self.state.round and evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
-        started = time.monotonic()
+        started, abandoned = time.monotonic(), 0
         for number in range(self.state.round + 1, num_rounds + 1):
             self.record = RoundRecord(number)
             messages = list(self.configure_train(number, result.arrays, train_config, grid))
@@ -116,6 +107,11 @@ class RoundLoop(Strategy):
             )
             started = ended
             self._finish(num_rounds)
+            abandoned = abandoned + 1 if BELOW_QUORUM in self.record.notes else 0
+            if abandoned >= self.max_abandoned:
+                raise QuorumMissed(abandoned, self.record)
+            if abandoned and number < num_rounds:  # the sites that are away may need some time
+                time.sleep(min(FIRST_PAUSE * 2 ** (abandoned - 1), LONGEST_PAUSE))
         if self.journal is not None:
             commit_patiently(self.journal)
         if self.state.cost.messages and not self.state.cost.admitted:

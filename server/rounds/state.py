@@ -51,6 +51,7 @@ class RunState:
 class Method:
     """The components that compute the next model from replies. `FlowerStrategy` describes each.
 
+    A round with fewer than `quorum` admitted replies leaves the state as it was.
     `examples_key` is the metric with a client's number of examples. While a rule aggregates, the global random
     generators of Python, numpy and torch are seeded with `seed` and the round's number. Raises `ValueError` if a rule
     needs a proxy and there is none.
@@ -63,6 +64,7 @@ class Method:
     proxy: Proxy | None = None
     examples_key: str = EXAMPLES
     seed: int = 0
+    quorum: int = 0
 
     def __post_init__(self) -> None:
         others = self.candidate_election.rules if self.candidate_election else ()

@@ -149,7 +149,7 @@ class Shuffled(LocalGrid):
 
 
 def test_the_order_of_arrival_does_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
+    monkeypatch.setattr("corymb.server.rounds.pulls.POLL_SECONDS", 0)
     for rule in RULES_WITHOUT_PROXY.values():
         models = [
             to_state(FlowerStrategy(rule).start(grid(learner, 9), initial(), num_rounds=4).arrays)["w"]
@@ -224,7 +224,7 @@ def test_server_metrics_are_in_the_record_of_their_round() -> None:
 
 def test_only_the_reply_that_the_grid_cannot_receive_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower's grid decodes a reply inside the pull, which raises any exception that the bytes cause."""
-    monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
+    monkeypatch.setattr("corymb.server.rounds.pulls.POLL_SECONDS", 0)
 
     class Breaking(LocalGrid):
         stream = None  # type: ignore[assignment]  # replies are pulled

@@ -47,6 +47,60 @@ def test_a_missing_reply_does_not_delay_the_others() -> None:
     assert time.monotonic() - started < 5
 
 
+class Stalled(LocalGrid):
+    """A grid whose pull of the second message hangs, as while a site uploads slowly; from the third on it is fine."""
+
+    stream = None  # type: ignore[assignment]  # replies are pulled
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(echo, 5)
+        self.seconds = seconds
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ids = list(message_ids)
+        if ids == ["message-2"]:
+            time.sleep(self.seconds)
+        return super().pull_messages(ids)
+
+
+def test_a_slow_upload_delays_neither_the_others_nor_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corymb.server.rounds.pulls.STALL_SECONDS", 0.1)
+    grid = Stalled(30)
+    started = time.monotonic()
+    times = [(reply.metadata.src_node_id, time.monotonic() - started) for reply in arrivals(grid, pushed(grid), 2.0)]
+    assert [node for node, _ in times] == [1000, 1002, 1003, 1004]
+    assert max(seconds for _, seconds in times) < 1
+    assert 1.9 < time.monotonic() - started < 3
+
+
+def test_a_slow_upload_that_ends_before_the_deadline_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corymb.server.rounds.pulls.STALL_SECONDS", 0.1)
+    grid = Stalled(1.0)
+    nodes = [reply.metadata.src_node_id for reply in arrivals(grid, pushed(grid), 3.0)]
+    assert nodes == [1000, 1002, 1003, 1004, 1001]
+
+
+class Broken(Slow):
+    """A grid that cannot receive the reply to the second message."""
+
+    pulls = 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        ids = list(message_ids)
+        if ids == ["message-2"]:
+            self.pulls += 1
+            raise ConnectionError("reset by peer")
+        return super().pull_messages(ids)
+
+
+def test_a_reply_that_cannot_be_received_is_an_error_after_three_attempts() -> None:
+    grid = Broken(echo, 3)
+    replies = list(arrivals(grid, pushed(grid), 3.0))
+    assert [reply.has_error() for reply in replies] == [False, True]
+    assert "reset by peer" in str(replies[1].error.reason)
+    assert grid.pulls == 3
+
+
 def test_at_most_one_reply_is_in_memory() -> None:
     """Each reply must be freed before the next client trains."""
     alive: list[weakref.ref[Any]] = []

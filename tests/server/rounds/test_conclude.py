@@ -21,6 +21,7 @@ from corymb.server import (
     FlowerStrategy,
     Method,
     NoReplyAdmitted,
+    QuorumMissed,
     Requests,
     Round,
     RoundRecord,
@@ -221,3 +222,33 @@ def test_conclude_holds_the_candidate_election() -> None:
     assert after.moments == state.moments
     with pytest.raises(ValueError, match="pass `evaluate` to `conclude`"):
         conclude(state, Round(1, method, requests), iter(replies))
+
+
+def test_a_round_below_quorum_leaves_all_but_the_count_of_messages() -> None:
+    """The model, the rule's memory and the optimiser; with enough replies, the same round changes them."""
+    for quorum, is_abandoned in ((4, True), (3, False)):
+        method = Method(make_rule("fedau"), ServerOptimizer("Adam", 0.1), quorum=quorum)
+        state, _ = alone(method, [dict.fromkeys(NAMES, (1, 5, ""))])
+        sent = {name: message_to(name) for name in NAMES}
+        requests = Requests({m.metadata.message_id: n for n, m in sent.items()}, tuple(NAMES))
+        wrong = ["", "", "", "nan", "error"]
+        replies = [reply_to(m, (2, 5, fault)) for m, fault in zip(sent.values(), wrong, strict=True)]
+        after, record = conclude(state, Round(2, method, requests), iter(replies))
+        assert [v.code for v in record.verdicts].count("admitted") == 3
+        assert (record.notes.get("below-quorum") == quorum) == is_abandoned
+        assert (after.model is state.model) == is_abandoned
+        assert (after.memory is state.memory) == is_abandoned
+        assert (after.moments is state.moments) == is_abandoned
+        assert (after.round, after.cost.admitted) == (2, state.cost.admitted + 3)
+        assert all((v.weight is None) == is_abandoned for v in record.admitted)
+
+
+def test_rounds_below_quorum_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("corymb.server.rounds.round_loop.FIRST_PAUSE", 0.0)
+    few = dict.fromkeys(NAMES[:2], (1, 5, "")) | dict.fromkeys(NAMES[2:], (1, 5, "error"))
+    enough = dict.fromkeys(NAMES, (1, 5, ""))
+    strategy = FlowerStrategy(FedAvg(), fraction_evaluate=0, quorum=3, max_abandoned=2)
+    plan = [few, enough, few, few, enough]
+    with pytest.raises(QuorumMissed, match=r"2 rounds in a row .* quorum of 3, so the run ends after round 4"):
+        strategy.start(federation(plan), to_arrays(STATE), num_rounds=5)
+    assert (strategy.state.round, strategy.state.cost.admitted) == (4, 2 + 5 + 2 + 2)

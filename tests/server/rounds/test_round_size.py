@@ -59,8 +59,8 @@ def quadratic(noise: float) -> ClientApp:
 
 
 def numbers_of_replies(size: RoundSize[Any] | None, noise: float, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0.002)
-    monkeypatch.setattr("corymb.server.rounds.arrivals.MAX_POLL_SECONDS", 0.002)
+    monkeypatch.setattr("corymb.server.rounds.pulls.POLL_SECONDS", 0.002)
+    monkeypatch.setattr("corymb.server.rounds.pulls.MAX_POLL_SECONDS", 0.002)
     records: list[RoundRecord] = []
     strategy = FlowerStrategy(FedAvg(), round_size=size, fraction_evaluate=0, on_round=records.append)
     strategy.start(Slow(quadratic(noise), len(SECONDS)), to_arrays({"w": torch.ones(20)}), num_rounds=5)

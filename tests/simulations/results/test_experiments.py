@@ -214,7 +214,7 @@ def test_the_same_seed_gives_the_same_model_with_replies_shuffled(
 ) -> None:
     from corymb.tests.server.test_strategy import Shuffled
 
-    monkeypatch.setattr("corymb.server.rounds.arrivals.POLL_SECONDS", 0)
+    monkeypatch.setattr("corymb.server.rounds.pulls.POLL_SECONDS", 0)
     monkeypatch.setattr("corymb.simulations.results.run.LocalGrid", Shuffled)
     experiment = Experiment(**SMALL)
     (runs,) = run_all([(resolve(experiment), tmp_path)], Console(quiet=True))

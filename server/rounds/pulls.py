@@ -1,0 +1,98 @@
+"""Pulls of replies that can be left alone: a pull of Flower's grid blocks for as long as a slow upload lasts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+POLL_SECONDS = 0.2  # the first pause after a poll that brought no reply
+MAX_POLL_SECONDS = 3.0  # the longest pause
+STALL_SECONDS = 2.0  # a pull that takes longer goes on in its own thread, and the other replies are pulled meanwhile
+MAX_STALLED = 32  # pulls that may go on at a time
+TRIES = 3  # attempts to pull a reply before it counts as unreadable
+
+Pulled = tuple[str, Message | Exception]  # a message id with its reply, or with why it cannot be received
+
+
+def pulled(grid: Grid, sent: Mapping[str, Message], deadline: float) -> Iterator[Pulled]:
+    """Yield the reply to each of the messages `sent {message id: message}` as soon as it has arrived.
+
+    Ends after all replies, or at `deadline`, a value of `time.monotonic()`, even if a pull hangs: its thread is left
+    alone, and its reply is dropped. One reply is pulled at a time; while an upload is slow, it and another one.
+    """
+    pulls = _Pulls(grid)
+    waiting = dict.fromkeys(sent)  # not being pulled
+    failed: Counter[str] = Counter()
+    pause = POLL_SECONDS
+    while waiting or pulls.running:
+        arrived = False
+        for message_id in list(waiting) or [""]:  # none, if all that are left have stalled
+            if time.monotonic() >= deadline:
+                return
+            if message_id and len(pulls.running) < MAX_STALLED:
+                del waiting[message_id]
+                pulls.start(message_id)
+            # Waits for this pull, or for one that stalled before.
+            for finished, outcome in pulls.finished(min(STALL_SECONDS, deadline - time.monotonic())):
+                if isinstance(outcome, Exception):
+                    failed[finished] += 1
+                    if failed[finished] < TRIES:
+                        waiting[finished] = None
+                    else:
+                        yield finished, outcome
+                elif outcome is None:
+                    waiting[finished] = None
+                else:
+                    arrived = True
+                    yield finished, outcome
+                del outcome  # frees its memory before the next pull
+        pause = POLL_SECONDS if arrived else min(1.5 * pause, MAX_POLL_SECONDS)
+        if not arrived and (waiting or pulls.running):
+            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+            if time.monotonic() >= deadline:
+                return
+
+
+class _Pulls:
+    """Pulls that run in threads of their own; `running` are the message ids of those that have not ended."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._outcomes: SimpleQueue[tuple[str, Message | Exception | None]] = SimpleQueue()
+        self.running: set[str] = set()
+
+    def start(self, message_id: str) -> None:
+        """Start a pull."""
+        self.running.add(message_id)
+        Thread(target=self._pull, args=(message_id,), daemon=True).start()  # does not outlive the process
+
+    def finished(self, seconds: float) -> Iterator[tuple[str, Message | Exception | None]]:
+        """Yield the pulls that have ended; wait for the first of them for up to `seconds`.
+
+        The outcome is None if the reply has not arrived.
+        """
+        wait = seconds > 0
+        while self.running:
+            try:
+                message_id, outcome = self._outcomes.get(block=wait, timeout=seconds if wait else None)
+            except Empty:
+                return
+            wait = False
+            self.running.discard(message_id)
+            yield message_id, outcome
+            del outcome
+
+    def _pull(self, message_id: str) -> None:
+        outcome: Message | Exception | None
+        try:
+            replies = list(self._grid.pull_messages([message_id]))
+            outcome = replies.pop() if replies else None
+        except Exception as error:
+            outcome = error
+        self._outcomes.put((message_id, outcome))

@@ -1,0 +1,35 @@
+"""The exceptions that end a run which has achieved nothing, or can no longer."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from corymb.server.rounds.conclude import BELOW_QUORUM
+from corymb.server.rounds.record import RoundRecord
+
+
+class NoReplyAdmitted(RuntimeError):
+    """A run has ended in which no reply to a training message was admitted."""
+
+    def __init__(self, rounds: int, last: RoundRecord) -> None:
+        super().__init__(
+            f"No reply was admitted in {rounds} rounds, so the model did not change. The last round: {_reasons(last)}"
+        )
+
+
+class QuorumMissed(RuntimeError):
+    """A run has ended because too many rounds in a row had fewer admitted replies than the quorum."""
+
+    def __init__(self, rounds: int, last: RoundRecord) -> None:
+        super().__init__(
+            f"{rounds} rounds in a row had fewer admitted replies than the quorum of {last.notes[BELOW_QUORUM]:g}, so "
+            f"the run ends after round {last.round}, with the model of the last round that counted. The last round: "
+            f"{_reasons(last)}"
+        )
+
+
+def _reasons(record: RoundRecord) -> str:
+    """Return how many nodes got which verdict in a round, and one reason in full."""
+    counts = Counter(verdict.code for verdict in record.verdicts).most_common()
+    example = next((f" For example: {v.reason}" for v in record.verdicts if v.reason), "")
+    return (", ".join(f"{count} {code}" for code, count in counts) or "no node was asked") + f".{example}"
