@@ -123,6 +123,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     experiment = Experiment(**SMALL)
     resolved = resolve(experiment)
+    prepare(experiment, folder, resume=False)
     (runs,) = run_all([(resolved, folder)], Console(quiet=True))
     assert runs == collect(experiment, folder)
     write(experiment, runs, folder)
@@ -365,7 +366,7 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
         (["simulate", "nowhere.toml"], "There is no experiment 'nowhere.toml'"),
         (["simulate", "--app", "."], "has no ServerApp: set serverapp"),
         (["simulate", "--app", "nowhere"], "has no pyproject.toml"),
-        (["simulate", "--app", ".", "--out", "x"], "--out and --jobs apply to experiments only"),
+        (["simulate", "--app", ".", "--out", "x"], "--out, --jobs and --resume apply to experiments only"),
         (["simulate", "--set", "train.seed=3"], "set seeds"),
         (["simulate", "--out", "pyproject.toml"], "There is a file at pyproject.toml"),
         (["simulate", "[/x]"], "There is no experiment '[/x]'"),
