@@ -63,7 +63,8 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class DenseWeights:
     """The dense form: each client's parameter in full, `weight [K, ...]`.
 
-    `start` is the value that all clients start from or, with `own_starts`, the value of each client, `[K, ...]`.
+    `start` is the value that all clients start from or, with `own_starts`, the value of each client, `[K, ...]`. A
+    step of plain SGD is fused with the matrix product that computes the gradient.
     """
 
     def __init__(self, start: Tensor, clients: int, own_starts: bool = False) -> None:
@@ -79,13 +80,19 @@ class DenseWeights:
         return as_dtype(first_rows(tensor.shape[0], self.weight), tensor.dtype)
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        return torch.bmm(inputs, self.like(inputs).transpose(1, 2))
+        weight, batch = self.like(inputs), inputs.shape[1]
+        if weight.shape[1] < batch < weight.shape[2]:  # a result with few rows is faster than one with few columns
+            return torch.bmm(weight, inputs.transpose(1, 2)).transpose(1, 2)
+        return torch.bmm(inputs, weight.transpose(1, 2))
 
     def input_gradients(self, gradients: Tensor) -> Tensor:
         return torch.bmm(gradients, self.like(gradients))
 
     def apply_gradients(self, gradients: Tensor, inputs: Tensor, rate: float | None) -> None:
-        self.apply_weight_gradient(torch.bmm(gradients.transpose(1, 2), inputs), rate)
+        if rate is None or gradients.dtype != self.weight.dtype:
+            self.apply_weight_gradient(torch.bmm(gradients.transpose(1, 2), inputs), rate)
+        else:
+            first_rows(gradients.shape[0], self.weight).baddbmm_(gradients.transpose(1, 2), inputs, alpha=-rate)
 
     def apply_weight_gradient(self, gradient: Tensor, rate: float | None) -> None:
         """Take a step with the gradient `[K, ...]` of the weights, or store it if `rate` is None."""
