@@ -1,7 +1,6 @@
 """Lifespans: what runs before and after each message at a client, and around the server."""
 
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -15,7 +14,6 @@ steps = []
 
 
 @client.lifespan()
-@contextmanager
 def around_client(context):
     open_files.append(int(context.node_config["partition-id"]))
     yield
@@ -28,7 +26,6 @@ def train(message, context):
 
 
 @server.lifespan()
-@contextmanager
 def around_server(context):
     steps.append("enter")
     yield
