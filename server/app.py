@@ -46,8 +46,9 @@ def main(grid: Grid, context: Context) -> None:
     module: nn.Module = import_reference(settings.model.kind, "model")(**settings.model.options)
     proxy = Proxy(module, *import_reference(settings.proxy.data, "proxy data")()) if settings.proxy else None
     folder = settings.journal_folder(context.run_id)
-    journal = Journal(folder, keep_every=settings.keep_every) if folder else None
-    resume = journal is not None and (settings.resume or journal.about().get("flower-run") == str(context.run_id))
+    notes = {"flower-run": str(context.run_id)}  # so that a ServerApp that Flower starts again under this run goes on
+    journal = Journal(folder, keep_every=settings.keep_every, notes=notes) if folder else None
+    resume = journal is not None and (settings.resume or notes.items() <= journal.about().items())
     if journal is not None:
         log.info("Journal: %s", folder)
     strategy = FlowerStrategy(
@@ -69,8 +70,6 @@ def main(grid: Grid, context: Context) -> None:
     )
     train = ConfigRecord({**flatten({"train": rule.train})})  # settings in a message override the run config
     try:
-        if journal is not None:  # so that a ServerApp that Flower starts again under this run goes on
-            journal.note({"flower-run": str(context.run_id)})
         arrays = to_arrays(module.state_dict())
         strategy.start(grid, arrays, settings.rounds, settings.timeout, train_config=train)
     finally:

@@ -49,9 +49,9 @@ class FlowerStrategy(RoundLoop):
     A round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
 
     Five arguments have an effect only under this class's own `start()`: `max_abandoned` such rounds in a row end the
-    run with `QuorumMissed`, with growing pauses between them. `round_size` decides how many replies a
-    round waits for, `journal` stores each finished round, `resume` goes on after the last round in the journal, and
-    `on_round` is called with the record of each finished round.
+    run with `QuorumMissed`, with growing pauses between them. `round_size` decides how many replies a round waits for,
+    `journal` stores each finished round, `resume` goes on after the last round in the journal, and `on_round` is called
+    with the record of each finished round.
 
     `train_metrics_aggr_fn` and `evaluate_metrics_aggr_fn` replace the mean of the metrics. They are called as in
     Flower, with the content of each admitted reply and `weighted_by_key`; the content has the metrics only.

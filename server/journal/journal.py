@@ -36,15 +36,19 @@ class Journal:
     (0: none). The best model is the one with the highest accuracy at the server's test or the clients' evaluation, or
     with the lowest loss if there is no accuracy.
 
+    `notes` are stored with a run that begins, and may change when it is resumed; `about` returns them.
+
     Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of about one second
     together, with the state after the last of them, and does not wait until they are on the disk.
     """
 
-    def __init__(self, folder: str | Path, durable: bool = True, keep_every: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, durable: bool = True, keep_every: int = 0, notes: Mapping[str, str] | None = None
+    ) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._durable, self._keep_every = durable, keep_every
+        self._durable, self._keep_every, self._notes = durable, keep_every, notes or {}
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
         self._last_commit = time.monotonic()
@@ -72,7 +76,7 @@ class Journal:
                     f"The journal in {self.folder} is of a run with {key} = {stored[key]}, not {value}; use "
                     "another folder."
                 )
-        self.note(about)
+        self._note({**about, **self._notes})
 
     def resume(self, initial: RunState) -> RunState:
         """Return the state to go on from: the newest one whose files are whole, or `initial` if there is none.
@@ -81,6 +85,9 @@ class Journal:
         """
         number = self.last_whole_round()
         delete_after(self._database, number)
+        if int(self.about().get("best-round", 0)) > number:  # that round is forgotten
+            with self._database:
+                self._database.execute("DELETE FROM run WHERE key IN ('best-round', 'best-score')")
         return self.state(initial) if number else initial
 
     def last_whole_round(self) -> int:
@@ -148,11 +155,6 @@ class Journal:
         """Return what is known of the run: what `begin` was given, and the round and score of the best model."""
         return dict(self._database.execute("SELECT key, value FROM run"))
 
-    def note(self, entries: Mapping[str, str]) -> None:
-        """Store `entries` about the run; `about` returns them."""
-        with self._database:
-            self._database.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", entries.items())
-
     def model(self) -> dict[str, Tensor]:
         """Return the newest committed model. Raises `LookupError` before the first round."""
         return load_file(self.folder / self._newest("model"))
@@ -169,7 +171,8 @@ class Journal:
         """
         model, digest, state, state_digest = map(self._newest, ("model", "model_sha256", "state", "state_sha256"))
         self._check(model, digest, state_digest)
-        tensors = load_file(self.folder / _state_of(model)) if state_digest else {}
+        path = self.folder / _state_of(model)  # a journal of version 2 has the file without its SHA-256
+        tensors = load_file(path) if path.exists() else {}
         restored = unpack_memory(_without_model(initial), json.loads(state), tensors)
         return replace(initial, model=initial.model.layers.flatten(self.model()), **restored)
 
@@ -204,7 +207,11 @@ class Journal:
         best = self.about().get("best-score")
         if score is not None and (best is None or score > float(best)):
             save(load_file(self.folder / model), self.folder / BEST, self._durable)
-            self.note({"best-score": repr(score), "best-round": str(record.round)})
+            self._note({"best-score": repr(score), "best-round": str(record.round)})
+
+    def _note(self, entries: Mapping[str, str]) -> None:
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", entries.items())
 
     def _newest(self, column: str) -> Any:
         self.commit()

@@ -30,9 +30,8 @@ class RoundLoop(Strategy):
 
     The loop calls the methods of Flower's `Strategy`, so a subclass may override any of them. `state` is the current
     state of the run, `record` the record of the current round. Each finished round is written to `journal`, if there
-    is one, and `on_round` is called with its record. With `resume`, `start()` goes on from the last round in the
-    journal. `timeout` is the limit in seconds for each phase, None for no
-    limit.
+    is one, and `on_round` is called with its record. With `resume`, `start()` goes on from the last round
+    in the journal. `timeout` is the limit in seconds for each phase, None for no limit.
     """
 
     method: Method

@@ -118,8 +118,8 @@ class CohortApp:
     def _train_group(self, requests: Requests, group: _Group) -> Iterator[Outcome]:
         state = to_state(group.arrays)
         tasks = self._tasks(requests, group.numbers, group)
-        if self._buffers:
-            tasks = [replace(task, buffers={name: state[name].numpy() for name in self._buffers}) for task in tasks]
+        if buffers := {name: state[name].numpy() for name in self._buffers}:
+            tasks = [replace(task, buffers=buffers) for task in tasks]
         return self._engine.train(tasks, self._layout.vector(state))
 
     def _train_own_starts(self, requests: Requests, groups: list[_Group]) -> Iterator[Outcome]:

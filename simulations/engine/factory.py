@@ -151,6 +151,8 @@ def _prove(candidate: Candidate, model: Callable[[], nn.Module], population: Pop
     store = population.store
     in_double = replace(population, store=replace(store, inputs=_in_double(store.inputs)))
     try:
+        if any(t.is_floating_point() and t.dtype != torch.float32 for t in model().state_dict().values()):
+            raise _Failed  # converting the model to float64 and back would change it
         trainer, module = candidate(in_float64, in_double, device), in_float64()
         return _compare(trainer, module, in_double, 1e-6)
     except _Failed:

@@ -97,10 +97,10 @@ class ClientLayer(nn.Module):
     def outputs(self, inputs: Tensor, needs_input_gradients: bool) -> tuple[Any, Any]:
         """Return the outputs and what `backward` needs; the caller passes the same flag to `backward`."""
         inputs = inputs.detach().requires_grad_(needs_input_gradients)
-        cast = self.cast(inputs)
-        parameters = {name: self.parameter(name, cast).detach().requires_grad_() for name in self.names}
         with torch.enable_grad():
-            outputs = self.run(self.cast(inputs), **parameters)
+            cast = self.cast(inputs)
+            parameters = {name: self.parameter(name, cast).detach().requires_grad_() for name in self.names}
+            outputs = self.run(cast, **parameters)
         if isinstance(outputs, tuple):
             return tuple(each.detach() for each in outputs), (inputs, parameters, outputs)
         return outputs.detach(), (inputs, parameters, (outputs,))

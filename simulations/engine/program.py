@@ -52,7 +52,7 @@ class Program:
         self._names = [name for name, _ in module.named_parameters()]
         graph_module, self._layers = to_client_layers(module, self._context)
         for name, rows in rows_per_example(module, population.store.inputs_at(slice(0, 1)).cpu()).items():
-            if isinstance(layer := self._layers[name], ClientLinear):
+            if isinstance(layer := self._layers.get(name), ClientLinear):
                 layer.rows = rows
         self._has_dropout = any(isinstance(layer, ClientDropout) for layer in self._layers.values())
         self._needs_lengths = any(layer.needs_lengths for layer in self._layers.values())

@@ -31,12 +31,12 @@ class Saving(FedAvg):
 
     def aggregate_fit(self, server_round, results, failures):
         parameters, metrics = super().aggregate_fit(server_round, results, failures)
-        self.found.append(parameters_to_ndarrays(parameters)[0].tolist())
+        self.found.append(parameters_to_ndarrays(parameters)[0].round(9).tolist())
         return parameters, metrics
 
     def aggregate_evaluate(self, server_round, results, failures):
         loss, metrics = super().aggregate_evaluate(server_round, results, failures)
-        self.found.append(loss)
+        self.found.append(round(loss, 9))  # sums depend on the order of arrival
         Path(self.out).write_text(json.dumps(self.found))
         return loss, metrics
 

@@ -183,6 +183,7 @@ def test_a_damaged_file_falls_back_to_the_round_before(tmp_path: Path, caplog: p
             journal.state(initial)
         resumed = journal.resume(initial)
         assert (resumed.round, resumed.model.parameters.tolist()) == (2, [2.0])
+        assert journal.about()["best-round"] == "1"
         assert [r.round for r in journal.rounds()] == [1, 2]
         journal.write(record(3), replace(resumed, round=3))
         assert [r.round for r in journal.rounds()] == [1, 2, 3]
@@ -191,14 +192,16 @@ def test_a_damaged_file_falls_back_to_the_round_before(tmp_path: Path, caplog: p
 
 def test_a_journal_of_version_2_is_migrated(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.write(record(1), replace(state(), round=1))
+    memory = Attendance(("a",), *(torch.ones(1) for _ in range(4)))
+    journal.write(record(1), replace(state(memory=memory), round=1))
     journal.close()
     with sqlite3.connect(tmp_path / "journal.sqlite") as database:
         database.execute("ALTER TABLE rounds DROP COLUMN state_sha256")
         database.execute("DROP TABLE run")
         database.execute("PRAGMA user_version = 2")
     migrated = Journal(tmp_path)
-    assert migrated.resume(state()).round == 1
+    resumed = migrated.resume(state(memory=Attendance()))
+    assert (resumed.round, resumed.memory.nodes) == (1, ("a",))
     assert list(migrated.rounds()) == [record(1)]
     migrated.close()
 
@@ -265,3 +268,26 @@ def test_a_second_server_is_refused_until_the_first_has_died(tmp_path: Path) -> 
         with pytest.raises(ValueError, match="is of a run with rule = FedAvg, not FedAU"):
             journal.begin({"rule": "FedAU"}, resume=True)
         journal.close()
+
+
+def test_a_refused_run_leaves_no_note(tmp_path: Path) -> None:
+    """Else a restart of the refused run would take the journal of another run for its own."""
+    journal = Journal(tmp_path, notes={"flower-run": "1"})
+    journal.begin({"rule": "FedAvg"}, resume=False)
+    journal.write(record(1), replace(state(), round=1))
+    journal.close()
+    other = Journal(tmp_path, notes={"flower-run": "2"})
+    with pytest.raises(ValueError, match="already holds 1 rounds"):
+        other.begin({"rule": "FedAvg"}, resume=False)
+    assert other.about()["flower-run"] == "1"
+    other.close()
+
+
+def test_the_best_round_is_forgotten_with_its_round(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for number, accuracy in ((1, 0.2), (2, 0.9)):
+        journal.write(scored(number, accuracy), replace(state({"w": torch.full((1,), float(number))}), round=number))
+    (tmp_path / "model-000002.safetensors").write_bytes(b"torn")
+    assert journal.resume(state({"w": torch.zeros(1)})).round == 1
+    assert "best-round" not in journal.about()
+    journal.close()

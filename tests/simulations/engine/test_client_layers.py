@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from corymb.client import TrainSettings
+from corymb.client import TrainSettings, train
+from corymb.client.app import batch_generator
+from corymb.client.batches import training_batches
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.client_layers import CLIENT_LAYERS
@@ -139,9 +141,6 @@ def test_buffers_after_a_block_are_those_of_each_client() -> None:
     own = {name: torch.stack([tensor] * 3) for name, tensor in start.items()}
     again = trainer.train(own, order, settings, 1, own_starts=True).report
     assert report.buffers["1.num_batches_tracked"].tolist() == [6, 6, 2]
-    from corymb.client import train
-    from corymb.client.app import batch_generator
-    from corymb.client.batches import training_batches
 
     for row, client in enumerate(order):
         module.load_state_dict(start)
