@@ -102,6 +102,21 @@ def simulate(
 
 
 @app.command()
+def supervisor(
+    folder: Annotated[Path, typer.Argument(help="A folder, to be put first on the PATH of flower-superlink.")],
+) -> None:
+    """Write a program that restarts a crashed ServerApp under the same run.
+
+    It is called flwr-serverapp, and Flower starts it in place of its own. The ServerApp must keep a journal.
+    """
+    from corymb.server.supervisor import write_program
+
+    path = write_program(folder.resolve())
+    start = f"PATH={path.parent}:$PATH flower-superlink ..."
+    console.print(f"Wrote {path}. Start the SuperLink with\n  {start}", soft_wrap=True)
+
+
+@app.command()
 def compare(
     experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped experiment.")] = "demo",
     rules: Annotated[

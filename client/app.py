@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from math import inf
 from typing import cast
 
 import torch
@@ -16,12 +18,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from corymb.client.batches import Batch, Examples, count, evaluation_batches, size, training_batches
 from corymb.client.device import choose_device
+from corymb.client.memory import answer_from_memory
 from corymb.client.trainer import Loss, evaluate, train
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, ROUND, STEPS, of_kind
+from corymb.protocol.records import ARRAYS, DEADLINE, EXAMPLES, METRICS, ROUND, STEPS, of_kind
 from corymb.protocol.train_settings import TrainSettings
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 
+TRAINING_SHARE = 0.8  # of the time until the deadline; the rest is for the upload
 Data = Callable[[Context], tuple[Examples, Examples | None]]
 
 
@@ -39,11 +43,15 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
     numbers depend on the seed, the client and the round only. The client is identified by `name` or `partition-id` in
     its node config, else by Flower's node id.
 
+    If a message has a `deadline`, the client trains until 80 % of that time and then sends what it has, with the share
+    of its training that is done as the metric `completed`. A request that is repeated is answered from memory; see
+    `answer_from_memory`.
+
     Replies to training messages report the metrics `num-examples`, `loss`, `accuracy` (for class scores), `steps` and
     `seconds`. They also report `participation`, the probability that the client takes part in a round, if its node
     config has that key. Replies to evaluation messages report the same, without `steps` and `participation`.
     """
-    app = ClientApp()
+    app = ClientApp(mods=[answer_from_memory])
     initial: list[nn.Module] = []  # at most one, made once per process; Ray cannot pickle `functools.cache`
 
     def fresh_module(seed: int) -> nn.Module:
@@ -79,8 +87,10 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
                 states.append(_on_cpu(parameters, copy=True))
 
         record_state()
-        seen = _Seen(batches)
+        seen = _Seen(batches, seconds_left(message))
         metrics = train(module, seen, settings, loss, server_round, record_state)
+        if seen.was_cut:
+            metrics |= completed_share(examples, seen, settings)
         metrics |= _class_counts(examples) if settings.report_classes else {}
         metrics |= participation_metric(context)
         used = _used(examples, seen, settings)
@@ -104,22 +114,46 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
 
 @dataclass
 class _Seen:
-    """Batches, and the number of examples in those that have been read."""
+    """Batches until `seconds` have passed, but at least one; and the number of batches and examples that were read."""
 
     batches: Iterable[Batch]
+    seconds: float = inf
+    number: int = 0
     examples: int = 0
+    was_cut: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
+        ends = time.monotonic() + self.seconds
         for batch in self.batches:
+            if self.number and time.monotonic() > ends:
+                self.was_cut = True
+                return
+            self.number += 1
             self.examples += size(batch)
             yield batch
+
+
+def seconds_left(message: Message) -> float:
+    """Return for how many seconds a client may train: until `TRAINING_SHARE` of the time to the deadline has passed."""
+    deadlines = [record[DEADLINE] for record in of_kind(message.content, ConfigRecord) if DEADLINE in record]
+    if not deadlines or not isinstance(deadlines[0], (int, float)):
+        return inf
+    return TRAINING_SHARE * deadlines[0] - max(0.0, time.time() - message.metadata.created_at)
+
+
+def completed_share(examples: Examples, seen: _Seen, settings: TrainSettings) -> dict[str, float]:
+    """Return how much of its training a client has done, from 0 to 1, as the metric `completed`; nothing if unknown."""
+    known = count(examples)
+    if settings.steps is not None:
+        return {"completed": seen.number / settings.steps}
+    return {"completed": seen.examples / (known * (settings.epochs or 1))} if known else {}
 
 
 def _used(examples: Examples, seen: _Seen, settings: TrainSettings) -> int:
     """Return the number of examples that the client trained on, each counted once."""
     known = count(examples)
     if known is not None:
-        return known
+        return min(known, seen.examples) if seen.was_cut else known
     return seen.examples if settings.steps is not None else seen.examples // (settings.epochs or 1)
 
 

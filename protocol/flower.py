@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol, cast
 
 from flwr.app import Array, ArrayRecord, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as MessageProto
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 NODE_UNAVAILABLE = int(ErrorCode.NODE_UNAVAILABLE)
+MESSAGE_LOST = frozenset({int(ErrorCode.MESSAGE_UNAVAILABLE), int(ErrorCode.REPLY_MESSAGE_UNAVAILABLE)})
 CLIENT_APP_RAISED = int(ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 
 
@@ -45,6 +50,34 @@ def set_task_identity(run_id: int, node_id: int) -> None:
 def set_message_id(message: Message, message_id: str) -> None:
     """Set the id of `message`, as a grid does when the message is pushed."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def set_reply_to(reply: Message, message_id: str) -> None:
+    """Set the id of the message to which `reply` is the reply."""
+    reply.metadata.__dict__["_reply_to_message_id"] = message_id
+
+
+def set_message_ids(messages: Iterable[Message]) -> None:
+    """Set the ids of `messages` to those that Flower's grid for deployments gives them when they are pushed."""
+    with no_object_id_recompute():
+        for message in messages:
+            set_message_id(message, message.object_id)
+
+
+def is_simulation(grid: Grid) -> bool:
+    """Return whether `grid` is that of Flower's own simulation."""
+    return type(grid).__name__ == "InMemoryGrid"  # importing the class would import Flower's database
+
+
+def to_bytes(message: Message) -> bytes:
+    """Return `message` as bytes."""
+    data: bytes = message_to_proto(message).SerializeToString()
+    return data
+
+
+def from_bytes(data: bytes) -> Message:
+    """Return the message that `to_bytes` has written."""
+    return message_from_proto(MessageProto.FromString(data))
 
 
 def unchecked_metrics(numbers: dict[str, int | float]) -> MetricRecord:

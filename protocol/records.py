@@ -15,6 +15,8 @@ STEPS: Final = "steps"  # ArrayRecord from a target client: each batch's update,
 
 EXAMPLES: Final = "num-examples"  # metric: number of examples that the client trained or evaluated on
 ROUND: Final = "server-round"  # config: round number, from 1
+NONCE: Final = "nonce"  # config: identifies what is asked; the same if a node is asked again. A reply may repeat it
+DEADLINE: Final = "deadline"  # config: seconds from the creation of the message until the server stops waiting
 
 
 def of_kind(content: RecordDict, kind: type[R]) -> list[R]:

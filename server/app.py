@@ -61,7 +61,9 @@ def main(grid: Grid, context: Context) -> None:
         fraction_evaluate=settings.fraction_evaluate,
         min_available_nodes=settings.min_available_nodes,
         wait_seconds=settings.wait_seconds,
+        sites_to_start=settings.sites_to_start,
         quorum=settings.quorum,
+        policy=settings.policy.make() if settings.policy else None,
         max_abandoned=settings.max_abandoned,
         seed=settings.seed,
         buffers=[entry.name for entry in Layout.of_module(module).buffers],
@@ -71,7 +73,7 @@ def main(grid: Grid, context: Context) -> None:
     train = ConfigRecord({**flatten({"train": rule.train})})  # settings in a message override the run config
     try:
         arrays = to_arrays(module.state_dict())
-        strategy.start(grid, arrays, settings.rounds, settings.timeout, train_config=train)
+        strategy.start(grid, arrays, settings.rounds, settings.deadline, train_config=train)
     finally:
         if journal is not None:
             journal.close()

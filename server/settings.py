@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from corymb.protocol.settings import Settings, problems
 from corymb.protocol.train_settings import TrainSettings
 from corymb.server.rounds.backup_workers import DynamicBackupWorkers
 from corymb.server.rounds.candidate_election import CandidateElection
+from corymb.server.rounds.policy import Policy
 from corymb.server.rounds.round_size import RoundSize, WaitForShare
 from corymb.strategies import Rule, ServerOptimizer, make_rule
 
@@ -129,6 +131,33 @@ class ModelSettings(Settings):
     """Arguments of the function."""
 
 
+class PolicySettings(Settings):
+    """Limits on what one reply may do to the model; see `Policy`."""
+
+    max_norm: float = Field(inf, gt=0)
+    """The largest L2 norm of an update."""
+    max_norm_ratio: float = Field(inf, gt=0)
+    """The largest norm as a multiple of the median norm of earlier updates."""
+    max_examples: float = Field(inf, gt=0)
+    """The largest number of examples that a reply counts with."""
+    enrolled: dict[str, float] = Field(default_factory=dict)
+    """By site: the largest number of examples that its replies count with."""
+    max_growth: float = Field(inf, ge=1)
+    """The factor by which a site's number of examples may grow from one round to the next."""
+    max_share: float = Field(1.0, gt=0, le=1)
+    """The largest share of a round's examples that one reply has."""
+    excess: Literal["clip", "reject"] = "clip"
+    """Whether a reply beyond a limit is shortened to the limit or rejected."""
+    max_strikes: int = Field(0, ge=0)
+    """A site with so many rejected replies is left out for some rounds; 0: never."""
+    quarantine_rounds: int = Field(10, ge=1)
+    """The number of these rounds."""
+
+    def make(self) -> Policy:
+        """Return the policy."""
+        return Policy(**self.model_dump())
+
+
 class ProxySettings(Settings):
     """The server's own data, for rules that need proxy data."""
 
@@ -164,14 +193,18 @@ class ServerSettings(Settings):
     """A round starts when this many nodes are connected."""
     wait_seconds: float = Field(3600.0, gt=0)
     """How many seconds a round waits for these nodes before the run fails."""
-    timeout: float = Field(3600.0, gt=0)
-    """How many seconds each phase of a round waits for replies."""
+    sites_to_start: int = Field(0, ge=0)
+    """The number of nodes that train in a round, in place of `fraction`; 0 for none. Ask more than `quorum` needs."""
+    deadline: float = Field(3600.0, gt=0)
+    """How many seconds each phase of a round waits for replies. Ready clients stop training after 80 % of it."""
     round_size: Annotated[ShareSettings | BackupWorkersSettings, Field(discriminator="kind")] | None = None
     """The number of replies that a round waits for; without it, all of them."""
     proxy: ProxySettings | None = None
     """The server's own data."""
     quorum: int = Field(0, ge=0)
     """A round with fewer admitted replies is abandoned: the model stays as it was."""
+    policy: PolicySettings | None = None
+    """Limits on each reply."""
     max_abandoned: int = Field(5, ge=1)
     """So many abandoned rounds in a row end the run as failed."""
     seed: int = 0
@@ -197,6 +230,9 @@ class ServerSettings(Settings):
         Unknown top-level keys belong to the app and are ignored, unless one resembles a known key: that is an error.
         """
         tables = nest(config)
+        if "timeout" in tables:
+            log.warning("The key timeout of the run config is called deadline.")
+            tables.setdefault("deadline", tables.pop("timeout"))
         known = list(cls.model_fields)
         unknown = sorted(tables.keys() - set(known))
         for key in unknown:

@@ -17,18 +17,18 @@ from corymb.protocol.codec import to_arrays
 from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, METRICS
 from corymb.server.journal import Journal
 from corymb.server.rounds.candidate_election import CandidateElection
-from corymb.server.rounds.conclude import conclude
-from corymb.server.rounds.door import Door
-from corymb.server.rounds.record import ADMITTED, RoundRecord, Verdict, as_metrics, mean_metrics, verdicts
-from corymb.server.rounds.rejections import Code, Rejection
+from corymb.server.rounds.conclude import conclude, conclude_evaluation
+from corymb.server.rounds.policy import Policy
+from corymb.server.rounds.record import ADMITTED, RoundRecord, Verdict, as_metrics
+from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.requests import Keys, Phase
 from corymb.server.rounds.roster import Sampling
-from corymb.server.rounds.round import Round
+from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.round_loop import RoundLoop
 from corymb.server.rounds.round_size import RoundSize
 from corymb.server.rounds.sent_model import SentModel, model_in
 from corymb.server.rounds.state import Method, RunState
-from corymb.strategies import Model, Proxy, Report, Rule, ServerOptimizer
+from corymb.strategies import Model, Proxy, Rule, ServerOptimizer
 
 AggregateMetrics = Callable[[list[RecordDict], str], MetricRecord]
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
@@ -45,6 +45,9 @@ class FlowerStrategy(RoundLoop):
     `server_optimizer` is applied to the rule's model. `proxy` is the server's proxy data, for rules that need it.
     With a `candidate_election`, the clients elect each round's model. `buffers` names the float buffers in the state
     dict (default: BatchNorm's statistics).
+
+    With `sites_to_start`, so many nodes are sampled for training, whatever the fraction. `policy` limits what a single
+    reply may do to the model.
 
     A round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
 
@@ -80,7 +83,9 @@ class FlowerStrategy(RoundLoop):
         candidate_election: CandidateElection | None = None,
         round_size: RoundSize[Any] | None = None,
         proxy: Proxy | None = None,
+        sites_to_start: int = 0,
         quorum: int = 0,
+        policy: Policy | None = None,
         max_abandoned: int = 5,
         journal: Journal | None = None,
         resume: bool = False,
@@ -89,11 +94,11 @@ class FlowerStrategy(RoundLoop):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is {rule!r}; pass an instance of a rule, such as FedAU().")
         self.method = Method(
-            rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed, quorum
+            rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed, quorum, policy
         )
         self.sampling = Sampling(
             fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed, min_train_nodes,
-            min_evaluate_nodes,
+            min_evaluate_nodes, max(quorum, 1), sites_to_start,
         )  # fmt: skip
         self._aggregate_metrics = {"train": train_metrics_aggr_fn, "evaluate": evaluate_metrics_aggr_fn}
         self.buffers = buffers
@@ -107,6 +112,8 @@ class FlowerStrategy(RoundLoop):
         self._phase = Phase(Keys(arrayrecord_key, configrecord_key))
         self._grid: Grid | None = None
         self.timeout = 3600.0
+        self.busy = frozenset()
+        self._connected: int | None = None  # the number of connected nodes in the round before
 
     @property
     def rule(self) -> Rule[Any]:
@@ -136,7 +143,8 @@ class FlowerStrategy(RoundLoop):
         """Return a training message for each sampled node. Neither `arrays` nor `config` is changed."""
         self.set_model(arrays)
         self._grid = grid
-        connected, chosen = self.sampling.for_training(grid, server_round)
+        connected, chosen = self.sampling.for_training(grid, server_round, self._resting(server_round), self._connected)
+        self._connected = len(connected)
         return self._phase.begin(
             MessageType.TRAIN, server_round, config, connected, chosen, self._model_for, self._arrays
         )
@@ -152,9 +160,7 @@ class FlowerStrategy(RoundLoop):
         before = self.state.model
         current = Round(server_round, self.method, self._phase.requests)
         self.state, self.record = conclude(self.state, current, replies, self._evaluations)
-        for verdict in self.record.verdicts:
-            if verdict.reason and verdict.code != Code.OFFLINE:
-                log.info("\t│ %s (%s)", verdict.reason, verdict.code)
+        _log_reasons(self.record.verdicts, "")
         if "not-finite" in self.record.notes:
             log.warning("\t│ The new model is not finite; the round keeps the previous model.")
         if self.state.model is not before:
@@ -168,24 +174,18 @@ class FlowerStrategy(RoundLoop):
     ) -> list[Message]:
         """Return an evaluation message for each sampled node."""
         self.set_model(arrays)
-        connected, chosen = self.sampling.for_evaluation(grid, server_round)
+        connected, chosen = self.sampling.for_evaluation(grid, server_round, self._resting(server_round))
         return self._phase.begin(
             MessageType.EVALUATE, server_round, config, connected, chosen, self._model_for, self._arrays
         )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean metrics of `replies`, weighted by examples; None if there are none."""
-        door = Door(self.state.model.layers, self.method.examples_key)
-        checked: dict[str, Report | Rejection] = {}
-        for node, reply in self._phase.requests.named(replies):
-            checked.setdefault(node, door.admit_metrics(node, reply))
-        evaluations = tuple(verdicts(self._phase.requests.nodes, checked, {}))
+        current = Round(server_round, self.method, self._phase.requests)
+        self.state, evaluations, means = conclude_evaluation(self.state, current, replies)
         self.record = replace(self.record, evaluations=evaluations)
-        for verdict in evaluations:
-            if verdict.reason and verdict.code != Code.OFFLINE:
-                log.info("\t│ %s (evaluation: %s)", verdict.reason, verdict.code)
-        admitted = [verdict for verdict in evaluations if verdict.code == ADMITTED]
-        return self._metrics("evaluate", admitted, mean_metrics(r for r in checked.values() if isinstance(r, Report)))
+        _log_reasons(evaluations, "evaluation: ")
+        return self._metrics("evaluate", [verdict for verdict in evaluations if verdict.code == ADMITTED], means)
 
     def _metrics(self, phase: str, admitted: list[Verdict], means: Mapping[str, float]) -> MetricRecord | None:
         """Return `means`, or what the user's own function makes of the metrics of the `admitted` replies."""
@@ -214,17 +214,19 @@ class FlowerStrategy(RoundLoop):
 
     def about(self) -> dict[str, str]:
         """See `RoundLoop.about`."""
-        method = self.method
-        return {
-            "rule": repr(method.rule),
-            "server optimizer": repr(method.server_optimizer),
-            "candidate election": repr(method.candidate_election),
-            "seed": str(method.seed),
-        }
+        return self.method.about()
 
-    def messages_pushed(self, messages: Iterable[Message]) -> None:
-        """See `RoundLoop.messages_pushed`."""
-        self._phase.messages_pushed(messages)
+    def requests_of(self, messages: list[Message]) -> Requests:
+        """See `RoundLoop.requests_of`."""
+        return Requests.of(messages, self._phase.connected)
+
+    def set_requests(self, requests: Requests) -> None:
+        """See `RoundLoop.set_requests`."""
+        self._phase.requests = requests
+
+    def _resting(self, server_round: int) -> frozenset[str]:
+        """Return the nodes that are not asked: they are busy with an earlier round, or in quarantine."""
+        return self.busy | self.state.guard.quarantined(server_round)
 
     def _model_for(self, name: str) -> Model:
         return self.method.rule.model_for(name, self.state.model, self.state.memory)
@@ -239,3 +241,10 @@ class FlowerStrategy(RoundLoop):
         if self._grid is None:
             raise RuntimeError("The strategy has no grid for the candidate election; call configure_train first.")
         return self._phase.evaluations(model, self._arrays, self._grid, self.timeout)
+
+
+def _log_reasons(judged: Iterable[Verdict], prefix: str) -> None:
+    """Log the reason of each verdict that has one, except those on nodes that are not there."""
+    for verdict in judged:
+        if verdict.reason and verdict.code != Code.OFFLINE:
+            log.info("\t│ %s (%s%s)", verdict.reason, prefix, verdict.code)

@@ -1,4 +1,4 @@
-"""Files of tensors that are written atomically, and a lock."""
+"""Files that are written atomically, and a lock."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def save(tensors: Mapping[str, Tensor], path: Path, durable: bool) -> None:
     draft.replace(path)
     if durable:
         _sync(path.parent)
+
+
+def write_durably(path: Path, *pieces: bytes) -> None:
+    """Write `pieces` to `path` atomically, and return once they are on the disk. Raises `OSError` if that fails."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    _sync(path.parent)
 
 
 class FileLock:

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from corymb.server.journal.asks import Asks
 from corymb.server.journal.files import FileLock, save, sha256
 from corymb.server.journal.rows import delete_after, insert, open_database, read_rounds
 from corymb.server.rounds.record import RoundRecord
@@ -55,6 +56,7 @@ class Journal:
         self._lock = FileLock(folder / "writer.lock")
         self._database = open_database(folder)
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+        self.asks = Asks(folder, self._database) if durable else None
 
     def begin(self, about: Mapping[str, str], resume: bool) -> None:
         """Prepare the journal for writing a run that `about` describes.
@@ -85,6 +87,8 @@ class Journal:
         """
         number = self.last_whole_round()
         delete_after(self._database, number)
+        if self.asks is not None:
+            self.asks.forget(number + 1, after=True)
         if int(self.about().get("best-round", 0)) > number:  # that round is forgotten
             with self._database:
                 self._database.execute("DELETE FROM run WHERE key IN ('best-round', 'best-score')")
@@ -140,6 +144,8 @@ class Journal:
             raise
         self._uncommitted = []
         self._last_commit = time.monotonic()
+        if self.asks is not None:
+            self.asks.forget(records[-1].round)
         self._keep_if_best(records[-1], newest)
         for number, name, *_ in self._saved()[KEPT_MODELS:]:
             if not (self._keep_every and number % self._keep_every == 0):

@@ -14,8 +14,8 @@ from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.rejections import Code
 
 DATABASE = "journal.sqlite"
-VERSION = 3  # of the tables
-MIGRATIONS = {2: "ALTER TABLE rounds ADD COLUMN state_sha256 TEXT"}  # from each older version that is read
+VERSION = 4  # of the tables
+MIGRATIONS = {2: "ALTER TABLE rounds ADD COLUMN state_sha256 TEXT", 3: ""}  # from each older version that is read
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY,
@@ -55,6 +55,25 @@ CREATE TABLE IF NOT EXISTS evaluations (
 CREATE TABLE IF NOT EXISTS offline (  -- not in verdicts: there may be many, and each has a reason only
     round INTEGER PRIMARY KEY REFERENCES rounds,
     reasons TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS asks (  -- what was asked in the round under way
+    round INTEGER NOT NULL,
+    phase TEXT NOT NULL,
+    run_id TEXT NOT NULL,  -- of Flower: too large for an INTEGER
+    nonce TEXT NOT NULL,
+    at REAL NOT NULL,  -- Unix time
+    requests TEXT NOT NULL,
+    PRIMARY KEY (round, phase)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (  -- what happened, as it happened
+    at REAL NOT NULL,  -- Unix time
+    round INTEGER NOT NULL,
+    phase TEXT NOT NULL,
+    node TEXT NOT NULL,
+    what TEXT NOT NULL,
+    seconds REAL,  -- since the request
+    bytes INTEGER NOT NULL,
+    detail TEXT NOT NULL
 ) STRICT;
 """
 JSON_COLUMNS = ("train", "evaluate", "server", "notes")

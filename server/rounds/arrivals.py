@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import inf
 
 from flwr.app import Error, Message
@@ -29,7 +29,11 @@ def arrivals(
     """
     deadline = time.monotonic() + (inf if timeout is None else timeout)
     left = len(sent) if enough is None else enough
-    for reply in _streamed(grid, sent, deadline) if isinstance(grid, StreamingGrid) else _polled(grid, sent, deadline):
+    if isinstance(grid, StreamingGrid):
+        replies = _streamed(grid, sent, deadline)
+    else:
+        replies = polled(grid, sent, dict.fromkeys(sent), deadline)
+    for reply in replies:
         left -= not reply.has_error()
         yield reply
         del reply  # frees its memory before the next reply arrives
@@ -45,13 +49,28 @@ def _streamed(grid: StreamingGrid, sent: Mapping[str, Message], deadline: float)
             return
 
 
-def _polled(grid: Grid, sent: Mapping[str, Message], deadline: float) -> Iterator[Message]:
-    for message_id, outcome in pulled(grid, sent, deadline):
+def polled(
+    grid: Grid,
+    sent: Mapping[str, Message],
+    waiting: dict[str, None],
+    deadline: float,
+    attend: Callable[[], None] = lambda: None,
+) -> Iterator[Message]:
+    """Yield the replies to those of the messages `sent` whose ids are `waiting`, or an error reply in place of each
+    that cannot be received.
+
+    The function `attend` is called after each poll that brought no reply. The caller may change `sent` and `waiting`.
+    """
+    for each in pulled(grid, waiting, deadline):
+        if each is None:
+            attend()
+            continue
+        message_id, outcome = each
         if isinstance(outcome, Exception):
             yield _unreadable(sent[message_id], f"{type(outcome).__name__}: {outcome}")
         else:
             yield _checked_reply(sent[message_id], outcome)
-        del outcome
+        del outcome, each
 
 
 def _checked_reply(message: Message, reply: Message) -> Message:

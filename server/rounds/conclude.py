@@ -5,7 +5,7 @@ It uses neither a grid nor a clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,9 +13,11 @@ from flwr.app import Message
 
 from corymb.server.rounds.array_checks import is_bounded
 from corymb.server.rounds.door import Door
-from corymb.server.rounds.record import RoundRecord, mean_metrics, verdicts
-from corymb.server.rounds.rejections import Rejection, not_connected
-from corymb.server.rounds.round import Requests, Round
+from corymb.server.rounds.guard_memory import GuardMemory
+from corymb.server.rounds.policy import OFFENCES, with_share
+from corymb.server.rounds.record import RoundRecord, Verdict, mean_metrics, verdicts
+from corymb.server.rounds.rejections import Rejection, forged, not_connected, quarantined
+from corymb.server.rounds.round import Round
 from corymb.server.rounds.state import Cost, Method, RunState
 from corymb.strategies import Model, Reply, Report
 from corymb.strategies.core.random_state import seeded_generators
@@ -27,10 +29,11 @@ Evaluate = Callable[[Model], NamedReplies]
 
 @dataclass
 class _Checked:
-    """The door's result for each node's first reply, and the number of further replies, which are not read."""
+    """The result for each node's first reply, the number of further ones, which are not read, and norms of updates."""
 
     by_node: dict[str, Report | Rejection] = field(default_factory=dict)
     second_replies: int = 0
+    norms: list[float] = field(default_factory=list)
 
 
 def conclude(
@@ -50,7 +53,9 @@ def conclude(
     state = state.with_known_nodes(requests.nodes).with_known_nodes(requests.connected.values())
     door = Door(state.model.layers, method.examples_key, method.rule.wants_batch_updates)
     checked = _Checked()
-    admitted = _admitted(door, requests, replies, checked)
+    admitted = _admitted(door, round, state, replies, checked)
+    if method.policy is not None and method.policy.max_share < 1:
+        admitted = iter(_shared(list(admitted), method.policy.max_share, checked))
     observer = method.round_size.observer(state.round_size, state.model) if method.round_size else None
     if observer is not None:
         admitted = observer.watch(admitted)
@@ -62,14 +67,15 @@ def conclude(
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})
     absent = state.known_nodes.difference(requests.nodes, requests.connected.values())
-    results = checked.by_node | {node: not_connected(node) for node in absent}
+    left_out = {node: quarantined(node, state.guard.until[node]) for node in state.guard.quarantined(round.number)}
+    results = left_out | checked.by_node | {node: not_connected(node) for node in absent}
     admitted_count = sum(isinstance(report, Report) for report in checked.by_node.values())
     is_abandoned = admitted_count < method.quorum
     weights = {} if is_abandoned else outcome.weights
     notes |= {BELOW_QUORUM: float(method.quorum)} if is_abandoned else {}
     record = RoundRecord(round.number, tuple(verdicts(requests.nodes, results, weights)), train=train, notes=notes)
     cost = Cost(state.cost.messages + len(requests.by_message), state.cost.admitted + admitted_count)
-    concluded = replace(state, round=round.number, cost=cost)
+    concluded = replace(state, round=round.number, cost=cost, guard=_guarded(method, state, round.number, checked))
     if is_abandoned:
         return concluded, record
     concluded = replace(
@@ -80,6 +86,21 @@ def conclude(
     if outcome.model is state.model:
         return concluded, record
     return _after_rule(method, concluded, record, outcome.model, stored, door, evaluate)
+
+
+def conclude_evaluation(
+    state: RunState, round: Round, replies: Iterable[Message]
+) -> tuple[RunState, tuple[Verdict, ...], dict[str, float]]:
+    """Return the state after the evaluation of a round's model, the verdicts on the `replies`, and the mean metrics."""
+    method, requests = round.method, round.requests
+    door = Door(state.model.layers, method.examples_key)
+    checked: dict[str, Report | Rejection] = {}
+    for node, reply in requests.named(replies):
+        if node not in checked:
+            checked[node] = forged(node) if requests.is_forged(reply) else door.admit_metrics(node, reply)
+    guard = _after_offences(method, state.guard, round.number, checked)
+    means = mean_metrics(report for report in checked.values() if isinstance(report, Report))
+    return replace(state, guard=guard), tuple(verdicts(requests.nodes, checked, {})), means
 
 
 def _after_rule(
@@ -121,17 +142,49 @@ def _after_rule(
     return replace(state, model=chosen, moments=moments), record
 
 
-def _admitted(door: Door, requests: Requests, replies: Iterable[Message], checked: _Checked) -> Iterator[Reply]:
-    """Yield each reply that the door admits, and put the door's result for each node into `checked`."""
-    for node, message in requests.named(replies):
+def _admitted(
+    door: Door, round: Round, state: RunState, replies: Iterable[Message], checked: _Checked
+) -> Iterator[Reply]:
+    """Yield each reply that the door and the policy admit, and put the result for each node into `checked`."""
+    method, policy = round.method, round.method.policy
+    for node, message in round.requests.named(replies):
         if node in checked.by_node:
             checked.second_replies += 1
             continue
-        verdict = door.admit(node, message)
+        verdict = forged(node) if round.requests.is_forged(message) else door.admit(node, message)
         del message
+        if policy is not None and isinstance(verdict, Reply):
+            sent = method.rule.model_for(node, state.model, state.memory)
+            verdict, norm = policy.check(verdict, sent, state.guard)
+            checked.norms += [norm] if norm is not None and isinstance(verdict, Reply) else []
         if isinstance(verdict, Rejection):
             checked.by_node[node] = verdict
             continue
         checked.by_node[node] = verdict.report
         yield verdict
         del verdict  # frees its memory before the next reply
+
+
+def _shared(replies: list[Reply], share: float, checked: _Checked) -> list[Reply]:
+    """Return `replies` with numbers of examples of which none has more than `share`, and put these into `checked`."""
+    replies = with_share(replies, share)
+    checked.by_node |= {reply.report.node: reply.report for reply in replies}
+    return replies
+
+
+def _guarded(method: Method, state: RunState, number: int, checked: _Checked) -> GuardMemory:
+    """Return what the policy remembers after the training of a round."""
+    if method.policy is None:
+        return state.guard
+    admitted = {node: result.examples for node, result in checked.by_node.items() if isinstance(result, Report)}
+    return _after_offences(method, state.guard.after_admitting(checked.norms, admitted), number, checked.by_node)
+
+
+def _after_offences(
+    method: Method, guard: GuardMemory, number: int, results: Mapping[str, Report | Rejection]
+) -> GuardMemory:
+    """Return `guard` with a strike for each node whose reply was rejected in round `number`."""
+    if method.policy is None or not method.policy.max_strikes:
+        return guard
+    offenders = [node for node, r in results.items() if isinstance(r, Rejection) and r.code in OFFENCES]
+    return guard.after_offences(offenders, number, method.policy.max_strikes, method.policy.quarantine_rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from threading import Thread
 
@@ -20,41 +20,36 @@ TRIES = 3  # attempts to pull a reply before it counts as unreadable
 Pulled = tuple[str, Message | Exception]  # a message id with its reply, or with why it cannot be received
 
 
-def pulled(grid: Grid, sent: Mapping[str, Message], deadline: float) -> Iterator[Pulled]:
-    """Yield the reply to each of the messages `sent {message id: message}` as soon as it has arrived.
+def pulled(grid: Grid, waiting: dict[str, None], deadline: float) -> Iterator[Pulled | None]:
+    """Yield the reply to each of the message ids that are keys of `waiting`, as soon as it has arrived.
 
-    Ends after all replies, or at `deadline`, a value of `time.monotonic()`, even if a pull hangs: its thread is left
-    alone, and its reply is dropped. One reply is pulled at a time; while an upload is slow, it and another one.
+    The caller may add or remove ids at any time. None is yielded after each poll of all ids that brought no reply. Ends
+    after all replies, or at `deadline`, a value of `time.monotonic()`, even if a pull hangs: its thread is left alone,
+    and its reply is dropped. One reply is pulled at a time; while an upload is slow, it and another one.
     """
     pulls = _Pulls(grid)
-    waiting = dict.fromkeys(sent)  # not being pulled
     failed: Counter[str] = Counter()
     pause = POLL_SECONDS
-    while waiting or pulls.running:
+    while waiting:
         arrived = False
-        for message_id in list(waiting) or [""]:  # none, if all that are left have stalled
+        for message_id in [each for each in waiting if each not in pulls.running] or [""]:  # none, if all have stalled
             if time.monotonic() >= deadline:
                 return
-            if message_id and len(pulls.running) < MAX_STALLED:
-                del waiting[message_id]
+            if message_id in waiting and len(pulls.running) < MAX_STALLED:
                 pulls.start(message_id)
             # Waits for this pull, or for one that stalled before.
             for finished, outcome in pulls.finished(min(STALL_SECONDS, deadline - time.monotonic())):
-                if isinstance(outcome, Exception):
-                    failed[finished] += 1
-                    if failed[finished] < TRIES:
-                        waiting[finished] = None
-                    else:
-                        yield finished, outcome
-                elif outcome is None:
-                    waiting[finished] = None
-                else:
+                failed[finished] += isinstance(outcome, Exception)
+                is_over = outcome is not None and (isinstance(outcome, Message) or failed[finished] >= TRIES)
+                if outcome is not None and is_over and finished in waiting:
+                    del waiting[finished]
                     arrived = True
                     yield finished, outcome
                 del outcome  # frees its memory before the next pull
         pause = POLL_SECONDS if arrived else min(1.5 * pause, MAX_POLL_SECONDS)
-        if not arrived and (waiting or pulls.running):
-            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        if not arrived:
+            yield None
+            time.sleep(max(0.0, min(pause, deadline - time.monotonic())) if waiting else 0.0)
             if time.monotonic() >= deadline:
                 return
 

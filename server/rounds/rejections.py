@@ -24,6 +24,9 @@ class Code(StrEnum):
     SHAPE = "shape"
     DTYPE = "dtype"
     BYTES = "bytes"  # the bytes do not match the header, or the reply could not be received
+    NORM = "norm"  # the update is longer than the policy allows
+    SOURCE = "source"  # the reply comes from another node than the one that was asked
+    QUARANTINED = "quarantined"  # the node has offended too often and is not asked
     NOT_FINITE = "not-finite"  # a number is NaN, infinite or too large
 
 
@@ -57,6 +60,17 @@ def rejection_of_error(node: str, message: Message) -> Rejection:
 @lru_cache(maxsize=1 << 14)  # the same nodes are offline in many rounds
 def _offline(node: str, reason: str) -> Rejection:
     return Rejection(node, Code.OFFLINE, f"{node}: error {NODE_UNAVAILABLE}: {short(reason)}.")
+
+
+def quarantined(node: str, until: int) -> Rejection:
+    """Return the verdict on a node that is not asked before round `until`."""
+    reason = f"{node}: too many of its replies were rejected; it is asked again in round {until}."
+    return Rejection(node, Code.QUARANTINED, reason)
+
+
+def forged(node: str) -> Rejection:
+    """Return the verdict on a reply in the name of `node` that comes from another node."""
+    return Rejection(node, Code.SOURCE, f"{node}: the reply to its message comes from another node.")
 
 
 @lru_cache(maxsize=1 << 14)

@@ -5,7 +5,7 @@ They are pushed by Corymb's round loop or by Flower's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -58,16 +58,16 @@ class Phase:
         self._messages = self._create(nodes, model_for, arrays_of, kind, str(server_round))
         return list(self._messages)
 
-    def messages_pushed(self, messages: Iterable[Message]) -> None:
-        """Record that `messages` have been pushed, so that replies can be matched to nodes by message id."""
-        self._requests, self._messages = Requests.of(messages, self.connected), []
-
     @property
     def requests(self) -> Requests:
-        """The messages of this phase that have been pushed."""
-        if self._messages:  # Flower's own loop has pushed them, but does not call `sent`
-            self.messages_pushed(self._messages)
+        """The messages of this phase that have been pushed; replies are matched to nodes by message id."""
+        if self._messages:  # Flower's own loop has pushed them, but does not say so
+            self.requests = Requests.of(self._messages, self.connected)
         return self._requests
+
+    @requests.setter
+    def requests(self, requests: Requests) -> None:
+        self._requests, self._messages = requests, []
 
     def evaluations(
         self, model: Model, arrays_of: ArraysOf, grid: Grid, timeout: float | None

@@ -16,16 +16,18 @@ from corymb.protocol.grids import CompleteGrid
 log = logging.getLogger("flwr.corymb")
 POLL_SECONDS = 0.5
 REMIND_SECONDS = 10.0  # between two log lines while waiting
+REJOIN_SECONDS = 60.0  # that a later round waits for nodes that have left: Flower notices a lost node after this time
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Settings for the sampling of nodes. `train` and `evaluate` are the sampled fractions in the two phases of a
     round, rounded down as in Flower; at least `min_train` and `min_evaluate` nodes are sampled, if as many are
-    connected. A fraction of 0 samples no node.
+    connected. A fraction of 0 samples no node. `sites_to_start` nodes are sampled for training instead, unless it is 0.
 
-    A round begins once `min_nodes` nodes are connected. If that takes longer than `timeout`, `TimeoutError` is
-    raised.
+    The first round begins once `min_nodes` nodes are connected. If that takes longer than `timeout`, `TimeoutError` is
+    raised. A later round waits for up to a minute for nodes that have left since the round before. It then goes on
+    with those that are connected, if there are `least`.
     """
 
     train: float = 1.0
@@ -35,26 +37,43 @@ class Sampling:
     seed: int = 0
     min_train: int = 2
     min_evaluate: int = 2
+    least: int = 1
+    sites_to_start: int = 0
 
     def __post_init__(self) -> None:
         for name, fraction in (("fraction_train", self.train), ("fraction_evaluate", self.evaluate)):
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{name} is {fraction}; use a value in [0, 1], such as 1 for all connected nodes.")
 
-    def for_training(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:
-        """Wait for enough nodes. Return the connected nodes and the sampled ones, each as `{name: node id}`."""
-        nodes = wait_for(grid, self.min_nodes, self.timeout)
-        return nodes, self._sampled(nodes, self.train, self.min_train, server_round, "train")
+    def for_training(
+        self, grid: Grid, server_round: int, resting: Collection[str] = (), before: int | None = None
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        """Wait for enough nodes. Return the connected nodes and the sampled ones, each as `{name: node id}`.
 
-    def for_evaluation(self, grid: Grid, server_round: int) -> tuple[dict[str, int], dict[str, int]]:
+        Nodes that are `resting` are not sampled. `before` is the number of nodes that were connected in the round
+        before, None in the first round.
+        """
+        enough = self.min_nodes if before is None else min(self.min_nodes, before)
+        patience = self.timeout if before is None else REJOIN_SECONDS
+        if before is not None and not is_complete(grid) and not has_joined(grid, enough, patience):
+            enough, patience = min(self.least, enough), self.timeout
+        nodes = wait_for(grid, enough, patience)
+        if self.sites_to_start:
+            return nodes, self._sampled(nodes, resting, 1e-9, self.sites_to_start, server_round, "train")
+        return nodes, self._sampled(nodes, resting, self.train, self.min_train, server_round, "train")
+
+    def for_evaluation(
+        self, grid: Grid, server_round: int, resting: Collection[str] = ()
+    ) -> tuple[dict[str, int], dict[str, int]]:
         """Return the connected nodes and those sampled for evaluation, each as `{name: node id}`."""
         nodes = connected(grid) if self.evaluate else {}
-        return nodes, self._sampled(nodes, self.evaluate, self.min_evaluate, server_round, "evaluate")
+        return nodes, self._sampled(nodes, resting, self.evaluate, self.min_evaluate, server_round, "evaluate")
 
     def _sampled(
-        self, nodes: dict[str, int], fraction: float, minimum: int, server_round: int, phase: str
+        self, nodes: dict[str, int], resting: Collection[str], fraction: float, minimum: int, *draw: object
     ) -> dict[str, int]:
-        return {name: nodes[name] for name in sample(nodes, fraction, minimum, self.seed, server_round, phase)}
+        awake = [name for name in nodes if name not in resting]
+        return {name: nodes[name] for name in sample(awake, fraction, minimum, self.seed, *draw)}
 
 
 def connected(grid: Grid) -> dict[str, int]:
@@ -68,6 +87,21 @@ def connected(grid: Grid) -> dict[str, int]:
     return {name if name and count[name] == 1 else f"{name or 'node'}-{node_id}": node_id for name, node_id in nodes}
 
 
+def has_joined(grid: Grid, enough: int, seconds: float) -> bool:
+    """Return whether `enough` nodes are connected within `seconds`."""
+    try:
+        wait_for(grid, enough, seconds)
+    except TimeoutError as error:
+        log.warning("%s The round goes on without them.", error)
+        return False
+    return True
+
+
+def is_complete(grid: Grid) -> bool:
+    """Return whether no more nodes will join."""
+    return isinstance(grid, CompleteGrid) and grid.is_complete
+
+
 def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
     """Wait until `enough` nodes are connected, and return the connected nodes, `{name: node id}`.
 
@@ -77,7 +111,7 @@ def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
     reminded = -REMIND_SECONDS
     while len(nodes := connected(grid)) < enough:
         waited = time.monotonic() - started
-        if waited > timeout or (isinstance(grid, CompleteGrid) and grid.is_complete):
+        if waited > timeout or is_complete(grid):
             raise TimeoutError(
                 f"Only {len(nodes)} of {enough} required nodes connected within {waited:.0f} s; "
                 "start the missing nodes or lower min_available_nodes."

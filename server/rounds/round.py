@@ -46,11 +46,31 @@ class Requests:
             return name
         return self.connected.get(metadata.src_node_id, f"node-{metadata.src_node_id}")
 
+    def is_forged(self, reply: Message) -> bool:
+        """Return whether `reply` is to a message that was sent to another node; False if node ids are not known."""
+        metadata = reply.metadata
+        asked = self.by_message.get(metadata.reply_to_message_id)
+        source = self.connected.get(metadata.src_node_id, f"node-{metadata.src_node_id}")
+        return bool(self.connected) and asked is not None and asked != source and not reply.has_error()
+
     def named(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
         """Yield each reply with the name of its node."""
         for reply in replies:
             yield self.name_of(reply), reply
             del reply
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked in one phase of a round of the Flower run `run_id`, at the Unix time `at`.
+
+    `nonce` is in the config of the requests, and the same if a node is asked again.
+    """
+
+    nonce: str
+    requests: Requests
+    at: float
+    run_id: int
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+from flwr.app import Message
+
+from corymb.server.rounds.events import Event
 from corymb.server.rounds.record import RoundRecord
+from corymb.server.rounds.round import Asked
 from corymb.server.rounds.state import RunState
 
 log = logging.getLogger("flwr.corymb")
@@ -16,8 +20,34 @@ PATIENCE, PAUSE = 300.0, 5.0  # seconds, at the end of a run
 UNWRITABLE = (OSError, sqlite3.OperationalError)  # a full or read-only disk, a locked database
 
 
+class AskJournal(Protocol):
+    """The methods of a journal that keeps what was asked and answered in the round under way.
+
+    None of them raises: while the disk is full, an error is logged, and a restarted server asks again.
+    """
+
+    def asked(self, number: int, phase: str, run_id: int) -> Asked | None:
+        """Return what was asked in this phase, if it was in the Flower run `run_id`."""
+
+    def note_asked(self, number: int, phase: str, asked: Asked) -> None:
+        """Note what is asked in a phase. It is on the disk when this method returns."""
+
+    def keep_reply(self, number: int, phase: str, reply: Message) -> None:
+        """Keep a reply until its round is committed."""
+
+    def kept_replies(self, number: int, phase: str) -> Iterator[Message]:
+        """Yield the replies that were kept in this phase, in the order of arrival."""
+
+    def note_event(self, event: Event) -> None:
+        """Store an event."""
+
+
 class RoundJournal(Protocol):
     """The methods of `Journal` that the round loop uses."""
+
+    @property
+    def asks(self) -> AskJournal | None:
+        """The part that keeps what is asked and answered; None if the journal keeps rounds only."""
 
     def begin(self, about: Mapping[str, str], resume: bool) -> None:
         """Prepare the journal for the run that `about` describes; with `resume`, it may hold rounds of this run."""

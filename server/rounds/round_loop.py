@@ -12,10 +12,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from corymb.server.rounds.arrivals import arrivals
 from corymb.server.rounds.conclude import BELOW_QUORUM
+from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.record import RoundRecord, as_metrics
-from corymb.server.rounds.requests import push
+from corymb.server.rounds.round import Requests
 from corymb.server.rounds.round_journal import RoundJournal, commit_patiently, write_or_keep
 from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed
 from corymb.server.rounds.state import Method, RunState
@@ -39,6 +39,7 @@ class RoundLoop(Strategy):
     record: RoundRecord
     journal: RoundJournal | None
     resume: bool
+    busy: frozenset[str]  # the nodes that are not to be asked in the next phase
     max_abandoned: int
     on_round: Callable[[RoundRecord], None] | None
     timeout: float | None
@@ -59,8 +60,12 @@ class RoundLoop(Strategy):
         """Return what must not change when the run is resumed, for the journal."""
 
     @abstractmethod
-    def messages_pushed(self, messages: Iterable[Message]) -> None:
-        """Record that the `messages` of a phase have been pushed, so that replies can be matched by message id."""
+    def requests_of(self, messages: list[Message]) -> Requests:
+        """Return the requests of the phase that `configure_train` or `configure_evaluate` has begun with `messages`."""
+
+    @abstractmethod
+    def set_requests(self, requests: Requests) -> None:
+        """Set what has been asked in this phase, so that replies can be matched by message id."""
 
     def start(
         self,
@@ -90,14 +95,19 @@ class RoundLoop(Strategy):
             self._restore(self.journal, result)
         if not self.state.round and evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
+        exchange = Exchange(grid, timeout, self.journal.asks if self.journal is not None else None)
         started, abandoned = time.monotonic(), 0
         for number in range(self.state.round + 1, num_rounds + 1):
             self.record = RoundRecord(number)
-            messages = list(self.configure_train(number, result.arrays, train_config, grid))
-            trained = self._train(grid, number, messages, result)
-            messages = list(self.configure_evaluate(number, result.arrays, evaluate_config, grid))
-            replies = arrivals(grid, self._push(grid, messages), timeout)
-            evaluated = self.aggregate_evaluate(number, replies)
+            self.busy = exchange.busy(number)
+            config = exchange.begin(number, "train", train_config)
+            messages = list(self.configure_train(number, result.arrays, config, grid))
+            trained = self._train(exchange, number, messages, result)
+            self.busy = exchange.busy(number)
+            config = exchange.begin(number, "evaluate", evaluate_config)
+            messages = list(self.configure_evaluate(number, result.arrays, config, grid))
+            self.set_requests(exchange.push(messages, self.requests_of))
+            evaluated = self.aggregate_evaluate(number, exchange.replies())
             server = evaluate_fn(number, result.arrays) if evaluate_fn else None
             _add_metrics(result, number, trained, evaluated, server)
             ended = time.monotonic()  # the time to write this round to the journal counts for the next round
@@ -117,25 +127,21 @@ class RoundLoop(Strategy):
             raise NoReplyAdmitted(num_rounds, self.record)
         return result
 
-    def _train(self, grid: Grid, number: int, messages: list[Message], result: Result) -> MetricRecord | None:
+    def _train(self, exchange: Exchange, number: int, messages: list[Message], result: Result) -> MetricRecord | None:
         """Send `messages`, aggregate the replies, and put the new model into `result`."""
-        sent = self._push(grid, messages)
+        requests = exchange.push(messages, self.requests_of)
+        self.set_requests(requests)
         size, enough = self.method.round_size, None
-        if size is not None and sent:
-            enough, estimates = size.choose(len(sent), self.state.round_size)
+        if size is not None and requests.by_message:
+            enough, estimates = size.choose(len(requests.by_message), self.state.round_size)
             self.state = replace(self.state, round_size=estimates)
         arrival_times = _ArrivalTimes()
-        arrays, metrics = self.aggregate_train(number, arrival_times.watch(arrivals(grid, sent, self.timeout, enough)))
+        arrays, metrics = self.aggregate_train(number, arrival_times.watch(exchange.replies(enough)))
         result.arrays = self.set_model(result.arrays if arrays is None else arrays)
         if size is not None:
             self.state = replace(self.state, round_size=size.after(arrival_times.seconds, self.state.round_size))
             self.record = replace(self.record, notes={**self.record.notes, "waited-for": float(enough or 0)})
         return metrics
-
-    def _push(self, grid: Grid, messages: list[Message]) -> dict[str, Message]:
-        accepted = push(grid, messages)
-        self.messages_pushed(messages)
-        return accepted
 
     def _finish(self, num_rounds: int) -> None:
         """Write the round to the journal, log a summary and call `on_round`."""

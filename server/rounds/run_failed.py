@@ -8,7 +8,11 @@ from corymb.server.rounds.conclude import BELOW_QUORUM
 from corymb.server.rounds.record import RoundRecord
 
 
-class NoReplyAdmitted(RuntimeError):
+class RunFailed(RuntimeError):
+    """A run has failed, and starting its server again would not help."""
+
+
+class NoReplyAdmitted(RunFailed):
     """A run has ended in which no reply to a training message was admitted."""
 
     def __init__(self, rounds: int, last: RoundRecord) -> None:
@@ -17,7 +21,7 @@ class NoReplyAdmitted(RuntimeError):
         )
 
 
-class QuorumMissed(RuntimeError):
+class QuorumMissed(RunFailed):
     """A run has ended because too many rounds in a row had fewer admitted replies than the quorum."""
 
     def __init__(self, rounds: int, last: RoundRecord) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from corymb.protocol.records import EXAMPLES
 from corymb.server.rounds.candidate_election import CandidateElection
+from corymb.server.rounds.guard_memory import GuardMemory
+from corymb.server.rounds.policy import Policy
 from corymb.server.rounds.round_size import RoundSize
 from corymb.strategies import Model, Proxy, Rule, ServerOptimizer
 from corymb.strategies.core.server_optimizer import OptimizerState
@@ -29,7 +31,8 @@ class RunState:
     """The state of a run after `round` rounds. The journal stores it; the next round needs nothing else.
 
     `memory` is the memory of the rule, `moments` the state of the server optimiser, and `candidate_memories` the
-    memories of the rules in a candidate election. `round_size` holds the estimates of the round-size policy.
+    memories of the rules in a candidate election. `round_size` holds the estimates of the round-size policy, and
+    `guard` what the policy for replies remembers.
     `known_nodes` has the names of all nodes that were ever connected, and `cost` is the cost so far.
     """
 
@@ -38,6 +41,7 @@ class RunState:
     moments: OptimizerState | None = None
     candidate_memories: tuple[Any, ...] = ()
     round_size: Any = None
+    guard: GuardMemory = field(default_factory=GuardMemory)
     known_nodes: frozenset[str] = frozenset()
     cost: Cost = field(default_factory=Cost)
     round: int = 0
@@ -65,12 +69,23 @@ class Method:
     examples_key: str = EXAMPLES
     seed: int = 0
     quorum: int = 0
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         others = self.candidate_election.rules if self.candidate_election else ()
         for rule in (self.rule, *others):
             if rule.needs_proxy and self.proxy is None:
                 raise ValueError(f"{rule} needs proxy data; pass a proxy.")
+
+    def about(self) -> dict[str, str]:
+        """Return what must not change when a run is resumed."""
+        return {
+            "rule": repr(self.rule),
+            "server optimizer": repr(self.server_optimizer),
+            "candidate election": repr(self.candidate_election),
+            "seed": str(self.seed),
+            **({"policy": repr(self.policy)} if self.policy else {}),
+        }
 
     def check(self, model: Model) -> None:
         """Raise `ValueError` if `model` has no parameters, or not those of the proxy's module."""

@@ -1,44 +1,32 @@
-"""Attacks by hostile or faulty clients of a simulation."""
+"""Attacks by hostile or faulty clients of a simulation, each in what it sends. Other files have further kinds.
+
+A hostile client trains honestly and then sends something else. Its evaluations are honest.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from numpy.typing import NDArray
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from corymb.client.app import client_identity, derive_seed, round_of
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.records import of_kind
+from corymb.protocol.records import EXAMPLES, of_kind
 from corymb.protocol.settings import Settings
 from corymb.simulations.data.clients import Client, with_hooks
+from corymb.simulations.data.colluding_attacks import ALittleIsEnough, Copies, InnerProduct
+from corymb.simulations.data.data_attacks import Backdoor, FlippedLabels, ShuffledLabels
 from corymb.simulations.data.kinds import with_kind
 
 State = dict[str, Tensor]
 
 
-class ShuffledLabels(Settings):
-    """Label attack: the labels of `clients` hostile clients, drawn by the seed, are in random order.
-
-    The scenario shuffles the labels; the clients themselves train and reply as honest clients do.
-    """
-
-    kind: Literal["shuffled_labels"] = "shuffled_labels"
-    clients: int = Field(0, ge=0)
-    """The number of hostile clients, drawn by the seed."""
-
-    def wrap(self, app: Client, hostile: Collection[int], seed: int) -> Client:
-        """Return `app` unchanged: the attack is in the labels, not in the replies."""
-        return app
-
-
 class ModelAttack(Settings):
-    """Model attack: hostile clients train honestly but send a different model. Their evaluations are honest."""
+    """Model attack: hostile clients train honestly but send a different model."""
 
     clients: int = Field(0, ge=0)
     """The number of hostile clients, drawn by the seed."""
@@ -94,10 +82,39 @@ class SignFlip(ModelAttack):
 
     def change(self, received: State, trained: State, random: torch.Generator) -> State:
         """See `ModelAttack.change`."""
-        return {
-            name: received[name] - self.scale * (tensor - received[name]) if tensor.is_floating_point() else tensor
-            for name, tensor in trained.items()
-        }
+        return _along_the_update(received, trained, -self.scale)
+
+
+class Scaling(ModelAttack):
+    """Hostile clients send their update times `scale`, so that it outweighs the others (model replacement)."""
+
+    kind: Literal["scaling"] = "scaling"
+    scale: float = Field(10.0, gt=0)
+    """The factor."""
+
+    def change(self, received: State, trained: State, random: torch.Generator) -> State:
+        """See `ModelAttack.change`."""
+        return _along_the_update(received, trained, self.scale)
+
+
+class Replay(ModelAttack):
+    """Hostile clients send back the model that they received, as free riders do. `scale` has no effect."""
+
+    kind: Literal["replay"] = "replay"
+
+    def change(self, received: State, trained: State, random: torch.Generator) -> State:
+        """See `ModelAttack.change`."""
+        return received
+
+
+class NotANumber(ModelAttack):
+    """Hostile or broken clients send NaN in place of every parameter. `scale` has no effect."""
+
+    kind: Literal["nan"] = "nan"
+
+    def change(self, received: State, trained: State, random: torch.Generator) -> State:
+        """See `ModelAttack.change`."""
+        return {n: torch.full_like(t, torch.nan) if t.is_floating_point() else t for n, t in trained.items()}
 
 
 class ReversedScores(ModelAttack):
@@ -114,13 +131,50 @@ class ReversedScores(ModelAttack):
         }
 
 
+class InflatedWeight(Settings):
+    """Hostile clients claim `scale` times as many examples as they have; their models are honest."""
+
+    kind: Literal["inflated_weight"] = "inflated_weight"
+    clients: int = Field(0, ge=0)
+    """The number of hostile clients, drawn by the seed."""
+    scale: float = Field(1000.0, gt=0)
+    """The factor."""
+
+    def wrap(self, app: Client, hostile: Collection[int], seed: int) -> Client:
+        """Return `app` with a hook that raises the numbers of examples of the `hostile` clients."""
+        attackers = set(hostile)
+
+        def reply(message: Message, context: Context, reply: Message) -> Message:
+            if int(context.node_config["partition-id"]) in attackers:
+                for metrics in of_kind(reply.content, MetricRecord):
+                    if isinstance(claimed := metrics.get(EXAMPLES), (int, float)):
+                        metrics[EXAMPLES] = round(self.scale * claimed)
+            return reply
+
+        return with_hooks(app, reply=reply)
+
+
 AttackSettings = Annotated[
-    ShuffledLabels | GaussianNoise | SignFlip | ReversedScores,
+    ShuffledLabels
+    | FlippedLabels
+    | Backdoor
+    | GaussianNoise
+    | SignFlip
+    | Scaling
+    | Replay
+    | NotANumber
+    | ReversedScores
+    | InflatedWeight
+    | ALittleIsEnough
+    | InnerProduct
+    | Copies,
     Field(discriminator="kind"),
     BeforeValidator(with_kind("shuffled_labels")),
 ]
 
 
-def shuffled_labels(targets: Tensor, rows: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
-    """Return the targets of `rows [n]` in random order, `[n]`."""
-    return targets[torch.from_numpy(rng.permutation(rows))]
+def _along_the_update(received: State, trained: State, factor: float) -> State:
+    return {
+        name: received[name] + factor * (tensor - received[name]) if tensor.is_floating_point() else tensor
+        for name, tensor in trained.items()
+    }

@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from corymb.client import TrainSettings
 from corymb.protocol.settings import Settings, problems
 from corymb.server.settings import RuleSettings, rule_tables
-from corymb.simulations.data.attacks import AttackSettings, ShuffledLabels
+from corymb.simulations.data.attacks import AttackSettings
+from corymb.simulations.data.data_attacks import ShuffledLabels
 from corymb.simulations.data.participation_settings import AlwaysSettings, ParticipationSettings
 from corymb.simulations.data.partition_settings import DirichletSettings, PartitionSettings
 from corymb.simulations.data.sources import DataSettings

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corymb.simulations.data.attacks import ShuffledLabels, shuffled_labels
+from corymb.simulations.data.data_attacks import DataAttack
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.participation import Participation, Probabilities
 from corymb.simulations.data.partition_settings import DrawnSettings
@@ -79,27 +79,29 @@ def scenario_of(experiment: Experiment, source: Source, seed: int) -> Scenario:
                 f"attack.clients = {experiment.attack.clients} is more than the {len(names)} clients; use fewer."
             )
         hostile = tuple(sorted(rng.choice(len(names), experiment.attack.clients, replace=False).tolist()))
-    if hostile and isinstance(experiment.attack, ShuffledLabels):
-        population = _shuffle_labels(population, hostile, experiment, rng)
+    if hostile and isinstance(experiment.attack, DataAttack):
+        population = _poisoned(population, hostile, experiment, experiment.attack, source.classes, rng)
     if target_data is not None:
         names, population = [*names, TARGET], population.with_client(target_data)
     return Scenario(names, population, population.labels(source.classes), test, proxy, hostile)
 
 
-def _shuffle_labels(
-    population: Population, hostile: tuple[int, ...], experiment: Experiment, rng: np.random.Generator
+def _poisoned(
+    population: Population,
+    hostile: tuple[int, ...],
+    experiment: Experiment,
+    attack: DataAttack,
+    classes: int,
+    rng: np.random.Generator,
 ) -> Population:
-    """Return `population` with the labels of each hostile client in random order."""
+    """Return `population` with the examples that the hostile clients have after `attack`."""
     if isinstance(experiment.partition, DrawnSettings):
         raise ValueError(
-            "attack.kind = 'shuffled_labels' cannot be used with partition.kind = 'drawn', where clients share "
-            "examples; use another attack or another partition."
+            f"attack.kind = {experiment.attack.kind!r} cannot be used with partition.kind = 'drawn', where clients "
+            "share examples; use another attack or another partition."
         )
-    targets = population.store.targets.clone()
-    for client in hostile:
-        rows = population.store_positions_of(client)
-        targets[rows] = shuffled_labels(population.store.targets, rows.numpy(), rng)
-    return replace(population, store=replace(population.store, targets=targets))
+    rows = [population.store_positions_of(client).numpy() for client in hostile]
+    return replace(population, store=attack.poison(population.store, rows, classes, rng))
 
 
 def _sample(count: int, size: int, key: str, rng: np.random.Generator) -> Tensor:

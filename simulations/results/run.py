@@ -21,6 +21,7 @@ from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.server.rounds.record import ADMITTED
 from corymb.server.rounds.rejections import Code
 from corymb.simulations.data.clients import Client
+from corymb.simulations.data.data_attacks import Backdoor
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.random_start import with_random_start
 from corymb.simulations.engine.cohort_app import CohortApp
@@ -104,6 +105,10 @@ class Run:
         torch.manual_seed(self._seed)
         module = self._resolved.model()
         central_test = CentralTest(module, scenario.test, threads)
+        attack = experiment.attack
+        backdoor_test = None
+        if isinstance(attack, Backdoor) and scenario.hostile:
+            backdoor_test = CentralTest(module, attack.test_set(scenario.test), threads)
         rule = self._rule.make()
         voting_test = self._proxy(scenario.test) if isinstance(rule, VotingRule) else None
 
@@ -113,7 +118,10 @@ class Run:
             if voting_test is not None and isinstance(rule, VotingRule):
                 return _voting_metrics(rule, strategy.state.memory, voting_test, experiment.evaluate.budgets)
             module.load_state_dict(to_state(arrays))
-            return MetricRecord(dict(central_test.metrics()))
+            metrics = central_test.metrics()
+            if backdoor_test is not None:
+                metrics["backdoor"] = backdoor_test.metrics()["accuracy"]
+            return MetricRecord(dict(metrics))
 
         def after_round(record: RoundRecord) -> None:
             failures.check(record)

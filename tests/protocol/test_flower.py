@@ -1,17 +1,31 @@
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from importlib.metadata import version
+from inspect import signature
 
-from flwr.app import Message, RecordDict
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
+from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.flower import (
     CLIENT_APP_RAISED,
+    MESSAGE_LOST,
     NODE_UNAVAILABLE,
     empty_run,
+    from_bytes,
+    is_simulation,
     node_info,
     set_message_id,
+    set_message_ids,
+    set_reply_to,
     set_task_identity,
+    to_bytes,
+    unchecked_messages,
 )
+from corymb.protocol.flower_tasks import MODULE, describe_task
 
 
 def test_flowers_private_api_is_as_expected() -> None:
@@ -25,3 +39,51 @@ def test_flowers_private_api_is_as_expected() -> None:
     node = node_info(42, "site")
     assert (node.node_id, node.name) == (42, "site")
     assert (CLIENT_APP_RAISED, NODE_UNAVAILABLE) == (2, 5)
+    assert {3, 4} == MESSAGE_LOST
+
+
+def test_message_ids_are_those_of_flowers_grid() -> None:
+    set_task_identity(run_id=7, node_id=1)
+    content = RecordDict({"arrays": to_arrays({"w": torch.arange(3.0)}), "config": ConfigRecord({"a": 1})})
+    messages = unchecked_messages(content, [42, 43], "train", "1")
+    set_message_ids(messages)
+    ids = [message.metadata.message_id for message in messages]
+    assert ids == [message.object_id for message in messages]
+    assert len(set(ids)) == 2
+    reply = Message(RecordDict(), reply_to=messages[0])
+    set_reply_to(reply, "m-9")
+    assert reply.metadata.reply_to_message_id == "m-9"
+
+
+def test_a_message_survives_its_way_through_bytes() -> None:
+    set_task_identity(run_id=7, node_id=1)
+    request = Message(RecordDict(), 42, "train")
+    set_message_id(request, "m-1")
+    state = {"w": torch.randn(3, 2), "half": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}
+    content = RecordDict({"arrays": to_arrays(state), "metrics": MetricRecord({"num-examples": 3, "loss": 0.5})})
+    again = from_bytes(to_bytes(Message(content, reply_to=request)))
+    assert again.metadata.reply_to_message_id == "m-1"
+    assert again.metadata.src_node_id == 42
+    received = to_state(again.content["arrays"])  # type: ignore[arg-type]
+    assert received.keys() == state.keys()
+    assert all(torch.equal(received[name], state[name]) for name in state)
+    assert again.content["metrics"] == content["metrics"]
+    failed = from_bytes(to_bytes(Message(Error(99, "out of memory"), reply_to=request)))
+    assert (failed.error.code, failed.error.reason) == (99, "out of memory")
+
+
+def test_the_parts_of_flwr_serverapp_are_where_they_are_expected() -> None:
+    import_module(MODULE)
+    module = sys.modules[MODULE]
+    assert callable(module.run_)
+    assert callable(import_module("flwr.superlink.cli").flwr_serverapp)
+    assert list(signature(import_module("flwr.server.run_serverapp").run).parameters)[:4] == [
+        "grid", "context", "server_app_dir", "server_app_attr",
+    ]  # fmt: skip
+    grid = import_module("flwr.superlink.grid").HttpGrid("127.0.0.1:1", True, None, token="t")
+    grid.set_run(empty_run(7))
+    set_task_identity(run_id=7, node_id=1)
+    task = describe_task(grid, Context(7, 1, {}, RecordDict(), {"a": 1}), "folder", "app")
+    assert (task["address"], task["token"], task["app"], task["node"]) == ("127.0.0.1:1", "t", "app", 1)
+    assert not is_simulation(grid)
+    assert InMemoryGrid.__name__ == "InMemoryGrid"

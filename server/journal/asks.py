@@ -1,0 +1,104 @@
+"""What was asked and answered in the round under way, kept until it is committed; and the events of all rounds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from flwr.app import Message
+
+from corymb.protocol.flower import from_bytes, to_bytes
+from corymb.server.journal.files import write_durably
+from corymb.server.rounds.events import Event
+from corymb.server.rounds.round import Asked, Requests
+
+log = logging.getLogger("flwr.corymb")
+UNWRITABLE = (OSError, sqlite3.OperationalError)
+FOLDER = "replies"
+
+
+class Asks:
+    """The table `asks`, the table `events`, and one file per reply, in the journal's `folder`; see `AskJournal`."""
+
+    def __init__(self, folder: Path, database: sqlite3.Connection) -> None:
+        self._folder, self._database = folder / FOLDER, database
+        self._is_writable = True  # as far as is known: an error is logged once
+        self._next: dict[str, int] = {}  # the number of the next reply in each phase
+
+    def asked(self, number: int, phase: str, run_id: int) -> Asked | None:
+        """See `AskJournal.asked`."""
+        row = self._database.execute(
+            "SELECT nonce, at, requests FROM asks WHERE round = ? AND phase = ? AND run_id = ?",
+            (number, phase, str(run_id)),
+        ).fetchone()
+        if row is None:
+            return None
+        nonce, at, requests = row
+        fields = json.loads(requests)
+        connected = {int(node_id): name for node_id, name in fields["connected"].items()}
+        return Asked(nonce, Requests(fields["by_message"], tuple(fields["nodes"]), connected), at, run_id)
+
+    def note_asked(self, number: int, phase: str, asked: Asked) -> None:
+        """See `AskJournal.note_asked`."""
+        requests = asked.requests
+        fields = {"by_message": requests.by_message, "nodes": requests.nodes, "connected": requests.connected}
+        row = (number, phase, str(asked.run_id), asked.nonce, asked.at, json.dumps(fields))
+        self._write("INSERT OR REPLACE INTO asks VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def keep_reply(self, number: int, phase: str, reply: Message) -> None:
+        """See `AskJournal.keep_reply`."""
+        try:
+            self._folder.mkdir(exist_ok=True)
+            data, prefix = to_bytes(reply), _prefix(number, phase)
+            if prefix not in self._next:
+                self._next = {prefix: len(list(self._folder.glob(f"{prefix}*.reply")))}
+            write_durably(self._folder / f"{prefix}{self._next[prefix]:06d}.reply", hashlib.sha256(data).digest(), data)
+            self._next[prefix] += 1
+        except (*UNWRITABLE, ValueError) as error:  # ValueError: more than Protocol Buffers can hold, 2 GiB
+            self._complain(error)
+
+    def kept_replies(self, number: int, phase: str) -> Iterator[Message]:
+        """See `AskJournal.kept_replies`. A damaged file is left out."""
+        for path in sorted(self._folder.glob(f"{_prefix(number, phase)}*.reply")):
+            content = path.read_bytes()
+            digest, data = content[:32], content[32:]
+            if hashlib.sha256(data).digest() != digest:
+                log.warning("The kept reply %s is damaged; its node is asked again.", path)
+                continue
+            yield from_bytes(data)
+
+    def note_event(self, event: Event) -> None:
+        """See `AskJournal.note_event`."""
+        row = (event.at, event.round, event.phase, event.node, event.what, event.seconds, event.size, event.detail)
+        self._write("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+
+    def forget(self, number: int, after: bool = False) -> None:
+        """Forget what was asked and answered up to round `number`; with `after`, that of the rounds after it."""
+        self._write(f"DELETE FROM asks WHERE round {'>' if after else '<='} ?", (number,))
+        for path in self._folder.glob("*.reply"):
+            if (int(path.name.split("-")[0]) > number) == after:
+                path.unlink(missing_ok=True)
+
+    def _write(self, statement: str, row: tuple[object, ...]) -> None:
+        try:
+            self._execute(statement, row)
+            self._is_writable = True
+        except UNWRITABLE as error:
+            self._complain(error)
+
+    def _execute(self, statement: str, row: tuple[object, ...]) -> None:
+        with self._database:
+            self._database.execute(statement, row)
+
+    def _complain(self, error: Exception) -> None:
+        if self._is_writable:
+            log.error("The journal cannot keep what is asked and answered (%s); the run goes on.", error)
+        self._is_writable = False
+
+
+def _prefix(number: int, phase: str) -> str:
+    return f"{number:06d}-{phase}-"

@@ -1,0 +1,133 @@
+"""The exchange of messages with the nodes in a run: asking, receiving, and asking again.
+
+In a deployment, what is asked is noted before it is sent, and replies are kept until the round is committed. So a
+server that is killed and started again receives what it still lacks, and no node trains twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from math import inf
+
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from corymb.protocol.flower import is_simulation, set_message_ids
+from corymb.protocol.records import DEADLINE, NONCE
+from corymb.server.rounds.arrivals import arrivals, polled
+from corymb.server.rounds.asking import Asking
+from corymb.server.rounds.events import Event, EventLog, some
+from corymb.server.rounds.late import LateReplies
+from corymb.server.rounds.requests import push
+from corymb.server.rounds.roster import is_complete
+from corymb.server.rounds.round import Asked, Requests
+from corymb.server.rounds.round_journal import AskJournal
+
+log = logging.getLogger("flwr.corymb")
+LEAST_SECONDS = 10.0  # that a restarted server waits for replies, even if the deadline has passed meanwhile
+
+
+class Exchange:
+    """The exchange with the nodes behind `grid`, one phase of a round at a time: `begin`, `push`, `replies`.
+
+    `timeout` is the limit for each phase in seconds, None for no limit. `journal` keeps what was asked and answered;
+    None if nothing is kept. In a simulation, nothing is noted, kept or asked again.
+    """
+
+    def __init__(self, grid: Grid, timeout: float | None, journal: AskJournal | None = None) -> None:
+        self._grid, self._timeout = grid, timeout
+        self.is_deployed = not is_complete(grid) and not is_simulation(grid)
+        self._journal = journal if self.is_deployed else None
+        self._events = EventLog(self._journal, self.is_deployed)
+        self._late = LateReplies(grid, self._events)
+        self._round, self._phase, self._nonce = 0, "", ""
+        self._asked: Asked | None = None  # by an earlier process of this server
+        self._sent: dict[str, Message] = {}
+        self._asking: Asking | None = None
+
+    def busy(self, number: int) -> frozenset[str]:
+        """Return the nodes that still owe a reply to an earlier round, and so are not to be asked in round `number`."""
+        return self._late.busy(number) if self.is_deployed else frozenset()
+
+    def begin(self, number: int, phase: str, config: ConfigRecord) -> ConfigRecord:
+        """Begin a phase. Returns the config of its messages: in a deployment, with a nonce and the deadline."""
+        self._round, self._phase, self._asking = number, phase, None
+        if not self.is_deployed:
+            return config
+        self._asked = self._journal.asked(number, phase, self._run_id) if self._journal else None
+        self._nonce = self._asked.nonce if self._asked else secrets.token_hex(8)
+        extra = {NONCE: self._nonce} | ({} if self._timeout is None else {DEADLINE: float(self._timeout)})
+        return ConfigRecord({**config, **extra})
+
+    def push(self, messages: list[Message], requests_of: Callable[[list[Message]], Requests]) -> Requests:
+        """Push `messages`, and return what has been asked.
+
+        If an earlier process of this server has pushed the messages of this phase, they are not pushed again.
+        """
+        if not self.is_deployed:
+            self._sent = push(self._grid, messages)
+            return requests_of(messages)
+        if self._asked is not None and self._asked.requests.by_message:
+            requests, number = self._asked.requests, self._round
+            log.info("[ROUND %d] These nodes were asked before the restart: %s", number, some(requests.nodes))
+            self._asking = Asking(self._grid, number, self._phase, self._asked, messages, self._events)
+            return requests
+        set_message_ids(messages)
+        asked = Asked(self._nonce, requests_of(messages), time.time(), self._run_id)
+        self._note(asked)  # before the push: after a crash, Flower tells which of these ids it does not know
+        accepted = push(self._grid, messages)
+        if set(asked.requests.by_message) - set(accepted):  # refused, or a grid that gives ids of its own
+            asked = Asked(self._nonce, requests_of(messages), asked.at, self._run_id)
+            self._note(asked)
+        self._asking = Asking(self._grid, self._round, self._phase, asked, messages, self._events)
+        for node in asked.requests.by_message.values():
+            self._events.add(Event(self._round, self._phase, node, "asked"))
+        return asked.requests
+
+    def replies(self, enough: int | None = None) -> Iterator[Message]:
+        """Yield the replies to the messages of this phase as they arrive; see `arrivals`."""
+        if self._asking is None:
+            yield from arrivals(self._grid, self._sent, self._timeout, enough)
+            return
+        asking, number = self._asking, self._round
+        left = len(asking.asked.requests.by_message) if enough is None else enough
+        limit = inf if self._timeout is None else max(LEAST_SECONDS, asking.asked.at + self._timeout - time.time())
+        deadline = time.monotonic() + limit
+        try:
+            with closing(self._kept_then_arriving(asking, deadline)) as replies:
+                for reply in replies:
+                    left -= not reply.has_error()
+                    yield reply
+                    del reply  # frees its memory before the next reply arrives
+                    if left <= 0:
+                        return
+        finally:
+            self._late.add(number, asking.unanswered())
+
+    def _kept_then_arriving(self, asking: Asking, deadline: float) -> Generator[Message]:
+        """Yield the replies that an earlier process of this server has kept, and then those that arrive."""
+        number, phase = self._round, self._phase
+        kept = self._journal.kept_replies(number, phase) if self._journal else iter(())
+        for reply in kept:
+            if asking.accept(reply) is not None:
+                yield reply
+            del reply
+        for reply in polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend):
+            seconds = asking.accept(reply)
+            if seconds is not None:
+                if self._journal is not None:
+                    self._journal.keep_reply(number, phase, reply)
+                yield reply
+            del reply
+
+    def _note(self, asked: Asked) -> None:
+        if self._journal is not None:
+            self._journal.note_asked(self._round, self._phase, asked)
+
+    @property
+    def _run_id(self) -> int:
+        return int(self._grid.run.run_id)

@@ -1,0 +1,130 @@
+"""The program that an operator puts in the place of `flwr-serverapp`: it survives a crash of the ServerApp.
+
+Flower's SuperExec starts `flwr-serverapp` by name from the PATH. This one holds the task, the heartbeat and the log,
+and runs the app in a child process. If the child dies, it is started again under the same run, and goes on from its
+journal. An exception that comes twice ends the run with its traceback. `corymb supervisor FOLDER` writes the program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from flwr.app import Context
+
+from corymb.protocol.flower_tasks import describe_task, run_serverapp_command, run_task
+from corymb.server.rounds.run_failed import RunFailed
+
+NAME = "flwr-serverapp"
+RAISED, FAILED = 3, 4  # exit codes of the child: the app raised an exception; the run has achieved nothing
+MOST_CRASHES = 30  # in a row, each soon after the start
+SOON_SECONDS = 60.0
+LONGEST_PAUSE = 5.0  # seconds between a crash and the next start
+
+
+@dataclass(frozen=True)
+class End:
+    """How a child ended: its exit code, negative for a signal; its last line; and how many seconds it ran."""
+
+    code: int
+    last_line: str
+    seconds: float
+
+
+def pause_before_restart(ends: list[End]) -> float | None:
+    """Return how many seconds to wait before the child is started again; None if it is not.
+
+    `ends` are those of all children so far. Nothing is started after success, after a run that has achieved nothing,
+    after the same exception twice in a row, and after `MOST_CRASHES` in a row that each came soon.
+    """
+    last = ends[-1]
+    if last.code in (0, FAILED):
+        return None
+    if last.code == RAISED and len(ends) > 1 and (ends[-2].code, ends[-2].last_line) == (RAISED, last.last_line):
+        return None
+    quick = 0
+    for end in reversed(ends):
+        if end.seconds > SOON_SECONDS:
+            break
+        quick += 1
+    return None if quick >= MOST_CRASHES else min(0.1 * 2 ** max(0, quick - 5), LONGEST_PAUSE)
+
+
+def supervise(grid: Any, context: Context, server_app_dir: str, server_app_attr: str | None = None) -> Context:
+    """Run the app in a child process until it ends well. Raises `RunFailed` if it does not.
+
+    The arguments are those of Flower's function that runs an app.
+    """
+    task = json.dumps(describe_task(grid, context, server_app_dir, server_app_attr or ""))
+    ends: list[End] = []
+    while True:
+        ends.append(_run_child(task))
+        if ends[-1].code == 0:
+            return context
+        pause = pause_before_restart(ends)
+        if pause is None:
+            raise RunFailed(f"{ends[-1].last_line or f'exit code {ends[-1].code}'} (after {len(ends) - 1} restarts)")
+        how = f"signal {-ends[-1].code}" if ends[-1].code < 0 else f"exit code {ends[-1].code}"
+        print(f"The ServerApp ended with {how}; it is started again in {pause:g} s and goes on from its journal.")
+        time.sleep(pause)
+
+
+def _run_child(task: str) -> End:
+    started, last_line = time.monotonic(), ""
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "corymb.server.supervisor", "--child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(task + "\n")
+    child.stdin.flush()  # it stays open: its end tells the child that this process has died
+    for line in child.stdout:
+        print(line, end="")  # Flower takes it from here to the log of the run
+        last_line = line.strip() or last_line
+    return End(child.wait(), last_line, time.monotonic() - started)
+
+
+def _be_the_child() -> None:
+    task = json.loads(sys.stdin.readline())
+    Thread(target=_die_with_the_parent, daemon=True).start()
+    try:
+        run_task(task)
+    except Exception as error:
+        sys.stdout.flush()
+        traceback.print_exc()
+        os._exit(FAILED if isinstance(error, RunFailed) else RAISED)
+    sys.stdout.flush()
+    os._exit(0)  # pulls may still hang in their threads
+
+
+def _die_with_the_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def write_program(folder: Path) -> Path:
+    """Write the program into `folder`, which the operator puts first on the PATH of the SuperLink or SuperExec."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m corymb.server.supervisor "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+if __name__ == "__main__":
+    if "--child" in sys.argv:
+        _be_the_child()
+    else:
+        run_serverapp_command(supervise)

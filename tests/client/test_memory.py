@@ -1,0 +1,130 @@
+"""A client answers a repeated request from memory, and stops training before the deadline."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from corymb.client import make_client_app
+from corymb.client.memory import answer_from_memory
+from corymb.protocol.codec import to_arrays
+from corymb.protocol.flower import set_message_id, set_task_identity
+
+
+def request(number: int, kind: str = "train", **config: Any) -> Message:
+    set_task_identity(run_id=1, node_id=1)
+    content = RecordDict({"config": ConfigRecord({"server-round": number, **config})})
+    message = Message(content, 5, kind)
+    set_message_id(message, f"m-{time.monotonic_ns()}")
+    return message
+
+
+def context() -> Context:
+    return Context(1, 5, {}, RecordDict(), {})
+
+
+def counting_app(calls: list[int]) -> ClientApp:
+    app = ClientApp(mods=[answer_from_memory])
+
+    @app.train()
+    @app.evaluate()
+    def _(message: Message, context: Context) -> Message:
+        calls.append(1)
+        metrics = MetricRecord({"num-examples": len(calls)})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app
+
+
+def number_in(reply: Message) -> Any:
+    content: Any = reply.content
+    return content["metrics"]["num-examples"]
+
+
+def test_a_repeated_nonce_is_answered_from_memory() -> None:
+    calls: list[int] = []
+    app, state = counting_app(calls), context()
+    first, again = request(1, nonce="a"), request(1, nonce="a")
+    assert number_in(app(first, state)) == 1
+    reply = app(again, state)
+    assert number_in(reply) == 1
+    assert reply.metadata.reply_to_message_id == again.metadata.message_id
+    assert dict(reply.content["answered"]) == {"nonce": "a"}
+    assert len(calls) == 1
+    assert number_in(app(request(1, "evaluate", nonce="a"), state)) == 2  # another kind of message
+    assert number_in(app(request(1, nonce="a"), state)) == 1
+    assert number_in(app(request(2, nonce="b"), state)) == 3
+    assert number_in(app(request(1, nonce="a"), state)) == 4  # only the last answer is kept
+
+
+def test_without_a_nonce_nothing_is_kept() -> None:
+    calls: list[int] = []
+    app, state = counting_app(calls), context()
+    for expected in (1, 2):
+        reply = app(request(1), state)
+        assert number_in(reply) == expected
+        assert list(reply.content) == ["metrics"]
+    assert not state.state
+
+
+def test_an_error_is_not_kept() -> None:
+    app, state = ClientApp(mods=[answer_from_memory]), context()
+
+    @app.train()
+    def _(message: Message, context: Context) -> Message:
+        return Message(Error(99, "out of memory"), reply_to=message)
+
+    assert app(request(1, nonce="a"), state).has_error()
+    assert not state.state
+
+
+def slow_client(batches: int) -> tuple[ClientApp, RecordDict]:
+    """A client with `batches` batches of ten examples, each of which takes 20 ms."""
+
+    class Slow(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return super().forward(x)
+
+    data = TensorDataset(torch.randn(10 * batches, 2), torch.zeros(10 * batches, dtype=torch.int64))
+    app = make_client_app(lambda: Slow(2, 2), lambda context: (data, None))
+    return app, RecordDict({"arrays": to_arrays(nn.Linear(2, 2).state_dict())})
+
+
+def test_a_client_sends_what_it_has_before_the_deadline() -> None:
+    app, content = slow_client(100)
+    message = request(1, deadline=0.5)
+    message.content["arrays"] = content["arrays"]
+    state = context()
+    state.run_config["train.batch_size"] = 10
+    reply: Any = app(message, state)
+    metrics = reply.content["metrics"]
+    assert 0 < metrics["completed"] < 1
+    assert metrics["completed"] == metrics["steps"] / 100
+    assert metrics["num-examples"] == 10 * metrics["steps"]
+
+
+def test_a_client_that_is_too_late_trains_one_batch() -> None:
+    app, content = slow_client(5)
+    message = request(1, deadline=0.0001)
+    message.content["arrays"] = content["arrays"]
+    state = context()
+    state.run_config["train.batch_size"] = 10
+    reply: Any = app(message, state)
+    assert (reply.content["metrics"]["steps"], reply.content["metrics"]["completed"]) == (1, 0.2)
+
+
+def test_a_client_with_time_enough_reports_nothing_of_it() -> None:
+    app, content = slow_client(2)
+    message = request(1, deadline=60.0)
+    message.content["arrays"] = content["arrays"]
+    state = context()
+    state.run_config["train.batch_size"] = 10
+    reply: Any = app(message, state)
+    assert "completed" not in reply.content["metrics"]
