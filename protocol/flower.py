@@ -69,15 +69,22 @@ def is_simulation(grid: Grid) -> bool:
     return type(grid).__name__ == "InMemoryGrid"  # importing the class would import Flower's database
 
 
-def to_bytes(message: Message) -> bytes:
-    """Return `message` as bytes."""
+def to_proto(message: Message) -> bytes:
+    """Return `message` in Flower's own encoding, at most 2 GiB."""
     data: bytes = message_to_proto(message).SerializeToString()
     return data
 
 
-def from_bytes(data: bytes) -> Message:
-    """Return the message that `to_bytes` has written."""
+def from_proto(data: bytes) -> Message:
+    """Return the message that `to_proto` has encoded."""
     return message_from_proto(MessageProto.FromString(data))
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """Return a message with the metadata of `message` and other content."""
+    other = Message.__new__(Message)
+    other.__dict__.update(_metadata=message.metadata, _content=content, _error=None)
+    return other
 
 
 def unchecked_metrics(numbers: dict[str, int | float]) -> MetricRecord:

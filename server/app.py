@@ -28,7 +28,8 @@ from torch import nn
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.run_config import flatten
 from corymb.server.journal import Journal
-from corymb.server.settings import ServerSettings
+from corymb.server.journal.models import APP, unfinished_run
+from corymb.server.settings import ServerSettings, runs_folder
 from corymb.server.strategy import FlowerStrategy
 from corymb.strategies import Layout, Proxy
 from corymb.strategies.core.registry import import_reference
@@ -45,9 +46,11 @@ def main(grid: Grid, context: Context) -> None:
     torch.manual_seed(settings.seed)
     module: nn.Module = import_reference(settings.model.kind, "model")(**settings.model.options)
     proxy = Proxy(module, *import_reference(settings.proxy.data, "proxy data")()) if settings.proxy else None
-    folder = settings.journal_folder(context.run_id)
+    folder, app_id = settings.journal_folder(context.run_id), str(grid.run.fab_id)
+    if settings.resume and not settings.journal:
+        folder = unfinished_run(runs_folder(), app_id) or folder
     notes = {"flower-run": str(context.run_id)}  # so that a ServerApp that Flower starts again under this run goes on
-    journal = Journal(folder, keep_every=settings.keep_every, notes=notes) if folder else None
+    journal = Journal(folder, keep_every=settings.keep_every, notes={**notes, APP: app_id}) if folder else None
     resume = journal is not None and (settings.resume or notes.items() <= journal.about().items())
     if journal is not None:
         log.info("Journal: %s", folder)

@@ -215,7 +215,8 @@ class ServerSettings(Settings):
     keep_every: int = Field(0, ge=0)
     """The journal keeps the model of every so many rounds, besides the last two and the best; 0 for none."""
     resume: bool = False
-    """Go on with the run of an earlier ServerApp that is in the journal's folder."""
+    """Go on with the run of an earlier ServerApp that is in the journal's folder. If `journal` is "", that is the last
+    run of this app that is not complete."""
 
     def journal_folder(self, run_id: int) -> Path | None:
         """Return the folder of the journal of the Flower run `run_id`; None for no journal."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flwr.app import Message
 
-from corymb.protocol.flower import from_bytes, to_bytes
+from corymb.protocol.message_file import from_bytes, to_pieces
 from corymb.server.journal.files import write_durably
 from corymb.server.rounds.events import Event
 from corymb.server.rounds.round import Asked, Requests
@@ -53,12 +53,15 @@ class Asks:
         """See `AskJournal.keep_reply`."""
         try:
             self._folder.mkdir(exist_ok=True)
-            data, prefix = to_bytes(reply), _prefix(number, phase)
+            pieces, prefix = to_pieces(reply), _prefix(number, phase)
             if prefix not in self._next:
                 self._next = {prefix: len(list(self._folder.glob(f"{prefix}*.reply")))}
-            write_durably(self._folder / f"{prefix}{self._next[prefix]:06d}.reply", hashlib.sha256(data).digest(), data)
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            write_durably(self._folder / f"{prefix}{self._next[prefix]:06d}.reply", digest.digest(), *pieces)
             self._next[prefix] += 1
-        except (*UNWRITABLE, ValueError) as error:  # ValueError: more than Protocol Buffers can hold, 2 GiB
+        except (*UNWRITABLE, ValueError, TypeError) as error:  # the latter two: what Flower cannot encode
             self._complain(error)
 
     def kept_replies(self, number: int, phase: str) -> Iterator[Message]:

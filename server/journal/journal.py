@@ -28,6 +28,7 @@ log = logging.getLogger("flwr.corymb")
 KEPT_MODELS = 2  # files of the newest models
 COMMIT_SECONDS = 1.0  # between two commits of a journal that is not durable
 BEST = "best.safetensors"
+FINISHED = "finished"  # in `about`, of a run that is complete
 
 
 class Journal:
@@ -78,6 +79,8 @@ class Journal:
                     f"The journal in {self.folder} is of a run with {key} = {stored[key]}, not {value}; use "
                     "another folder."
                 )
+        with self._database:
+            self._database.execute("DELETE FROM run WHERE key = ?", (FINISHED,))
         self._note({**about, **self._notes})
 
     def resume(self, initial: RunState) -> RunState:
@@ -151,6 +154,11 @@ class Journal:
             if not (self._keep_every and number % self._keep_every == 0):
                 for file in (name, _state_of(name)):
                     (self.folder / file).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Commit the last rounds and note that the run is complete. Raises as `write` does."""
+        self.commit()
+        self._note({FINISHED: "yes"})
 
     def rounds(self) -> Iterator[RoundRecord]:
         """Return the records of all rounds, in order."""

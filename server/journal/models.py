@@ -12,8 +12,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from corymb.server.journal.files import sha256
-from corymb.server.journal.journal import BEST, Journal
+from corymb.server.journal.journal import BEST, FINISHED, Journal
 from corymb.server.journal.rows import DATABASE
+
+APP = "app"  # in the notes of a journal: the id of the Flower app
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ def stored_runs(folder: Path) -> list[StoredRun]:
     """Return the runs whose journals lie in `folder`, oldest first."""
     found = sorted(folder.glob(f"*/{DATABASE}"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
     return [stored_run(path.parent) for path in found]
+
+
+def unfinished_run(folder: Path, app: str) -> Path | None:
+    """Return the newest journal in `folder` of a run of the Flower app `app` that is not complete; None if none is."""
+    for path in sorted(folder.glob(f"*/{DATABASE}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with closing(Journal(path.parent)) as journal:
+            about = journal.about()
+        if about.get(APP) == app and FINISHED not in about:
+            return path.parent
+    return None
 
 
 def stored_run(folder: Path) -> StoredRun:

@@ -49,8 +49,7 @@ class EventLog:
 
     def add(self, event: Event, waiting: Iterable[str] = ()) -> None:
         """Store and log `event`. `waiting` are the nodes that have not answered."""
-        if self._sink is not None:
-            self._sink.note_event(event)
+        self.store(event)
         if event.what == "asked":  # one line for all of them would be as long as the list of nodes
             return
         seconds = "" if event.seconds is None else f" after {event.seconds:.1f} s"
@@ -69,6 +68,11 @@ class EventLog:
             detail,
             rest,
         )
+
+    def store(self, event: Event) -> None:
+        """Store `event` without a line in the log."""
+        if self._sink is not None:
+            self._sink.note_event(event)
 
     def log(self, text: str, *values: object) -> None:
         """Write a line to the log."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from math import inf
 
@@ -22,6 +22,8 @@ from corymb.server.rounds.arrivals import arrivals, polled
 from corymb.server.rounds.asking import Asking
 from corymb.server.rounds.events import Event, EventLog, some
 from corymb.server.rounds.late import LateReplies
+from corymb.server.rounds.record import ADMITTED, SILENT, Verdict
+from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.requests import push
 from corymb.server.rounds.roster import is_complete
 from corymb.server.rounds.round import Asked, Requests
@@ -107,6 +109,12 @@ class Exchange:
                         return
         finally:
             self._late.add(number, asking.unanswered())
+
+    def judged(self, verdicts: Iterable[Verdict]) -> None:
+        """Store the rejections among the `verdicts` of this phase as events."""
+        for verdict in verdicts:
+            if verdict.code not in (ADMITTED, SILENT, Code.OFFLINE):
+                self._events.store(Event(self._round, self._phase, verdict.node, verdict.code, detail=verdict.reason))
 
     def _kept_then_arriving(self, asking: Asking, deadline: float) -> Generator[Message]:
         """Yield the replies that an earlier process of this server has kept, and then those that arrive."""

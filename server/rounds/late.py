@@ -54,6 +54,6 @@ class LateReplies:
                 late = self._late.pop(name, None)
                 self._pause.pop(name, None)
                 if late is not None:
-                    self._events.add(Event(late.round, "train", name, "late", detail=f"in round {number}, not counted"))
+                    self._events.add(Event(late.round, "train", name, "late", detail="not counted"))
         self._late = {name: late for name, late in self._late.items() if number < late.until}
         return frozenset(self._late)

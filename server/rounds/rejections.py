@@ -25,7 +25,7 @@ class Code(StrEnum):
     DTYPE = "dtype"
     BYTES = "bytes"  # the bytes do not match the header, or the reply could not be received
     NORM = "norm"  # the update is longer than the policy allows
-    SOURCE = "source"  # the reply comes from another node than the one that was asked
+    SOURCE = "source"  # the node has answered a message that was sent to another node
     QUARANTINED = "quarantined"  # the node has offended too often and is not asked
     NOT_FINITE = "not-finite"  # a number is NaN, infinite or too large
 
@@ -69,8 +69,8 @@ def quarantined(node: str, until: int) -> Rejection:
 
 
 def forged(node: str) -> Rejection:
-    """Return the verdict on a reply in the name of `node` that comes from another node."""
-    return Rejection(node, Code.SOURCE, f"{node}: the reply to its message comes from another node.")
+    """Return the verdict on a reply of `node` to a message that was sent to another node."""
+    return Rejection(node, Code.SOURCE, f"{node}: it has answered a message that was sent to another node.")
 
 
 @lru_cache(maxsize=1 << 14)

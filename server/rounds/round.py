@@ -39,19 +39,22 @@ class Requests:
     def name_of(self, reply: Message) -> str:
         """Return the name of the node that sent `reply`: the addressee of the request, or else the source node.
 
-        The addressee takes precedence, because a SuperLink creates error replies under its own node id.
+        The addressee takes precedence, because a SuperLink creates error replies under its own node id; but not if the
+        reply is forged, so that it costs the addressee nothing.
         """
-        metadata = reply.metadata
-        if name := self.by_message.get(metadata.reply_to_message_id):
-            return name
-        return self.connected.get(metadata.src_node_id, f"node-{metadata.src_node_id}")
+        name = self.by_message.get(reply.metadata.reply_to_message_id)
+        return self._source(reply) if name is None or self.is_forged(reply) else name
 
     def is_forged(self, reply: Message) -> bool:
         """Return whether `reply` is to a message that was sent to another node; False if node ids are not known."""
-        metadata = reply.metadata
-        asked = self.by_message.get(metadata.reply_to_message_id)
-        source = self.connected.get(metadata.src_node_id, f"node-{metadata.src_node_id}")
-        return bool(self.connected) and asked is not None and asked != source and not reply.has_error()
+        asked = self.by_message.get(reply.metadata.reply_to_message_id)
+        if asked is None or not self.connected or asked == self._source(reply):
+            return False
+        return not reply.has_error() or reply.metadata.src_node_id in self.connected  # else it is the SuperLink's
+
+    def _source(self, reply: Message) -> str:
+        source = reply.metadata.src_node_id
+        return self.connected.get(source, f"node-{source}")
 
     def named(self, replies: Iterable[Message]) -> Iterator[tuple[str, Message]]:
         """Yield each reply with the name of its node."""

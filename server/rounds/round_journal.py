@@ -61,8 +61,8 @@ class RoundJournal(Protocol):
     def write(self, record: RoundRecord, state: RunState) -> None:
         """Write a finished round and the state after it. If that fails, keep them in memory and raise."""
 
-    def commit(self) -> None:
-        """Commit the rounds that have been written."""
+    def finish(self) -> None:
+        """Commit the rounds that have been written, and note that the run is complete."""
 
 
 def write_or_keep(journal: RoundJournal, record: RoundRecord, state: RunState) -> None:
@@ -73,12 +73,12 @@ def write_or_keep(journal: RoundJournal, record: RoundRecord, state: RunState) -
         log.error("The journal cannot be written (%s); this round is kept in memory and written later.", error)
 
 
-def commit_patiently(journal: RoundJournal) -> None:
+def finish_patiently(journal: RoundJournal) -> None:
     """Commit the last rounds of a run; try again for `PATIENCE` seconds before raising the error."""
     ends = time.monotonic() + PATIENCE
     while True:
         try:
-            return journal.commit()
+            return journal.finish()
         except UNWRITABLE as error:
             if time.monotonic() > ends:
                 raise

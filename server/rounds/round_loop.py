@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -16,7 +16,8 @@ from corymb.server.rounds.conclude import BELOW_QUORUM
 from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.round import Requests
-from corymb.server.rounds.round_journal import RoundJournal, commit_patiently, write_or_keep
+from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, write_or_keep
+from corymb.server.rounds.round_size import ArrivalTimes
 from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed
 from corymb.server.rounds.state import Method, RunState
 
@@ -108,6 +109,7 @@ class RoundLoop(Strategy):
             messages = list(self.configure_evaluate(number, result.arrays, config, grid))
             self.set_requests(exchange.push(messages, self.requests_of))
             evaluated = self.aggregate_evaluate(number, exchange.replies())
+            exchange.judged(self.record.evaluations)
             server = evaluate_fn(number, result.arrays) if evaluate_fn else None
             _add_metrics(result, number, trained, evaluated, server)
             ended = time.monotonic()  # the time to write this round to the journal counts for the next round
@@ -122,7 +124,7 @@ class RoundLoop(Strategy):
             if abandoned and number < num_rounds:  # the sites that are away may need some time
                 time.sleep(min(FIRST_PAUSE * 2 ** (abandoned - 1), LONGEST_PAUSE))
         if self.journal is not None:
-            commit_patiently(self.journal)
+            finish_patiently(self.journal)
         if self.state.cost.messages and not self.state.cost.admitted:
             raise NoReplyAdmitted(num_rounds, self.record)
         return result
@@ -135,8 +137,9 @@ class RoundLoop(Strategy):
         if size is not None and requests.by_message:
             enough, estimates = size.choose(len(requests.by_message), self.state.round_size)
             self.state = replace(self.state, round_size=estimates)
-        arrival_times = _ArrivalTimes()
+        arrival_times = ArrivalTimes()
         arrays, metrics = self.aggregate_train(number, arrival_times.watch(exchange.replies(enough)))
+        exchange.judged(self.record.verdicts)
         result.arrays = self.set_model(result.arrays if arrays is None else arrays)
         if size is not None:
             self.state = replace(self.state, round_size=size.after(arrival_times.seconds, self.state.round_size))
@@ -172,22 +175,6 @@ class RoundLoop(Strategy):
             metrics = (as_metrics(measured) for measured in (record.train, record.evaluate, record.server))
             _add_metrics(result, record.round, *metrics)
             self.record = record
-
-
-@dataclass
-class _ArrivalTimes:
-    """The times at which the replies of a phase arrive, in seconds after the phase began. Errors are not counted."""
-
-    started: float = field(default_factory=time.monotonic)
-    seconds: list[float] = field(default_factory=list)
-
-    def watch(self, replies: Iterable[Message]) -> Iterator[Message]:
-        """Yield `replies` unchanged and record their times."""
-        for reply in replies:
-            if not reply.has_error():
-                self.seconds.append(time.monotonic() - self.started)
-            yield reply
-            del reply
 
 
 def _add_metrics(result: Result, number: int, *metrics: MetricRecord | None) -> None:

@@ -5,10 +5,13 @@ A policy is a frozen dataclass of settings. What it learns over rounds is a sepa
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
+
+from flwr.app import Message
 
 from corymb.strategies import Model, Reply
 
@@ -60,3 +63,19 @@ class WaitForShare(RoundSize[None]):
     def choose(self, requested: int, estimates: None) -> tuple[int, None]:
         """See `RoundSize.choose`."""
         return max(1, round(self.share * requested)), None
+
+
+@dataclass
+class ArrivalTimes:
+    """The times at which the replies of a phase arrive, in seconds after the phase began. Errors are not counted."""
+
+    started: float = field(default_factory=time.monotonic)
+    seconds: list[float] = field(default_factory=list)
+
+    def watch(self, replies: Iterable[Message]) -> Iterator[Message]:
+        """Yield `replies` unchanged and record their times."""
+        for reply in replies:
+            if not reply.has_error():
+                self.seconds.append(time.monotonic() - self.started)
+            yield reply
+            del reply

@@ -13,38 +13,52 @@ from safetensors.torch import load_file
 
 from corymb.server.supervisor import write_program
 from corymb.tests.e2e.processes import Processes, free_port, until
+from corymb.tests.e2e.proxy import Proxy
 
 APP = str(Path(__file__).parent / "one_hot")
 SITES = 3
 
 
 class Federation:
-    """Starts a SuperLink with Corymb's supervisor of ServerApps, and the sites; `run` starts the app."""
+    """A SuperLink that survives a crash, a SuperExec with Corymb's supervisor, and the sites; `run` starts the app.
 
-    def __init__(self, started: Processes, fleet_port: int | None = None) -> None:
+    `state` is the folder of the SuperLink's database and of the journals. With `through_proxy`, a proxy is in between.
+    """
+
+    def __init__(self, started: Processes, state: Path | None = None, through_proxy: bool = False) -> None:
         self.started, self.folder = started, started.folder
+        self.state = state or self.folder
         self.port = free_port()
-        self.fleet_port = fleet_port or self.port  # that of a proxy, if there is one
+        self.proxy = Proxy(self.port) if through_proxy else None
         (self.folder / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
         )
+        (self.folder / "secret").write_text("a secret of the SuperExec alone, for tests only")
         program = write_program(self.folder / "programs")
         started.environment["PATH"] = f"{program.parent}:{started.environment['PATH']}"
-        started.environment["CORYMB_HOME"] = str(self.folder / "corymb")
+        started.environment["CORYMB_HOME"] = str(self.state / "corymb")
         self.superlink = self.start_superlink()
+        started.start(
+            "superexec", "flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{self.port}",
+            "--superexec-auth-secret-file", str(self.folder / "secret"),
+        )  # fmt: skip
         self.sites = [self.start_site(site) for site in range(SITES)]
 
     def start_superlink(self) -> subprocess.Popen[bytes]:
+        """Start the SuperLink, with its state on disk, and wait until it answers."""
         superlink = self.started.start(
-            "superlink", "flower-superlink", "--insecure", "--disable-runtime-dependency-installation",
-            "--database", str(self.folder / "state.db"), "--host", "127.0.0.1", "--port", str(self.port),
+            "superlink", "flower-superlink", "--insecure", "--isolation", "process",
+            "--superexec-auth-secret-file", str(self.folder / "secret"),
+            "--database", str(self.state / "state.db"), "--host", "127.0.0.1", "--port", str(self.port),
         )  # fmt: skip
         until(lambda: self.started.succeeds("flwr", "list", "here"), 120, "the start of the SuperLink")
         return superlink
 
     def start_site(self, site: int) -> subprocess.Popen[bytes]:
+        """Start the SuperNode of a site."""
+        port = self.proxy.port if self.proxy else self.port
         return self.started.start(
-            f"site-{site}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.fleet_port}",
+            f"site-{site}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
             "--node-config", f'partition-id={site} num-partitions={SITES} folder="{self.folder}"',
             "--host", "127.0.0.1", "--port", str(free_port()),
         )  # fmt: skip
@@ -60,7 +74,7 @@ class Federation:
 
     def child(self) -> int | None:
         """The process in which the ServerApp runs."""
-        home = f"CORYMB_HOME={self.folder / 'corymb'}".encode()
+        home = f"CORYMB_HOME={self.state / 'corymb'}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 line = (process / "cmdline").read_bytes()
@@ -78,9 +92,30 @@ class Federation:
 
     def counts(self) -> torch.Tensor:
         """The final model: how often the update of each site was counted in each round."""
-        (journal,) = (self.folder / "corymb" / "runs").iterdir()
-        newest = max(journal.glob("model-*.safetensors"))
-        return load_file(newest)["counts"]
+        return load_file(max(self.journal().glob("model-*.safetensors")))["counts"]
+
+    def journal(self) -> Path:
+        """The folder of the only journal."""
+        (journal,) = (self.state / "corymb" / "runs").iterdir()
+        return journal
+
+    def run_to_its_end(self, config: str = "", seconds: float = 900) -> str:
+        """Run the app to its end and return the status of the run, as Flower puts it."""
+        self.run(config)
+        until(self.ended, seconds, "the end of the run")
+        return self.started.status("here")
+
+    def assert_counted(self, rounds: int) -> None:
+        """Each update was counted exactly once."""
+        counts = self.counts()
+        expected = torch.zeros_like(counts)
+        expected[:rounds] = 1
+        assert torch.equal(counts, expected)
+
+    def assert_exact(self, rounds: int) -> None:
+        """Each update was counted exactly once, and each site has trained once in each round."""
+        self.assert_counted(rounds)
+        assert self.trained() == {site: dict.fromkeys(range(1, rounds + 1), 1) for site in range(SITES)}
 
 
 def kill(pid: int) -> None:

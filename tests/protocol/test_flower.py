@@ -15,17 +15,16 @@ from corymb.protocol.flower import (
     MESSAGE_LOST,
     NODE_UNAVAILABLE,
     empty_run,
-    from_bytes,
     is_simulation,
     node_info,
     set_message_id,
     set_message_ids,
     set_reply_to,
     set_task_identity,
-    to_bytes,
     unchecked_messages,
 )
 from corymb.protocol.flower_tasks import MODULE, describe_task
+from corymb.protocol.message_file import from_bytes, to_pieces
 
 
 def test_flowers_private_api_is_as_expected() -> None:
@@ -61,14 +60,14 @@ def test_a_message_survives_its_way_through_bytes() -> None:
     set_message_id(request, "m-1")
     state = {"w": torch.randn(3, 2), "half": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}
     content = RecordDict({"arrays": to_arrays(state), "metrics": MetricRecord({"num-examples": 3, "loss": 0.5})})
-    again = from_bytes(to_bytes(Message(content, reply_to=request)))
+    again = from_bytes(b"".join(to_pieces(Message(content, reply_to=request))))
     assert again.metadata.reply_to_message_id == "m-1"
     assert again.metadata.src_node_id == 42
     received = to_state(again.content["arrays"])  # type: ignore[arg-type]
     assert received.keys() == state.keys()
     assert all(torch.equal(received[name], state[name]) for name in state)
     assert again.content["metrics"] == content["metrics"]
-    failed = from_bytes(to_bytes(Message(Error(99, "out of memory"), reply_to=request)))
+    failed = from_bytes(b"".join(to_pieces(Message(Error(99, "out of memory"), reply_to=request))))
     assert (failed.error.code, failed.error.reason) == (99, "out of memory")
 
 

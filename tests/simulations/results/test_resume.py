@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -71,6 +72,27 @@ def test_a_killed_simulation_is_resumed_to_the_same_models(tmp_path: Path) -> No
     written = [(tmp_path / folder / "rounds.jsonl").read_text().splitlines() for folder in ("whole", "parts")]
     whole, parts = ([re.sub(r'"seconds": [^,}]+', "", line) for line in lines] for lines in written)
     assert whole == parts
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_fifty_kills_at_random_moments_change_no_bit(tmp_path: Path) -> None:
+    """Each process lives for up to 3 s after its first round, or is killed while it starts."""
+    (tmp_path / "killed.toml").write_text(EXPERIMENT.replace("rounds = 60", "rounds = 6000"))
+    subprocess.run(command(tmp_path, "--out", "whole"), cwd=tmp_path, check=True, capture_output=True)
+    moments, kills = random.Random(5), 0
+    for _ in range(50):
+        options = ["--out", "parts", "--resume"]
+        with subprocess.Popen(command(tmp_path, *options), cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+            try:
+                process.wait(moments.uniform(1.0, 9.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                kills += 1
+    resumed = subprocess.run(command(tmp_path, *options), cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    print(f"{kills} kills")
+    assert models(tmp_path / "parts") == models(tmp_path / "whole")
 
 
 def test_a_stopped_simulation_says_how_far_it_came(tmp_path: Path) -> None:

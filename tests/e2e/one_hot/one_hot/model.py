@@ -1,4 +1,4 @@
-"""The model: one number for each site in each round."""
+"""The model: one number for each site in each round, and padding that makes it as large as a test needs."""
 
 import torch
 
@@ -6,10 +6,11 @@ SITES, MOST_ROUNDS = 3, 64
 
 
 class OneHot(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, padding: int) -> None:
         super().__init__()
         self.counts = torch.nn.Parameter(torch.zeros(MOST_ROUNDS, SITES))
+        self.padding = torch.nn.Parameter(torch.randn(padding))
 
 
-def make_model() -> torch.nn.Module:
-    return OneHot()
+def make_model(padding: int = 1) -> torch.nn.Module:
+    return OneHot(padding)

@@ -1,0 +1,55 @@
+"""A message as bytes, for a file. The bytes of its arrays are written as they are, without a second copy in memory."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+
+from corymb.protocol.flower import from_proto, to_proto, with_content
+
+LENGTH = struct.Struct("<Q")
+
+
+def to_pieces(message: Message) -> list[bytes]:
+    """Return `message` as pieces of bytes: lengths, the message without its arrays' bytes, and these."""
+    if message.has_error():
+        return _with_lengths([to_proto(message)])
+    content, data = RecordDict(), []
+    for name, record in message.content.items():
+        if isinstance(record, ArrayRecord):
+            stripped = ArrayRecord()
+            for key, array in record.items():
+                stripped[key] = Array(array.dtype, array.shape, array.stype, b"")
+                data.append(array.data)
+            content[name] = stripped
+        else:
+            content[name] = record
+    return _with_lengths([to_proto(with_content(message, content)), *data])
+
+
+def from_bytes(data: bytes) -> Message:
+    """Return the message whose pieces, joined, are `data`."""
+    head, *arrays = _pieces(data)
+    message = from_proto(head)
+    if not message.has_error():
+        remaining = iter(arrays)
+        for record in message.content.values():
+            if isinstance(record, ArrayRecord):
+                for array in record.values():
+                    array.data = next(remaining)
+    return message
+
+
+def _with_lengths(pieces: list[bytes]) -> list[bytes]:
+    return [LENGTH.pack(len(pieces)), *(LENGTH.pack(len(piece)) for piece in pieces), *pieces]
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    (count,) = LENGTH.unpack_from(data)
+    start = LENGTH.size * (count + 1)
+    for index in range(count):
+        (length,) = LENGTH.unpack_from(data, LENGTH.size * (index + 1))
+        yield data[start : start + length]
+        start += length
