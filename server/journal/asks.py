@@ -12,7 +12,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from corymb.protocol.message_file import from_bytes, to_pieces
-from corymb.server.journal.files import write_durably
+from corymb.server.journal.files import write_pieces
 from corymb.server.rounds.events import Event
 from corymb.server.rounds.round import Asked, Requests
 
@@ -59,7 +59,7 @@ class Asks:
             digest = hashlib.sha256()
             for piece in pieces:
                 digest.update(piece)
-            write_durably(self._folder / f"{prefix}{self._next[prefix]:06d}.reply", digest.digest(), *pieces)
+            write_pieces(self._folder / f"{prefix}{self._next[prefix]:06d}.reply", digest.digest(), *pieces)
             self._next[prefix] += 1
         except (*UNWRITABLE, ValueError, TypeError) as error:  # the latter two: what Flower cannot encode
             self._complain(error)

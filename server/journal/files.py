@@ -35,16 +35,13 @@ def save(tensors: Mapping[str, Tensor], path: Path, durable: bool) -> None:
         _sync(path.parent)
 
 
-def write_durably(path: Path, *pieces: bytes) -> None:
-    """Write `pieces` to `path` atomically, and return once they are on the disk. Raises `OSError` if that fails."""
+def write_pieces(path: Path, *pieces: bytes) -> None:
+    """Write `pieces` to `path` atomically. Raises `OSError` if that fails. A crash of the machine may damage the file."""
     draft = path.with_name(f"{path.name}.draft")
     with draft.open("wb") as file:
         for piece in pieces:
             file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
     draft.replace(path)
-    _sync(path.parent)
 
 
 class FileLock:

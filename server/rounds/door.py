@@ -80,9 +80,10 @@ class Door:
                 Code.EXAMPLES, f"the metric {self.examples_key!r} is {short(examples)}, not a {kind} from 0 to 2^53"
             )
         # A metric that is not a finite number is left out; the update is kept.
+        singles = _single(metrics)
         numbers = {
             name: float(value)
-            for name, value in metrics.items()
+            for name, value in singles.items()
             if name != self.examples_key and isinstance(value, (int, float)) and abs(value) < LARGEST_METRIC
             if name.isprintable() and len(name) < 100
         }
@@ -90,9 +91,9 @@ class Door:
             classes = {name: value for name, value in numbers.items() if name.startswith(CLASS_COUNT_PREFIX)}
             others = {name: value for name, value in numbers.items() if name not in classes}
             numbers = dict(islice(others.items(), MAX_METRICS)) | dict(islice(classes.items(), MAX_CLASSES))
-        if len(numbers) + 1 == len(metrics):
+        if len(numbers) + 1 == len(singles):
             return Report(node, examples, numbers)
-        left_out = [short(name) for name in metrics if name not in numbers and name != self.examples_key]
+        left_out = [short(name) for name in singles if name not in numbers and name != self.examples_key]
         return Report(node, examples, numbers, tuple(left_out[:MAX_LEFT_OUT]))
 
     def _steps(self, node: str, message: Message) -> Tensor | None:
@@ -100,6 +101,19 @@ class Door:
         if not self.wants_batch_updates(node) or not isinstance(record := message.content.get(STEPS), ArrayRecord):
             return None
         return decoded_steps(record, self.layout)
+
+
+def _single(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `metrics` with the entries of each list of up to `MAX_METRICS` numbers as metrics `name[i]`."""
+    if not any(isinstance(value, list) for value in metrics.values()):
+        return metrics
+    singles: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, list) and 0 < len(value) <= MAX_METRICS:
+            singles |= {f"{name}[{index}]": number for index, number in enumerate(value)}
+        else:
+            singles[name] = value
+    return singles
 
 
 def _only(records: Records, kind: type[Any], ignored: str = "") -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count, takewhile
 from math import fsum
 
 from flwr.app import MetricRecord
@@ -13,6 +15,7 @@ from corymb.server.rounds.rejections import Rejection
 from corymb.strategies import Report
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 
+LIST_ENTRY = re.compile(r"(?P<name>.+)\[\d+\]")  # the name of an entry of a metric that is a list
 ADMITTED = "admitted"
 SILENT = "silent"
 
@@ -100,5 +103,15 @@ def mean_metrics(reports: Iterable[Report]) -> dict[str, float]:
 
 
 def as_metrics(means: Mapping[str, float]) -> MetricRecord | None:
-    """Return `means` as a Flower MetricRecord; None if there are none."""
-    return MetricRecord(dict(means)) if means else None
+    """Return `means` as a Flower MetricRecord, with `name[0]`, `name[1]` as a list again; None if there are none."""
+    if not means:
+        return None
+    record: dict[str, int | float | list[int] | list[float]] = {}
+    for name, mean in means.items():
+        listed = LIST_ENTRY.fullmatch(name)
+        if listed is None:
+            record[name] = mean
+        elif listed["name"] not in record:
+            names = takewhile(means.__contains__, (f"{listed['name']}[{index}]" for index in count()))
+            record[listed["name"]] = [means[entry] for entry in names]
+    return MetricRecord(record)

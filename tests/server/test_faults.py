@@ -138,10 +138,19 @@ def test_f8_fractional_weights() -> None:
     assert to_state(result.arrays)["w"].tolist() == pytest.approx([14 / 6] * 4)
 
 
-def test_f8_metrics_that_are_lists_are_named() -> None:
+def test_f8_metrics_that_are_lists_are_averaged_entry_by_entry() -> None:
+    metrics = {0: [0.1, 0.2], 1: [0.3, 0.6], 2: [0.5, 1.0]}
     strategy = FlowerStrategy(FedAvg())
-    run(strategy, client(metrics=lambda node: {"num-examples": 1, "recall": [0.1, 0.2]}))
-    assert all("recall" in verdict.reason for verdict in strategy.record.admitted)
+    result = run(strategy, client(metrics=lambda node: {"num-examples": 1 + node, "recall": metrics[node]}))
+    mean = result.train_metrics_clientapp[1]["recall"]
+    assert mean == pytest.approx([(0.1 + 2 * 0.3 + 3 * 0.5) / 6, (0.2 + 2 * 0.6 + 3 * 1.0) / 6])
+    assert strategy.record.admitted[1].metrics == {"recall[0]": 0.3, "recall[1]": 0.6}
+
+
+def test_f8_an_entry_that_is_no_number_is_named() -> None:
+    strategy = FlowerStrategy(FedAvg())
+    run(strategy, client(metrics=lambda node: {"num-examples": 1, "recall": [0.1, float("nan")]}))
+    assert all("recall[1]" in verdict.reason for verdict in strategy.record.admitted)
 
 
 @pytest.mark.parametrize(("nodes", "fraction"), [(7, 0.5), (10, 0.05), (3, 0.9), (4, 1.0), (5, 0.0)])
