@@ -41,7 +41,7 @@ def memory(pid: int, field: str) -> int:
 
 
 def deployed(parameters: int, rounds: int) -> tuple[float, int, int]:
-    """Return the median seconds of a round, and the ServerApp's bytes of memory: before the first round, and at most."""
+    """Return the median seconds of a round, and the ServerApp's bytes: before the first round, and at most."""
     with tempfile.TemporaryDirectory() as folder, processes(Path(folder)) as started:
         federation = Federation(started)
         federation.run(f"rounds={rounds} model.options.padding={parameters}")
@@ -105,9 +105,7 @@ def main() -> None:
     models, share = (peak - base) / size, journal / seconds
     print(f"a round of {SITES} sites with {size / 1e6:.0f} MB each takes {seconds:.1f} s (median)")
     print(f"the journal takes {journal:.2f} s of it: {100 * share:.1f} % (bar {100 * TARGET_SHARE:.0f} %)")
-    print(
-        f"the ServerApp: {base / 1e6:.0f} MB before the first round, {peak / 1e6:.0f} MB at most, {models:.1f} models more"
-    )
+    print(f"the ServerApp has {base / 1e6:.0f} MB before the first round, and at most {models:.1f} models more")
     raise SystemExit(models > TARGET_MODELS or share > TARGET_SHARE)
 
 

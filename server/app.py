@@ -66,6 +66,7 @@ def main(grid: Grid, context: Context) -> None:
         wait_seconds=settings.wait_seconds,
         sites_to_start=settings.sites_to_start,
         quorum=settings.quorum,
+        spill_bytes=settings.spill_bytes,
         policy=settings.policy.make() if settings.policy else None,
         max_abandoned=settings.max_abandoned,
         seed=settings.seed,

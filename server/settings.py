@@ -203,6 +203,8 @@ class ServerSettings(Settings):
     """The server's own data."""
     quorum: int = Field(0, ge=0)
     """A round with fewer admitted replies is abandoned: the model stays as it was."""
+    spill_bytes: float = Field(4e9, gt=0)
+    """A rule that sees all models of a round has so many bytes of them in memory, and the rest in temporary files."""
     policy: PolicySettings | None = None
     """Limits on each reply."""
     max_abandoned: int = Field(5, ge=1)

@@ -19,8 +19,7 @@ from corymb.server.journal import Journal
 from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.server.rounds.conclude import conclude, conclude_evaluation
 from corymb.server.rounds.policy import Policy
-from corymb.server.rounds.record import ADMITTED, RoundRecord, Verdict, as_metrics
-from corymb.server.rounds.rejections import Code
+from corymb.server.rounds.record import ADMITTED, RoundRecord, Verdict, as_metrics, log_reasons
 from corymb.server.rounds.requests import Keys, Phase
 from corymb.server.rounds.roster import Sampling
 from corymb.server.rounds.round import Requests, Round
@@ -31,14 +30,15 @@ from corymb.server.rounds.state import Method, RunState
 from corymb.strategies import Model, Proxy, Rule, ServerOptimizer
 
 AggregateMetrics = Callable[[list[RecordDict], str], MetricRecord]
+SPILL_BYTES = 4e9
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
 
 
 class FlowerStrategy(RoundLoop):
     """A Flower strategy that aggregates replies with `rule`.
 
-    A round waits until `min_available_nodes` nodes are connected and raises `TimeoutError` after `wait_seconds`. It
-    then samples the fraction `fraction_train` of the connected nodes for training, and later `fraction_evaluate` for
+    The first round waits until `min_available_nodes` are connected, and raises `TimeoutError` after `wait_seconds`. It
+    samples the fraction `fraction_train` of the connected nodes for training, and later `fraction_evaluate` for
     evaluation; at least `min_train_nodes` and `min_evaluate_nodes`. The samples depend on `seed`, the round and the
     names of the nodes. If a reply is an error, is missing or is rejected by the door, the round continues without it.
 
@@ -47,9 +47,8 @@ class FlowerStrategy(RoundLoop):
     dict (default: BatchNorm's statistics).
 
     With `sites_to_start`, so many nodes are sampled for training, whatever the fraction. `policy` limits what a single
-    reply may do to the model.
-
-    A round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
+    reply may do. Of the models that a rule sees together, at most `spill_bytes` are in memory, the rest in files. A
+    round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
 
     Five arguments have an effect only under this class's own `start()`: `max_abandoned` such rounds in a row end the
     run with `QuorumMissed`, with growing pauses between them. `round_size` decides how many replies a round waits for,
@@ -86,6 +85,7 @@ class FlowerStrategy(RoundLoop):
         sites_to_start: int = 0,
         quorum: int = 0,
         policy: Policy | None = None,
+        spill_bytes: float = SPILL_BYTES,
         max_abandoned: int = 5,
         journal: Journal | None = None,
         resume: bool = False,
@@ -94,7 +94,16 @@ class FlowerStrategy(RoundLoop):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is {rule!r}; pass an instance of a rule, such as FedAU().")
         self.method = Method(
-            rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed, quorum, policy
+            rule,
+            server_optimizer,
+            candidate_election,
+            round_size,
+            proxy,
+            weighted_by_key,
+            seed,
+            quorum,
+            policy,
+            spill_bytes,
         )
         self.sampling = Sampling(
             fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed, min_train_nodes,
@@ -160,7 +169,7 @@ class FlowerStrategy(RoundLoop):
         before = self.state.model
         current = Round(server_round, self.method, self._phase.requests)
         self.state, self.record = conclude(self.state, current, replies, self._evaluations)
-        _log_reasons(self.record.verdicts, "")
+        log_reasons(self.record.verdicts, "")
         if "not-finite" in self.record.notes:
             log.warning("\t│ The new model is not finite; the round keeps the previous model.")
         if self.state.model is not before:
@@ -184,7 +193,7 @@ class FlowerStrategy(RoundLoop):
         current = Round(server_round, self.method, self._phase.requests)
         self.state, evaluations, means = conclude_evaluation(self.state, current, replies)
         self.record = replace(self.record, evaluations=evaluations)
-        _log_reasons(evaluations, "evaluation: ")
+        log_reasons(evaluations, "evaluation: ")
         return self._metrics("evaluate", [verdict for verdict in evaluations if verdict.code == ADMITTED], means)
 
     def _metrics(self, phase: str, admitted: list[Verdict], means: Mapping[str, float]) -> MetricRecord | None:
@@ -241,10 +250,3 @@ class FlowerStrategy(RoundLoop):
         if self._grid is None:
             raise RuntimeError("The strategy has no grid for the candidate election; call configure_train first.")
         return self._phase.evaluations(model, self._arrays, self._grid, self.timeout)
-
-
-def _log_reasons(judged: Iterable[Verdict], prefix: str) -> None:
-    """Log the reason of each verdict that has one, except those on nodes that are not there."""
-    for verdict in judged:
-        if verdict.reason and verdict.code != Code.OFFLINE:
-            log.info("\t│ %s (%s%s)", verdict.reason, prefix, verdict.code)

@@ -36,7 +36,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, durable: bool) -> None:
 
 
 def write_pieces(path: Path, *pieces: bytes) -> None:
-    """Write `pieces` to `path` atomically. Raises `OSError` if that fails. A crash of the machine may damage the file."""
+    """Write `pieces` to `path` atomically. Raises `OSError` if that fails. A power cut may damage the file."""
     draft = path.with_name(f"{path.name}.draft")
     with draft.open("wb") as file:
         for piece in pieces:

@@ -18,8 +18,10 @@ from corymb.server.rounds.policy import OFFENCES, with_share
 from corymb.server.rounds.record import RoundRecord, Verdict, mean_metrics, verdicts
 from corymb.server.rounds.rejections import Rejection, forged, not_connected, quarantined
 from corymb.server.rounds.round import Round
+from corymb.server.rounds.spill import Spill
 from corymb.server.rounds.state import Cost, Method, RunState
 from corymb.strategies import Model, Reply, Report
+from corymb.strategies.core.allocation import allocating
 from corymb.strategies.core.random_state import seeded_generators
 
 BELOW_QUORUM = "below-quorum"  # a note of a round that was abandoned; its value is the quorum
@@ -62,7 +64,10 @@ def conclude(
     stored: list[Reply] = []
     if method.candidate_election is not None and method.candidate_election.rules:  # its rules read them again
         admitted = iter(stored := list(admitted))
-    with seeded_generators(method.seed, round.number):  # a rule that draws from them can be repeated
+    spill = Spill(method.spill_bytes)
+    if method.rule.kind != "blind":
+        admitted = spill.watch(admitted)
+    with allocating(spill.matrix), seeded_generators(method.seed, round.number):  # a rule's draws can be repeated
         outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known_nodes, method.proxy)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from math import fsum
 
 from flwr.app import MetricRecord
 
-from corymb.server.rounds.rejections import Rejection
+from corymb.server.rounds.rejections import Code, Rejection
 from corymb.strategies import Report
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 
+log = logging.getLogger("flwr.corymb")
 LIST_ENTRY = re.compile(r"(?P<name>.+)\[\d+\]")  # the name of an entry of a metric that is a list
 ADMITTED = "admitted"
 SILENT = "silent"
@@ -115,3 +117,10 @@ def as_metrics(means: Mapping[str, float]) -> MetricRecord | None:
             names = takewhile(means.__contains__, (f"{listed['name']}[{index}]" for index in count()))
             record[listed["name"]] = [means[entry] for entry in names]
     return MetricRecord(record)
+
+
+def log_reasons(judged: Iterable[Verdict], prefix: str) -> None:
+    """Log the reason of each verdict that has one, except those on nodes that are not there."""
+    for verdict in judged:
+        if verdict.reason and verdict.code != Code.OFFLINE:
+            log.info("\t│ %s (%s%s)", verdict.reason, prefix, verdict.code)

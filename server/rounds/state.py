@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 from corymb.protocol.records import EXAMPLES
@@ -57,7 +58,8 @@ class Method:
 
     A round with fewer than `quorum` admitted replies leaves the state as it was.
     `examples_key` is the metric with a client's number of examples. While a rule aggregates, the global random
-    generators of Python, numpy and torch are seeded with `seed` and the round's number. Raises `ValueError` if a rule
+    generators of Python, numpy and torch are seeded with `seed` and the round's number. A rule that sees all models has
+    at most `spill_bytes` of them in memory, and the rest in files. Raises `ValueError` if a rule
     needs a proxy and there is none.
     """
 
@@ -70,6 +72,7 @@ class Method:
     seed: int = 0
     quorum: int = 0
     policy: Policy | None = None
+    spill_bytes: float = inf
 
     def __post_init__(self) -> None:
         others = self.candidate_election.rules if self.candidate_election else ()

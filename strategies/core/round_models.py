@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from corymb.strategies.core.allocation import empty_matrix
 from corymb.strategies.core.reply import Reply
 from corymb.strategies.core.rows import Matrix, Rows, SingleRow
 
@@ -69,7 +70,7 @@ class RoundModels:
 
 def _copy_models(places: list[Place], like: Tensor) -> Tensor:
     """Return the models at `places` as rows `[K, P]`. Empties the list. All blocks copy at the same time."""
-    models = torch.empty(len(places), like.numel(), dtype=like.dtype)
+    models = empty_matrix(len(places), like.numel(), like.dtype)
     targets: dict[Rows, list[tuple[int, Tensor]]] = {}
     for (rows, row), target in zip(places, models, strict=True):
         targets.setdefault(rows, []).append((row, target))

@@ -47,9 +47,9 @@ class Killed(BaseException):
 class World:
     """The wire, the clock and the disk, and the plan of what happens to them."""
 
-    def __init__(self, plan: list[tuple[str, int]]) -> None:
+    def __init__(self, plan: list[tuple[str, int]], remembers: bool = True) -> None:
         self.plan = list(plan)
-        self.wire = Wire(NODES, self.before_pull)
+        self.wire = Wire(NODES, self.before_pull, remembers)
         self.now = 1000.0
         self.steps = 0
         self.crash_in = -1  # points until the next crash; below 0: none
@@ -194,3 +194,38 @@ def test_a_lost_reply_is_asked_for_again_and_answered_from_memory() -> None:
     world = check([("answer", 0), ("lose", 1), ("answer", 2), ("wait", 100)])
     assert world.wire.nodes[1].trained == dict.fromkeys(range(1, ROUNDS + 1), 1)
     assert world.wire.pushed[f"node-{FIRST_ID + 1}"] > ROUNDS
+
+
+def test_a_client_of_another_make_is_never_asked_again() -> None:
+    world = World([("answer", 0), ("lose", 1), ("answer", 2), ("wait", 100), ("wait", 400)], remembers=False)
+    with TemporaryDirectory() as folder:
+        _, admitted = run_to_the_end(world, Path(folder))
+    lost = f"node-{FIRST_ID + 1}"
+    assert lost not in admitted[0]
+    assert all(times == 1 for node in world.wire.nodes for times in node.trained.values())
+
+
+def test_a_node_that_owes_a_reply_is_left_out_of_the_next_round() -> None:
+    """Node 1 works for the whole of round 1 and longer; its late reply is received and not counted."""
+    world = World([("answer", 0), ("answer", 2), ("wait", 700), ("keep", 0), ("keep", 0)])
+    with TemporaryDirectory() as folder:
+        counts, admitted = run_to_the_end(world, Path(folder))
+        with closing(sqlite3.connect(Path(folder) / "journal.sqlite")) as database:
+            events_of = database.execute("SELECT round, what FROM events WHERE node = ? ORDER BY at", ("node-101",))
+            happened = events_of.fetchall()
+    assert ["node-101" in names for names in admitted] == [False, False, True]
+    assert happened == [(1, "asked"), (1, "late"), (3, "asked"), (3, "replied")]
+    assert counts[0, 1] == 0
+
+
+def test_events_say_what_happened_when() -> None:
+    world = World([("answer", 2), ("keep", 0), ("keep", 0), ("wait", 100), ("answer", 0)])
+    with TemporaryDirectory() as folder:
+        run_to_the_end(world, Path(folder))
+        with closing(sqlite3.connect(Path(folder) / "journal.sqlite")) as database:
+            rows = database.execute("SELECT node, what, seconds, bytes FROM events WHERE round = 1 ORDER BY at, rowid")
+            happened = rows.fetchall()
+    assert [row[:2] for row in happened[:3]] == [(f"node-{FIRST_ID + node}", "asked") for node in range(NODES)]
+    replied = {node: seconds for node, what, seconds, _ in happened if what == "replied"}
+    assert replied["node-102"] < 10 < 100 <= replied["node-100"]
+    assert all(size > 0 for _, what, _, size in happened if what == "replied")

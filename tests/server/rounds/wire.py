@@ -33,20 +33,29 @@ class WireNode:
 
 
 class Wire(Grid):
-    """A grid with `nodes` nodes. `before_pull` is called before each pull, and may let nodes answer."""
+    """A grid with `nodes` nodes. `before_pull` is called before each pull, and may let nodes answer.
 
-    def __init__(self, nodes: int, before_pull: Callable[[Wire], None] = lambda wire: None) -> None:
+    The nodes answer repeated requests from memory if they `remember`; else they are like clients of other makers.
+    """
+
+    def __init__(
+        self, nodes: int, before_pull: Callable[[Wire], None] = lambda wire: None, remembers: bool = True
+    ) -> None:
         set_task_identity(run_id=7, node_id=1)
         self.nodes = [WireNode(i, Context(7, FIRST_ID + i, {}, RecordDict(), {})) for i in range(nodes)]
         self.ready: dict[str, Message] = {}
         self.pushed: Counter[str] = Counter()  # by node
-        self._before_pull, self._messages = before_pull, 0
+        self._before_pull, self._messages, self._remembers = before_pull, 0, remembers
         self._run = empty_run(7)
 
     def answer(self, node: WireNode, is_lost: bool = False) -> None:
         """Let `node` process the first message in its queue; its reply is lost if `is_lost`."""
         message = node.queue.popleft()
-        reply = answer_from_memory(copied_message(message), node.context, lambda m, c: self._train(node, m))
+        copied = copied_message(message)
+        if self._remembers:
+            reply = answer_from_memory(copied, node.context, lambda m, c: self._train(node, m))
+        else:
+            reply = self._train(node, copied)
         if not is_lost:
             self.ready[message.metadata.message_id] = reply
 
