@@ -117,6 +117,43 @@ def supervisor(
 
 
 @app.command()
+def gate(
+    folder: Annotated[Path, typer.Argument(help="A folder, to be put first on the PATH of flower-supernode.")],
+) -> None:
+    """Write a site's gate: a program that stands around every ClientApp, and the site's policy.
+
+    Flower starts the program, flwr-clientapp, in place of its own. FOLDER/policy.toml says what may run and what may
+    leave; FOLDER/ledger.jsonl records both.
+    """
+    from corymb.client.site.policy import TEMPLATE
+    from corymb.client.site.program import write_site
+
+    path = write_site(folder.resolve(), TEMPLATE)
+    policy, start = path.parent / "policy.toml", f"PATH={path.parent}:$PATH flower-supernode ..."
+    console.print(f"Wrote {path}. Edit {policy}, and start the SuperNode with\n  {start}", soft_wrap=True)
+
+
+@app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(help="The folder of a site's gate.")],
+) -> None:
+    """Check a site's ledger and print it: what ran on the site's data, and what left."""
+    from corymb.client.site.ledger import Ledger
+
+    ledger = Ledger(folder / "ledger.jsonl")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("time", "event", "run", "round", "purpose", "what"):
+        table.add_column(column, overflow="fold")
+    for entry in ledger.entries():
+        what = entry.get("reason") or entry.get("error") or f"{entry.get('bytes', 0)} bytes, {entry.get('metrics', {})}"
+        shown = "" if entry["event"] == "ran" else str(what)
+        row = [entry["at"], entry["event"], *(str(entry.get(key, "")) for key in ("run", "round", "purpose")), shown]
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"The ledger is whole. Its last line has the SHA-256 {ledger.head()}.", soft_wrap=True)
+
+
+@app.command()
 def compare(
     experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped experiment.")] = "demo",
     rules: Annotated[

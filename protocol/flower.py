@@ -87,6 +87,13 @@ def with_content(message: Message, content: RecordDict) -> Message:
     return other
 
 
+def with_error(message: Message, error: Error) -> Message:
+    """Return a message with the metadata of `message`, and `error` in place of its content."""
+    other = Message.__new__(Message)
+    other.__dict__.update(_metadata=message.metadata, _content=None, _error=error)
+    return other
+
+
 def unchecked_metrics(numbers: dict[str, int | float]) -> MetricRecord:
     """Return `MetricRecord(numbers)` without Flower's type check of each value.
 

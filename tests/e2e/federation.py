@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from corymb.client.site.policy import TEMPLATE
+from corymb.client.site.program import write_site
 from corymb.server.supervisor import write_program
 from corymb.tests.e2e.processes import Processes, free_port, until
 from corymb.tests.e2e.proxy import Proxy
@@ -23,12 +25,16 @@ class Federation:
     """A SuperLink that survives a crash, a SuperExec with Corymb's supervisor, and the sites; `run` starts the app.
 
     `state` is the folder of the SuperLink's database and of the journals. With `through_proxy`, a proxy is in between.
+    With `gates`, each site has Corymb's gate, and a policy that approves nothing.
     """
 
-    def __init__(self, started: Processes, state: Path | None = None, through_proxy: bool = False) -> None:
+    def __init__(
+        self, started: Processes, state: Path | None = None, through_proxy: bool = False, gates: bool = False
+    ) -> None:
         self.started, self.folder = started, started.folder
         self.state = state or self.folder
         self.port = free_port()
+        self.has_gates = gates
         self.proxy = Proxy(self.port) if through_proxy else None
         (self.folder / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
@@ -61,7 +67,12 @@ class Federation:
             f"site-{site}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
             "--node-config", f'partition-id={site} num-partitions={SITES} folder="{self.folder}"',
             "--host", "127.0.0.1", "--port", str(free_port()),
+            first_on_path=str(write_site(self.site_folder(site), TEMPLATE).parent) if self.has_gates else "",
         )  # fmt: skip
+
+    def site_folder(self, site: int) -> Path:
+        """The folder of a site's policy and ledger."""
+        return self.folder / f"gate-{site}"
 
     def run(self, config: str = "") -> subprocess.Popen[bytes]:
         """Start the app; the returned process ends with the run."""

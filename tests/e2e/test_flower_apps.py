@@ -14,7 +14,7 @@ from corymb.tests.e2e.processes import processes, until
 APPS = sorted((Path(__file__).parent / "apps").glob("*.py"))
 PROJECT = """
 [project]
-name = "{name}"
+name = "{project}"
 version = "1.0.0"
 dependencies = []
 
@@ -37,7 +37,8 @@ def test_an_app_gives_the_same_on_local_grid(source: Path, tmp_path: Path) -> No
     app = tmp_path / "app"
     app.mkdir()
     shutil.copy(source, app / f"app_{source.name}")
-    (app / "pyproject.toml").write_text(PROJECT.format(name=f"app_{source.stem}"))
+    project = f"app-{source.stem.replace('_', '-')}"
+    (app / "pyproject.toml").write_text(PROJECT.format(name=f"app_{source.stem}", project=project))
     found: dict[str, Any] = {}
     with processes(tmp_path) as started:
         for workers in ("1", "2"):
