@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from corymb.cli_operators import audit, gate, model, supervisor
 from corymb.strategies import known_rules
 
 app = typer.Typer(
@@ -102,58 +103,6 @@ def simulate(
 
 
 @app.command()
-def supervisor(
-    folder: Annotated[Path, typer.Argument(help="A folder, to be put first on the PATH of flower-superlink.")],
-) -> None:
-    """Write a program that restarts a crashed ServerApp under the same run.
-
-    It is called flwr-serverapp, and Flower starts it in place of its own. The ServerApp must keep a journal.
-    """
-    from corymb.server.supervisor import write_program
-
-    path = write_program(folder.resolve())
-    start = f"PATH={path.parent}:$PATH flower-superlink ..."
-    console.print(f"Wrote {path}. Start the SuperLink with\n  {start}", soft_wrap=True)
-
-
-@app.command()
-def gate(
-    folder: Annotated[Path, typer.Argument(help="A folder, to be put first on the PATH of flower-supernode.")],
-) -> None:
-    """Write a site's gate: a program that stands around every ClientApp, and the site's policy.
-
-    Flower starts the program, flwr-clientapp, in place of its own. FOLDER/policy.toml says what may run and what may
-    leave; FOLDER/ledger.jsonl records both.
-    """
-    from corymb.client.site.policy import TEMPLATE
-    from corymb.client.site.program import write_site
-
-    path = write_site(folder.resolve(), TEMPLATE)
-    policy, start = path.parent / "policy.toml", f"PATH={path.parent}:$PATH flower-supernode ..."
-    console.print(f"Wrote {path}. Edit {policy}, and start the SuperNode with\n  {start}", soft_wrap=True)
-
-
-@app.command()
-def audit(
-    folder: Annotated[Path, typer.Argument(help="The folder of a site's gate.")],
-) -> None:
-    """Check a site's ledger and print it: what ran on the site's data, and what left."""
-    from corymb.client.site.ledger import Ledger
-
-    ledger = Ledger(folder / "ledger.jsonl")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("time", "event", "run", "round", "purpose", "what"):
-        table.add_column(column, overflow="fold")
-    for entry in ledger.entries():
-        what = entry.get("reason") or entry.get("error") or f"{entry.get('bytes', 0)} bytes, {entry.get('metrics', {})}"
-        shown = "" if entry["event"] == "ran" else str(what)
-        row = [entry["at"], entry["event"], *(str(entry.get(key, "")) for key in ("run", "round", "purpose")), shown]
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"The ledger is whole. Its last line has the SHA-256 {ledger.head()}.", soft_wrap=True)
-
-
-@app.command()
 def compare(
     experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped experiment.")] = "demo",
     rules: Annotated[
@@ -203,48 +152,6 @@ def new_rule(
     )
 
 
-model = typer.Typer(help="The trained models of runs on a SuperLink.", no_args_is_help=True)
-app.add_typer(model, name="model")
-
-
-@model.command("list")
-def list_models(
-    folder: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder of the journals (default: ~/.corymb/runs)."),
-    ] = None,
-) -> None:
-    """List the runs that have a journal, oldest first, with their best round."""
-    from corymb.server.journal.models import stored_runs
-    from corymb.server.settings import runs_folder
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "rule", "rounds", "best round", "accuracy or -loss"):
-        table.add_column(column, overflow="fold")
-    for run in stored_runs(folder or runs_folder()):
-        score = "-" if run.best_score is None else f"{run.best_score:.4f}"
-        table.add_row(run.folder.name, run.rule, str(run.rounds), str(run.best_round or "-"), score)
-    console.print(table)
-
-
-@model.command("export")
-def export(
-    run: Annotated[str, typer.Argument(help="A run in ~/.corymb/runs, or the folder of a journal.")],
-    best: Annotated[bool, typer.Option("--best", help="Export the best model instead of the last.")] = False,
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.safetensors"),
-) -> None:
-    """Write a run's model to a safetensors file, whose metadata say where it comes from.
-
-    RUN is the name of a run in ~/.corymb/runs, or the folder of a journal.
-    """
-    from corymb.server.journal.models import export_model
-    from corymb.server.settings import runs_folder
-
-    folder = Path(run) if Path(run).is_dir() else runs_folder() / run
-    metadata = export_model(folder, out, best)
-    console.print(f"Wrote the model of round {metadata['round']} to {out}.", markup=False, soft_wrap=True)
-
-
 @app.command()
 def results(
     experiments: Annotated[
@@ -271,6 +178,11 @@ def results(
     from corymb.simulations.results.commands import measure_claims
 
     measure_claims(experiments or [], data, out, document, jobs, console)
+
+
+for command in (supervisor, gate, audit):
+    app.command()(command)
+app.add_typer(model, name="model")
 
 
 def main() -> None:

@@ -94,17 +94,9 @@ class FlowerStrategy(RoundLoop):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is {rule!r}; pass an instance of a rule, such as FedAU().")
         self.method = Method(
-            rule,
-            server_optimizer,
-            candidate_election,
-            round_size,
-            proxy,
-            weighted_by_key,
-            seed,
-            quorum,
-            policy,
+            rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed, quorum, policy,
             spill_bytes,
-        )
+        )  # fmt: skip
         self.sampling = Sampling(
             fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed, min_train_nodes,
             min_evaluate_nodes, max(quorum, 1), sites_to_start,
