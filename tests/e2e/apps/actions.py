@@ -1,6 +1,7 @@
 """Custom actions, and a node that does not know one of them."""
 
 import json
+import time
 from pathlib import Path
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -31,11 +32,17 @@ def size(message, context):
     return answer(message, context, 3)
 
 
+def all_nodes(grid):
+    while len(nodes := list(grid.get_node_ids())) < 3:  # Flower registers nodes while the server runs
+        time.sleep(0.1)
+    return nodes
+
+
 @server.main()
 def main(grid, context):
     found = []
     for kind in ("train.fast", "train", "query.size", "query.missing"):
-        messages = [Message(RecordDict(), node, kind) for node in grid.get_node_ids()]
+        messages = [Message(RecordDict(), node, kind) for node in all_nodes(grid)]
         replies = grid.send_and_receive(messages)
         values = sorted((r.content["m"]["row"], r.content["m"]["value"]) for r in replies if r.has_content())
         found.append([kind, values, sum(r.has_error() for r in replies)])

@@ -1,6 +1,7 @@
 """Arrays of integers, booleans and half precision, scalars and empty arrays."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,12 @@ def train(message, context):
     return Message(RecordDict({"arrays": sent, "m": MetricRecord({"row": row})}), reply_to=message)
 
 
+def all_nodes(grid):
+    while len(nodes := list(grid.get_node_ids())) < 3:  # Flower registers nodes while the server runs
+        time.sleep(0.1)
+    return nodes
+
+
 @server.main()
 def main(grid, context):
     arrays = {
@@ -32,7 +39,7 @@ def main(grid, context):
         "empty": np.zeros((0, 2), dtype=np.float32),
     }
     content = RecordDict({"arrays": ArrayRecord({name: Array(values) for name, values in arrays.items()})})
-    replies = grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()])
+    replies = grid.send_and_receive([Message(content, node, "train") for node in all_nodes(grid)])
     found = sorted(
         [r.content["m"]["row"], [[n, a.dtype, a.numpy().tolist()] for n, a in sorted(r.content["arrays"].items())]]
         for r in replies

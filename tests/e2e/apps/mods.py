@@ -1,6 +1,7 @@
 """Mods around all messages and around one function."""
 
 import json
+import time
 from pathlib import Path
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -30,8 +31,14 @@ def train(message, context):
     return Message(RecordDict({"m": MetricRecord({"value": 10 * row})}), reply_to=message)
 
 
+def all_nodes(grid):
+    while len(nodes := list(grid.get_node_ids())) < 3:  # Flower registers nodes while the server runs
+        time.sleep(0.1)
+    return nodes
+
+
 @server.main()
 def main(grid, context):
-    replies = grid.send_and_receive([Message(RecordDict(), node, "train") for node in grid.get_node_ids()])
+    replies = grid.send_and_receive([Message(RecordDict(), node, "train") for node in all_nodes(grid)])
     found = sorted(reply.content["m"]["value"] for reply in replies)
     Path(str(context.run_config["out"])).write_text(json.dumps(found))

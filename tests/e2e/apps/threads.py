@@ -1,6 +1,7 @@
 """A server with several threads, each of which talks to one node."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,9 +22,15 @@ def train(message, context):
     return Message(RecordDict({"m": metrics}), reply_to=message)
 
 
+def all_nodes(grid):
+    while len(nodes := list(grid.get_node_ids())) < 3:  # Flower registers nodes while the server runs
+        time.sleep(0.1)
+    return nodes
+
+
 @server.main()
 def main(grid, context):
-    nodes = list(grid.get_node_ids())
+    nodes = all_nodes(grid)
 
     def talk(node):
         found = []

@@ -19,9 +19,15 @@ def train(message, context):
     return Message(RecordDict({"m": MetricRecord({"value": context.state["sum"]["value"]})}), reply_to=message)
 
 
+def all_nodes(grid):
+    while len(nodes := list(grid.get_node_ids())) < 3:  # Flower registers nodes while the server runs
+        time.sleep(0.1)
+    return nodes
+
+
 @server.main()
 def main(grid, context):
-    nodes = list(grid.get_node_ids())
+    nodes = all_nodes(grid)
     grid.push_messages([Message(RecordDict({"config": ConfigRecord({"add": 5})}), node, "train") for node in nodes])
     time.sleep(2)
     replies = grid.send_and_receive(
