@@ -34,8 +34,8 @@ def gate(
     Flower starts the program, flwr-clientapp, in place of its own. FOLDER/policy.toml says what may run and what may
     leave; FOLDER/ledger.jsonl records both.
     """
-    from corymb.client.site.policy import TEMPLATE
-    from corymb.client.site.program import write_site
+    from corymb.client.gate.policy import TEMPLATE
+    from corymb.client.gate.program import write_site
 
     path = write_site(folder.resolve(), TEMPLATE)
     policy, start = path.parent / "policy.toml", f"PATH={path.parent}:$PATH flower-supernode ..."
@@ -46,7 +46,7 @@ def audit(
     folder: Annotated[Path, typer.Argument(help="The folder of a site's gate.")],
 ) -> None:
     """Check a site's ledger and print it: what ran on the site's data, and what left."""
-    from corymb.client.site.ledger import Ledger
+    from corymb.client.gate.ledger import Ledger
 
     ledger = Ledger(folder / "ledger.jsonl")
     table = Table(box=None, pad_edge=False, header_style="bold")

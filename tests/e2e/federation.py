@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from corymb.client.site.policy import TEMPLATE
-from corymb.client.site.program import write_site
+from corymb.client.gate.policy import TEMPLATE
+from corymb.client.gate.program import write_site
 from corymb.server.supervisor import write_program
 from corymb.tests.e2e.processes import Processes, free_port, until
 from corymb.tests.e2e.proxy import Proxy

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from corymb.client.site.ledger import Ledger
+from corymb.client.gate.ledger import Ledger
 from corymb.tests.e2e.federation import SITES, Federation
 from corymb.tests.e2e.processes import processes, until
 

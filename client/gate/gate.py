@@ -1,0 +1,78 @@
+"""The gate around any ClientApp at a site: approval before its code runs, the site's settings, and what may leave."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
+
+from corymb.client.gate.ledger import Ledger
+from corymb.client.gate.policy import Refusal, SitePolicy
+from corymb.client.memory import answer_from_memory
+from corymb.protocol.records import of_kind
+
+POLICY, LEDGER = "policy.toml", "ledger.jsonl"
+App = Callable[[Message, Context], Message]
+
+
+class Gate:
+    """The gate of the site whose policy and ledger lie in `folder`. One task passes through it at a time."""
+
+    def __init__(self, folder: Path, now: Callable[[], datetime] = datetime.now) -> None:
+        self._policy_path, self._ledger, self._now = folder / POLICY, Ledger(folder / LEDGER), now
+        self._task: dict[str, Any] = {}
+
+    def admit(self, bundle: bytes) -> None:
+        """Allow the app in `bundle` to be installed. Raises `Refusal`, and notes it, if the policy forbids the app."""
+        app = hashlib.sha256(bundle).hexdigest()
+        self._task = {"app": app}
+        try:
+            approval = SitePolicy.read(self._policy_path).approval(app, self._now(), self._trainings())
+        except Refusal as refusal:
+            self._ledger.add("refused", self._now(), **self._task, reason=str(refusal))
+            raise
+        self._task["purpose"] = approval.purpose
+
+    def around(self, app: App) -> App:
+        """Return `app` with the site's settings, and with a memory of its last answers."""
+
+        def guarded(message: Message, context: Context) -> Message:
+            policy = SitePolicy.read(self._policy_path)
+            policy.with_settings(message)
+            context.run_config.update(policy.settings)
+            kind, run = message.metadata.message_type, str(message.metadata.run_id)
+            self._task |= {"run": run, "round": message.metadata.group_id, "kind": kind}
+            self._ledger.add("ran", self._now(), **self._task)
+            return answer_from_memory(message, context, app)
+
+        return guarded
+
+    def release(self, reply: Message) -> None:
+        """Take out of `reply` what may not leave, and note what leaves. Raises `Refusal` if nothing may."""
+        try:
+            withheld = SitePolicy.read(self._policy_path).released(reply)
+        except Refusal as refusal:
+            self._ledger.add("withheld", self._now(), **self._task, reason=str(refusal))
+            raise
+        if reply.has_error():
+            self._ledger.add("left", self._now(), **self._task, error=str(reply.error.reason)[:500])
+            return
+        arrays = [array for record in of_kind(reply.content, ArrayRecord) for array in record.values()]
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(array.data)
+        metrics = {name: value for record in of_kind(reply.content, MetricRecord) for name, value in record.items()}
+        details = {"arrays": len(arrays), "bytes": sum(len(array.data) for array in arrays), "metrics": metrics}
+        self._ledger.add("left", self._now(), **self._task, **details, sha256=digest.hexdigest(), withheld=withheld)
+
+    def _trainings(self) -> list[datetime]:
+        entries = self._ledger.entries()
+        return [
+            datetime.fromisoformat(entry["at"])
+            for entry in entries
+            if entry["event"] == "ran" and str(entry.get("kind", "")).startswith("train")
+        ]

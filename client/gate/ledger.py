@@ -1,0 +1,62 @@
+"""The site's ledger: what ran on its data, what left, and when. Each line has the hash of the line before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+FIRST = "0" * 64
+
+
+class Ledger:
+    """The file `path`, one JSON object per line. One process at a time writes to it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(self, event: str, at: datetime, **details: Any) -> None:
+        """Add an entry, and return once it is on the disk."""
+        before = FIRST
+        for before in self._hashes():
+            pass
+        entry = {"at": at.isoformat(timespec="seconds"), "event": event, **details, "before": before}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Yield all entries. Raises `ValueError`, which names the line, if one was changed, added or taken out."""
+        before = FIRST
+        for number, line in enumerate(self._lines(), start=1):
+            try:
+                entry = json.loads(line)
+                is_next = isinstance(entry, dict) and entry.get("before") == before
+            except ValueError:
+                is_next = False
+            if not is_next:
+                raise ValueError(f"Line {number} of {self._path} does not follow the line before it; it was changed.")
+            yield entry
+            before = _hash(line)
+
+    def head(self) -> str:
+        """Return the hash of the last line. Keep it elsewhere, to notice if the end of the ledger is cut off."""
+        last = FIRST
+        for last in self._hashes():
+            pass
+        return last
+
+    def _hashes(self) -> Iterator[str]:
+        return map(_hash, self._lines())
+
+    def _lines(self) -> list[str]:
+        return self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+
+
+def _hash(line: str) -> str:
+    return hashlib.sha256(line.encode()).hexdigest()

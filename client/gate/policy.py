@@ -1,0 +1,142 @@
+"""A site's policy: which apps may run, when, with which settings, and what may leave in their replies."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from datetime import date, datetime, time, timedelta
+from math import inf
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from pydantic import Field, ValidationError
+
+from corymb.protocol.codec import to_state
+from corymb.protocol.settings import Settings, problems
+
+TEMPLATE = """\
+# What may run on this site's data, and what may leave. Corymb reads this file before each task.
+pause = false
+metrics = ["num-examples", "loss", "accuracy", "steps", "seconds", "completed"]   # others stay here
+# largest_number = 1e6             # a reply with a larger number in a model, or with NaN, stays here
+# least_seconds_between_rounds = 60
+# most_rounds_a_day = 100
+# from_hour = "20:00"              # of the site's clock
+# to_hour = "06:00"
+
+# [settings]                       # these override whatever a message says
+# "train.batch_size" = 8
+
+# One table for each app that may run. `corymb gate` and a refusal print the hash of an app.
+# [[approved]]
+# app = "the SHA-256 of the app"
+# purpose = "Study 17, approved on 2026-11-01"
+# expires = 2027-01-01
+"""
+
+
+class Refusal(PermissionError):
+    """The site's policy forbids a task, or forbids its reply to leave."""
+
+
+class Approval(Settings):
+    """The approval of one app, by the SHA-256 of its bundle, for a purpose and until a day."""
+
+    app: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """The SHA-256 of the app's bundle, in hexadecimal."""
+    purpose: str
+    """The study, in words; it is written into the ledger."""
+    expires: date
+    """The first day on which the app no longer runs."""
+
+
+class SitePolicy(Settings):
+    """The policy of a site. Without any approval, no app runs."""
+
+    pause: bool = False
+    """While true, nothing runs."""
+    approved: list[Approval] = Field(default_factory=list)
+    """The apps that may run."""
+    metrics: list[str] = Field(default_factory=lambda: ["num-examples"])
+    """The metrics that may leave; others are taken out of the reply."""
+    records: int = Field(3, ge=1)
+    """The largest number of records in a reply."""
+    largest_number: float = Field(inf, gt=0)
+    """The largest absolute value in a model that may leave."""
+    least_seconds_between_rounds: float = Field(0.0, ge=0)
+    """The time between two trainings."""
+    most_rounds_a_day: int = Field(0, ge=0)
+    """The number of trainings in 24 hours; 0: no limit."""
+    from_hour: time = time(0)
+    """Tasks run from this time of the day on."""
+    to_hour: time = time(0)
+    """And until this one; the same as `from_hour`: the whole day."""
+    settings: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Settings that override those of a message and of the run."""
+
+    @classmethod
+    def read(cls, path: Path) -> SitePolicy:
+        """Read a policy. Raises `Refusal` if the file is missing or invalid, so that nothing runs by mistake."""
+        try:
+            return cls(**tomllib.loads(path.read_text()))
+        except ValidationError as error:
+            raise Refusal(f"the site's policy is invalid: {problems(error, cls)}") from None
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise Refusal(f"the site's policy cannot be read: {error}") from None
+
+    def approval(self, app: str, now: datetime, trained: Iterable[datetime]) -> Approval:
+        """Return the approval under which `app` may run `now`. Raises `Refusal` if it may not.
+
+        `trained` are the times of the trainings so far; both are times of the site's clock.
+        """
+        if self.pause:
+            raise Refusal("the site has paused")
+        found = next((approval for approval in self.approved if approval.app == app), None)
+        if found is None:
+            raise Refusal(f"the app {app} is not approved at this site")
+        if now.date() >= found.expires:
+            raise Refusal(f"the approval of the app {app} has expired on {found.expires}")
+        if not _is_within(now.time(), self.from_hour, self.to_hour):
+            raise Refusal(f"the site runs tasks from {self.from_hour:%H:%M} to {self.to_hour:%H:%M} only")
+        recent = sorted(trained)
+        if recent and (now - recent[-1]).total_seconds() < self.least_seconds_between_rounds:
+            raise Refusal(f"the site trains at most every {self.least_seconds_between_rounds:g} s")
+        if self.most_rounds_a_day and sum(now - at < timedelta(days=1) for at in recent) >= self.most_rounds_a_day:
+            raise Refusal(f"the site has trained {self.most_rounds_a_day} times in 24 hours")
+        return found
+
+    def with_settings(self, message: Message) -> None:
+        """Put the site's settings into the configs of `message`, in place."""
+        if self.settings and message.has_content():
+            for record in message.content.values():
+                if isinstance(record, ConfigRecord):
+                    record.update(self.settings)
+
+    def released(self, reply: Message) -> list[str]:
+        """Take out of `reply`, in place, what may not leave, and return its names. Raises `Refusal` if that is all."""
+        if reply.has_error():
+            return []
+        if len(reply.content) > self.records:
+            raise Refusal(f"the reply has {len(reply.content)} records, and {self.records} may leave")
+        withheld = []
+        for record in reply.content.values():
+            if isinstance(record, MetricRecord):
+                for name in [name for name in record if name not in self.metrics]:
+                    del record[name]
+                    withheld.append(name)
+            elif isinstance(record, ArrayRecord):
+                for name, tensor in to_state(record).items():
+                    if tensor.is_floating_point() and not _is_bounded(tensor.float().numpy(), self.largest_number):
+                        raise Refusal(f"the array {name!r} has NaN or numbers beyond {self.largest_number:g}")
+        return withheld
+
+
+def _is_within(now: time, start: time, end: time) -> bool:
+    if start == end:
+        return True
+    return start <= now < end if start < end else now >= start or now < end
+
+
+def _is_bounded(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], bound: float) -> bool:
+    return bool(np.isfinite(values).all() and (not values.size or np.abs(values).max() <= bound))

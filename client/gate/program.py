@@ -1,0 +1,67 @@
+"""The program that stands in for `flwr-clientapp` at a site: it hands the task to the warm process.
+
+It imports nothing beyond the standard library, because Flower starts it for every message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+NAME = "flwr-clientapp"
+START_SECONDS = 120.0  # for the warm process to import torch
+
+
+def main(folder: Path) -> int:
+    """Run the task of this process's arguments through the worker in `folder`. Returns its exit code."""
+    arguments = sys.argv[2:]
+    if "--parent-pid" in arguments:  # that is the SuperExec's, of which the worker is no child
+        place = arguments.index("--parent-pid")
+        del arguments[place : place + 2]
+    environment = {name: value for name, value in os.environ.items() if name.startswith("FLWR_")}
+    with _connection(folder) as worker:
+        worker.sendall(json.dumps({"arguments": arguments, "environment": environment}).encode() + b"\n")
+        answer = worker.makefile().readline()
+    return int(answer or 1)
+
+
+def _connection(folder: Path) -> socket.socket:
+    """Connect to the worker; start one if there is none."""
+    path, ends, started = str(folder / "worker.socket"), time.monotonic() + START_SECONDS, False
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        with suppress(OSError):
+            connection.connect(path)
+            return connection
+        connection.close()
+        if time.monotonic() > ends:
+            raise SystemExit(f"The worker in {folder} does not answer; see {folder / 'worker.log'}.")
+        if not started:
+            started = True
+            with (folder / "worker.log").open("ab") as log:
+                subprocess.Popen(
+                    [sys.executable, "-m", "corymb.client.gate.worker", str(folder)],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                )  # fmt: skip
+        time.sleep(0.1)
+
+
+def write_site(folder: Path, template: str) -> Path:
+    """Write the program into `folder`, and a policy from `template` if there is none. Returns the program's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy, path = folder / "policy.toml", folder / NAME
+    if not policy.exists():
+        policy.write_text(template)
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} "{folder.resolve()}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

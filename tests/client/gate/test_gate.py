@@ -1,0 +1,173 @@
+"""The gate at a site: approvals, limits in time, settings, what may leave, and the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corymb.client.gate.gate import Gate
+from corymb.client.gate.ledger import Ledger
+from corymb.client.gate.policy import TEMPLATE, Refusal, SitePolicy
+from corymb.protocol.codec import to_arrays
+from corymb.protocol.flower import set_message_id, set_task_identity
+
+APP = b"the bundle of an app"
+HASH = hashlib.sha256(APP).hexdigest()
+NOON = datetime(2026, 11, 28, 12)
+APPROVED = f'[[approved]]\napp = "{HASH}"\npurpose = "Study 17"\nexpires = 2026-12-01\n'
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+def gate_with(tmp_path: Path, policy: str, clock: Clock | None = None) -> Gate:
+    (tmp_path / "policy.toml").write_text(policy)
+    return Gate(tmp_path, clock or Clock())
+
+
+def request(kind: str = "train") -> Message:
+    set_task_identity(run_id=7, node_id=1)
+    message = Message(RecordDict({"config": ConfigRecord({"train.batch_size": 64, "a": 1})}), 5, kind, group_id="3")
+    set_message_id(message, "m-1")
+    return message
+
+
+def honest(message: Message, context: Context) -> Message:
+    metrics = MetricRecord({"num-examples": 10, "loss": 0.5, "patients": 41})
+    return Message(RecordDict({"arrays": to_arrays({"w": torch.ones(3)}), "metrics": metrics}), reply_to=message)
+
+
+def context() -> Context:
+    return Context(7, 5, {}, RecordDict(), {"train.batch_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("policy", "problem"),
+    [
+        ("", "is not approved at this site"),
+        ("pause = true\n" + APPROVED, "the site has paused"),
+        (APPROVED.replace("2026-12-01", "2026-11-28"), "has expired on 2026-11-28"),
+        ('from_hour = "20:00"\nto_hour = "06:00"\n' + APPROVED, "runs tasks from 20:00 to 06:00 only"),
+        ("metricks = []\n" + APPROVED, "the site's policy is invalid: metricks is not a known key"),
+        ("metrics = [\n", "the site's policy cannot be read"),
+        (APPROVED.replace(HASH, "f" * 63), "the site's policy is invalid: approved"),
+    ],
+)
+def test_a_refusal_says_why_and_is_in_the_ledger(policy: str, problem: str, tmp_path: Path) -> None:
+    gate = gate_with(tmp_path, policy)
+    with pytest.raises(Refusal, match=problem):
+        gate.admit(APP)
+    (entry,) = Ledger(tmp_path / "ledger.jsonl").entries()
+    assert (entry["event"], entry["app"]) == ("refused", HASH)
+    assert problem in entry["reason"]
+
+
+def test_the_template_is_valid_and_approves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text(TEMPLATE)
+    assert SitePolicy.read(tmp_path / "policy.toml").approved == []
+    commented = TEMPLATE.replace("# [", "[").replace("# from", "from").replace("# to", "to").replace("# least", "least")
+    for key in ("largest", "most", '"train', "app", "purpose", "expires"):
+        commented = commented.replace(f"# {key}", key)
+    (tmp_path / "policy.toml").write_text(commented.replace("the SHA-256 of the app", HASH))
+    assert SitePolicy.read(tmp_path / "policy.toml").approved[0].app == HASH
+
+
+def test_a_task_that_is_approved_runs_with_the_sites_settings_and_only_listed_metrics_leave(tmp_path: Path) -> None:
+    policy = 'metrics = ["num-examples", "loss"]\n[settings]\n"train.batch_size" = 8\n' + APPROVED
+    gate = gate_with(tmp_path, policy)
+    gate.admit(APP)
+    seen: list[Any] = []
+
+    def app(message: Message, context: Context) -> Message:
+        seen.append((dict(message.content["config"]), context.run_config["train.batch_size"]))
+        return honest(message, context)
+
+    reply = gate.around(app)(request(), context())
+    gate.release(reply)
+    assert seen == [({"train.batch_size": 8, "a": 1}, 8)]
+    assert dict(reply.content["metrics"]) == {"num-examples": 10, "loss": 0.5}
+    ran, left = Ledger(tmp_path / "ledger.jsonl").entries()
+    assert (ran["event"], ran["purpose"], ran["run"], ran["round"], ran["kind"]) == (
+        "ran",
+        "Study 17",
+        "7",
+        "3",
+        "train",
+    )
+    assert (left["event"], left["withheld"], left["arrays"]) == ("left", ["patients"], 1)
+    assert left["metrics"] == {"num-examples": 10, "loss": 0.5}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e7])
+def test_a_model_with_a_wrong_number_stays_at_the_site(number: float, tmp_path: Path) -> None:
+    gate = gate_with(tmp_path, "largest_number = 1e6\n" + APPROVED)
+    gate.admit(APP)
+    content = RecordDict({"arrays": to_arrays({"w": torch.tensor([1.0, number])})})
+    with pytest.raises(Refusal, match=r"the array 'w' has NaN or numbers beyond 1e\+06"):
+        gate.release(Message(content, reply_to=request()))
+    assert [entry["event"] for entry in Ledger(tmp_path / "ledger.jsonl").entries()] == ["withheld"]
+
+
+def test_trainings_are_limited_in_time(tmp_path: Path) -> None:
+    clock = Clock()
+    policy = "least_seconds_between_rounds = 60\nmost_rounds_a_day = 2\n" + APPROVED
+    gate = gate_with(tmp_path, policy, clock)
+    for minutes in (0, 2):
+        clock.now = NOON + timedelta(minutes=minutes)
+        gate.admit(APP)
+        gate.around(honest)(request(), context())
+        gate.around(honest)(request("evaluate"), context())  # does not count
+    clock.now += timedelta(seconds=30)
+    with pytest.raises(Refusal, match="trains at most every 60 s"):
+        gate.admit(APP)
+    clock.now += timedelta(minutes=5)
+    with pytest.raises(Refusal, match="has trained 2 times in 24 hours"):
+        gate.admit(APP)
+    clock.now = NOON + timedelta(days=1, seconds=1)
+    gate.admit(APP)
+
+
+@given(place=st.integers(0, 10_000), byte=st.integers(0, 255))
+def test_one_changed_byte_of_the_ledger_is_found(
+    place: int, byte: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    ledger = Ledger(path)
+    for number in range(4):
+        ledger.add("ran", NOON, round=number, reason="ä\n")
+    head, data = ledger.head(), bytearray(path.read_bytes())
+    assert len(list(ledger.entries())) == 4
+    place %= len(data)
+    if data[place] == byte:
+        return
+    data[place] = byte
+    path.write_bytes(data)
+    try:
+        list(ledger.entries())
+        found = ledger.head() != head  # only the last line may differ without a line after it
+    except ValueError:
+        found = True
+    assert found
+
+
+def test_a_line_that_was_taken_out_is_found(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for number in range(3):
+        ledger.add("ran", NOON, round=number)
+    lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
+    (tmp_path / "ledger.jsonl").write_text("\n".join([lines[0], lines[2]]) + "\n")
+    with pytest.raises(ValueError, match=r"Line 2 of .* does not follow the line before it; it was changed"):
+        list(ledger.entries())
