@@ -21,10 +21,7 @@ class Ledger:
 
     def add(self, event: str, at: datetime, **details: Any) -> None:
         """Add an entry, and return once it is on the disk."""
-        before = FIRST
-        for before in self._hashes():
-            pass
-        entry = {"at": at.isoformat(timespec="seconds"), "event": event, **details, "before": before}
+        entry = {"at": at.isoformat(timespec="seconds"), "event": event, **details, "before": self.head()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=True) + "\n")
             file.flush()
@@ -46,13 +43,8 @@ class Ledger:
 
     def head(self) -> str:
         """Return the hash of the last line. Keep it elsewhere, to notice if the end of the ledger is cut off."""
-        last = FIRST
-        for last in self._hashes():
-            pass
-        return last
-
-    def _hashes(self) -> Iterator[str]:
-        return map(_hash, self._lines())
+        lines = self._lines()
+        return _hash(lines[-1]) if lines else FIRST
 
     def _lines(self) -> list[str]:
         return self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []

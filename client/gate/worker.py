@@ -1,7 +1,7 @@
 """The warm process of a site: it has imported torch and Flower, and forks for each task that Flower starts.
 
-Flower's SuperNode starts `flwr-clientapp` by name. Corymb's program of that name (`corymb.client.gate.program`) hands the
-task to this process, which runs Flower's own command in a child, with the gate around the app.
+Flower's SuperNode starts `flwr-clientapp` by name. Corymb's program of that name (`corymb.client.gate.program`) hands
+the task to this process, which runs Flower's own command in a child, with the gate around the app.
 """
 
 from __future__ import annotations

@@ -24,15 +24,21 @@ SITES = 3
 class Federation:
     """A SuperLink that survives a crash, a SuperExec with Corymb's supervisor, and the sites; `run` starts the app.
 
-    `state` is the folder of the SuperLink's database and of the journals. With `through_proxy`, a proxy is in between.
+    The journals lie in the folder `journals`, the SuperLink's database in `database`. With `through_proxy`, a proxy is
+    in between.
     With `gates`, each site has Corymb's gate, and a policy that approves nothing.
     """
 
     def __init__(
-        self, started: Processes, state: Path | None = None, through_proxy: bool = False, gates: bool = False
+        self,
+        started: Processes,
+        journals: Path | None = None,
+        database: Path | None = None,
+        through_proxy: bool = False,
+        gates: bool = False,
     ) -> None:
         self.started, self.folder = started, started.folder
-        self.state = state or self.folder
+        self.journals, self.database = journals or self.folder, database or self.folder
         self.port = free_port()
         self.has_gates = gates
         self.proxy = Proxy(self.port) if through_proxy else None
@@ -42,7 +48,7 @@ class Federation:
         (self.folder / "secret").write_text("a secret of the SuperExec alone, for tests only")
         program = write_program(self.folder / "programs")
         started.environment["PATH"] = f"{program.parent}:{started.environment['PATH']}"
-        started.environment["CORYMB_HOME"] = str(self.state / "corymb")
+        started.environment["CORYMB_HOME"] = str(self.journals / "corymb")
         self.superlink = self.start_superlink()
         started.start(
             "superexec", "flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{self.port}",
@@ -55,7 +61,7 @@ class Federation:
         superlink = self.started.start(
             "superlink", "flower-superlink", "--insecure", "--isolation", "process",
             "--superexec-auth-secret-file", str(self.folder / "secret"),
-            "--database", str(self.state / "state.db"), "--host", "127.0.0.1", "--port", str(self.port),
+            "--database", str(self.database / "state.db"), "--host", "127.0.0.1", "--port", str(self.port),
         )  # fmt: skip
         until(lambda: self.started.succeeds("flwr", "list", "here"), 120, "the start of the SuperLink")
         return superlink
@@ -85,7 +91,7 @@ class Federation:
 
     def child(self) -> int | None:
         """The process in which the ServerApp runs."""
-        home = f"CORYMB_HOME={self.state / 'corymb'}".encode()
+        home = f"CORYMB_HOME={self.journals / 'corymb'}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 line = (process / "cmdline").read_bytes()
@@ -107,7 +113,7 @@ class Federation:
 
     def journal(self) -> Path:
         """The folder of the only journal."""
-        (journal,) = (self.state / "corymb" / "runs").iterdir()
+        (journal,) = (self.journals / "corymb" / "runs").iterdir()
         return journal
 
     def run_to_its_end(self, config: str = "", seconds: float = 900) -> str:

@@ -100,13 +100,7 @@ def test_a_task_that_is_approved_runs_with_the_sites_settings_and_only_listed_me
     assert seen == [({"train.batch_size": 8, "a": 1}, 8)]
     assert dict(reply.content["metrics"]) == {"num-examples": 10, "loss": 0.5}
     ran, left = Ledger(tmp_path / "ledger.jsonl").entries()
-    assert (ran["event"], ran["purpose"], ran["run"], ran["round"], ran["kind"]) == (
-        "ran",
-        "Study 17",
-        "7",
-        "3",
-        "train",
-    )
+    assert [ran[key] for key in ("event", "purpose", "run", "round", "kind")] == ["ran", "Study 17", "7", "3", "train"]
     assert (left["event"], left["withheld"], left["arrays"]) == ("left", ["patients"], 1)
     assert left["metrics"] == {"num-examples": 10, "loss": 0.5}
 
