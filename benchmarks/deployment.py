@@ -85,7 +85,7 @@ def journal_seconds(parameters: int) -> float:
             journal.asks.note_asked(number, "train", Asked("nonce", requests, time.time(), 1))
             for name, reply in zip(nodes.values(), replies, strict=True):
                 journal.asks.note_event(Event(number, "train", name, "asked"))
-                journal.asks.keep_reply(number, "train", reply)
+                journal.asks.keep_reply(number, "train", reply, time.time())
                 journal.asks.note_event(Event(number, "train", name, "replied", 1.0, 4 * parameters))
             verdicts = tuple(Verdict(name, "admitted", examples=1, weight=1 / SITES) for name in nodes.values())
             journal.write(RoundRecord(number, verdicts), after)

@@ -1,37 +1,76 @@
-"""A Flower mod with which a client answers a request that is repeated from memory, without training again."""
+"""A Flower mod with which a client answers a request that is repeated from memory, without training again.
+
+The answer lies in a file: Flower keeps a client's Context in the SuperNode's memory, and cuts off the transfer of a
+large one.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message
 
+from corymb.protocol.home import home
+from corymb.protocol.message_file import from_bytes, to_pieces
 from corymb.protocol.records import NONCE, of_kind
 
-MARK = "answered"  # the record of a reply with the nonce that it answers
-PREFIX = "corymb-answer-"  # of the records in the client's Context
+FOLDER = "answers"  # in `home()`
+MARK = "answered"  # the record of a reply with the nonce that it answers: the server sees that the client remembers
+OLD_SECONDS = 7 * 24 * 3600.0  # after which an answer is deleted
 
 
 def answer_from_memory(message: Message, context: Context, app: Callable[[Message, Context], Message]) -> Message:
     """Return the reply of `app` to `message`. A request with the nonce of the last one gets the same reply again.
 
-    For `ClientApp(mods=[answer_from_memory])`. The reply to the last training message and that to the last evaluation
-    message are kept in the client's Context. Requests without a nonce pass unchanged.
+    For `ClientApp(mods=[answer_from_memory])`. The last reply to a training message and to an evaluation message is
+    kept in `~/.corymb/answers` (or `$CORYMB_HOME/answers`), readable for this user only, for a week at most. Requests
+    without a nonce, as in simulations, pass unchanged.
     """
     nonce = next((record[NONCE] for record in of_kind(message.content, ConfigRecord) if NONCE in record), None)
     if nonce is None:
         return app(message, context)
-    prefix = f"{PREFIX}{message.metadata.message_type.partition('.')[0]}/"
-    kept = {name.removeprefix(prefix): record for name, record in context.state.items() if name.startswith(prefix)}
-    mark = kept.get(MARK)
-    if isinstance(mark, ConfigRecord) and mark.get(NONCE) == nonce:
-        return Message(RecordDict(kept), reply_to=message)
+    kind = message.metadata.message_type.partition(".")[0]
+    name = hashlib.sha256(f"{context.run_id}/{context.node_id}/{kind}".encode()).hexdigest()
+    path = home() / FOLDER / name
+    kept = _read(path)
+    if kept is not None and any(record.get(NONCE) == nonce for record in of_kind(kept.content, ConfigRecord)):
+        return Message(kept.content, reply_to=message)
     reply = app(message, context)
     if reply.has_error():
         return reply
-    for name in kept:
-        del context.state[f"{prefix}{name}"]
-    reply.content[MARK] = ConfigRecord({NONCE: nonce})  # tells the server that this client has a memory
-    for name, record in reply.content.items():
-        context.state[f"{prefix}{name}"] = record
+    reply.content[MARK] = ConfigRecord({NONCE: nonce})
+    try:
+        _write(path, reply)
+    except OSError:
+        del reply.content[MARK]  # the server must not ask this client again
     return reply
+
+
+def _read(path: Path) -> Message | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, data = content[:32], content[32:]
+    return from_bytes(data) if hashlib.sha256(data).digest() == digest else None
+
+
+def _write(path: Path, reply: Message) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    pieces, digest = to_pieces(reply), hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    draft = path.with_name(f"{path.name}.draft")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(digest.digest())
+        file.writelines(pieces)
+    draft.replace(path)
+    for other in path.parent.iterdir():
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > OLD_SECONDS:
+                other.unlink()

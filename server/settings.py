@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from corymb.protocol.home import home
 from corymb.protocol.run_config import nest
 from corymb.protocol.settings import Settings, problems
 from corymb.protocol.train_settings import TrainSettings
@@ -171,7 +171,7 @@ def _kind(value: Any) -> Any:
 
 def runs_folder() -> Path:
     """Return the folder of the journals of deployments: `runs` in `$CORYMB_HOME`, which is `~/.corymb` by default."""
-    return Path(os.environ.get("CORYMB_HOME") or Path.home() / ".corymb") / "runs"
+    return home() / "runs"
 
 
 class ServerSettings(Settings):

@@ -114,7 +114,7 @@ class FlowerStrategy(RoundLoop):
         self._grid: Grid | None = None
         self.timeout = 3600.0
         self.busy = frozenset()
-        self._connected: int | None = None  # the number of connected nodes in the round before
+        self.connected_before: int | None = None
 
     @property
     def rule(self) -> Rule[Any]:
@@ -144,8 +144,9 @@ class FlowerStrategy(RoundLoop):
         """Return a training message for each sampled node. Neither `arrays` nor `config` is changed."""
         self.set_model(arrays)
         self._grid = grid
-        connected, chosen = self.sampling.for_training(grid, server_round, self._resting(server_round), self._connected)
-        self._connected = len(connected)
+        out = self.state.guard.quarantined(server_round)
+        connected, chosen = self.sampling.for_training(grid, server_round, out, self.busy, self.connected_before)
+        self.connected_before = len(connected)
         return self._phase.begin(
             MessageType.TRAIN, server_round, config, connected, chosen, self._model_for, self._arrays
         )
@@ -175,7 +176,8 @@ class FlowerStrategy(RoundLoop):
     ) -> list[Message]:
         """Return an evaluation message for each sampled node."""
         self.set_model(arrays)
-        connected, chosen = self.sampling.for_evaluation(grid, server_round, self._resting(server_round))
+        out = self.state.guard.quarantined(server_round)
+        connected, chosen = self.sampling.for_evaluation(grid, server_round, out, self.busy)
         return self._phase.begin(
             MessageType.EVALUATE, server_round, config, connected, chosen, self._model_for, self._arrays
         )
@@ -224,10 +226,6 @@ class FlowerStrategy(RoundLoop):
     def set_requests(self, requests: Requests) -> None:
         """See `RoundLoop.set_requests`."""
         self._phase.requests = requests
-
-    def _resting(self, server_round: int) -> frozenset[str]:
-        """Return the nodes that are not asked: they are busy with an earlier round, or in quarantine."""
-        return self.busy | self.state.guard.quarantined(server_round)
 
     def _model_for(self, name: str) -> Model:
         return self.method.rule.model_for(name, self.state.model, self.state.memory)

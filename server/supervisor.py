@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,37 +27,33 @@ from corymb.server.rounds.run_failed import RunFailed
 
 NAME = "flwr-serverapp"
 RAISED, FAILED = 3, 4  # exit codes of the child: the app raised an exception; the run has achieved nothing
-MOST_CRASHES = 30  # in a row, each soon after the start
-SOON_SECONDS = 60.0
+MOST_CRASHES = 30  # in a row, without a finished round in between
+PROGRESS = re.compile(r"\[ROUND \d+/\d+\]")  # in the line that the round loop logs after each round
 LONGEST_PAUSE = 5.0  # seconds between a crash and the next start
 
 
 @dataclass(frozen=True)
 class End:
-    """How a child ended: its exit code, negative for a signal; its last line; and how many seconds it ran."""
+    """How a child ended: its exit code, negative for a signal; its last line; and whether it has finished a round."""
 
     code: int
     last_line: str
-    seconds: float
+    has_progress: bool = False
 
 
 def pause_before_restart(ends: list[End]) -> float | None:
     """Return how many seconds to wait before the child is started again; None if it is not.
 
-    `ends` are those of all children so far. Nothing is started after success, after a run that has achieved nothing,
-    after the same exception twice in a row, and after `MOST_CRASHES` in a row that each came soon.
+    `ends` are those of all children so far. Nothing is started after success, after a run that has achieved nothing, or
+    after the same exception twice or `MOST_CRASHES` ends in a row, without a finished round in between.
     """
     last = ends[-1]
     if last.code in (0, FAILED):
         return None
-    if last.code == RAISED and len(ends) > 1 and (ends[-2].code, ends[-2].last_line) == (RAISED, last.last_line):
+    idle = [*takewhile(lambda end: not end.has_progress, reversed(ends))]
+    if last.code == RAISED and len(idle) > 1 and (idle[1].code, idle[1].last_line) == (RAISED, last.last_line):
         return None
-    quick = 0
-    for end in reversed(ends):
-        if end.seconds > SOON_SECONDS:
-            break
-        quick += 1
-    return None if quick >= MOST_CRASHES else min(0.1 * 2 ** max(0, quick - 5), LONGEST_PAUSE)
+    return None if len(idle) >= MOST_CRASHES else min(0.1 * 2 ** max(0, len(idle) - 5), LONGEST_PAUSE)
 
 
 def supervise(grid: Any, context: Context, server_app_dir: str, server_app_attr: str | None = None) -> Context:
@@ -78,7 +76,7 @@ def supervise(grid: Any, context: Context, server_app_dir: str, server_app_attr:
 
 
 def _run_child(task: str) -> End:
-    started, last_line = time.monotonic(), ""
+    last_line, has_progress = "", False
     child = subprocess.Popen(
         [sys.executable, "-u", "-m", "corymb.server.supervisor", "--child"],
         stdin=subprocess.PIPE,
@@ -93,7 +91,8 @@ def _run_child(task: str) -> End:
     for line in child.stdout:
         print(line, end="")  # Flower takes it from here to the log of the run
         last_line = line.strip() or last_line
-    return End(child.wait(), last_line, time.monotonic() - started)
+        has_progress = has_progress or bool(PROGRESS.search(line))
+    return End(child.wait(), last_line, has_progress)
 
 
 def _be_the_child() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import sqlite3
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from corymb.server.rounds.round import Asked, Requests
 log = logging.getLogger("flwr.corymb")
 UNWRITABLE = (OSError, sqlite3.OperationalError)
 FOLDER = "replies"
+TIME = struct.Struct("<d")  # of a reply's arrival, before the message in its file
 
 
 class Asks:
@@ -49,11 +51,11 @@ class Asks:
         row = (number, phase, str(asked.run_id), asked.nonce, asked.at, json.dumps(fields))
         self._write("INSERT OR REPLACE INTO asks VALUES (?, ?, ?, ?, ?, ?)", row)
 
-    def keep_reply(self, number: int, phase: str, reply: Message) -> None:
+    def keep_reply(self, number: int, phase: str, reply: Message, at: float) -> None:
         """See `AskJournal.keep_reply`."""
         try:
             self._folder.mkdir(exist_ok=True)
-            pieces, prefix = to_pieces(reply), _prefix(number, phase)
+            pieces, prefix = [TIME.pack(at), *to_pieces(reply)], _prefix(number, phase)
             if prefix not in self._next:
                 self._next = {prefix: len(list(self._folder.glob(f"{prefix}*.reply")))}
             digest = hashlib.sha256()
@@ -64,7 +66,7 @@ class Asks:
         except (*UNWRITABLE, ValueError, TypeError) as error:  # the latter two: what Flower cannot encode
             self._complain(error)
 
-    def kept_replies(self, number: int, phase: str) -> Iterator[Message]:
+    def kept_replies(self, number: int, phase: str) -> Iterator[tuple[Message, float]]:
         """See `AskJournal.kept_replies`. A damaged file is left out."""
         for path in sorted(self._folder.glob(f"{_prefix(number, phase)}*.reply")):
             content = path.read_bytes()
@@ -72,7 +74,8 @@ class Asks:
             if hashlib.sha256(data).digest() != digest:
                 log.warning("The kept reply %s is damaged; its node is asked again.", path)
                 continue
-            yield from_bytes(data)
+            (at,) = TIME.unpack_from(data)
+            yield from_bytes(data[TIME.size :]), at
 
     def note_event(self, event: Event) -> None:
         """See `AskJournal.note_event`."""

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from corymb.protocol.flower import unchecked_reply
 from corymb.protocol.grids import StreamingGrid
 from corymb.server.rounds.pulls import pulled
-from corymb.server.rounds.rejections import UNREADABLE
+from corymb.server.rounds.rejections import FORGED, UNREADABLE
 
 
 def arrivals(
@@ -67,21 +67,21 @@ def polled(
             continue
         message_id, outcome = each
         if isinstance(outcome, Exception):
-            yield _unreadable(sent[message_id], f"{type(outcome).__name__}: {outcome}")
+            problem = f"{type(outcome).__name__}: {outcome}"
+            yield unchecked_reply(sent[message_id], error=Error(UNREADABLE, problem))
         else:
             yield _checked_reply(sent[message_id], outcome)
         del outcome, each
 
 
 def _checked_reply(message: Message, reply: Message) -> Message:
-    """Return `reply` if it refers to `message`, else an error reply.
+    """Return `reply` if it refers to `message` and comes from its addressee, else an error reply.
 
-    Otherwise a reply that refers to another node's message would count as that node's reply.
+    The grid has told which message the reply belongs to; what the reply itself says comes from the client.
     """
-    if reply.metadata.reply_to_message_id == message.metadata.message_id:
-        return reply
-    return _unreadable(message, "it refers to another message")
-
-
-def _unreadable(message: Message, problem: str) -> Message:
-    return unchecked_reply(message, error=Error(UNREADABLE, problem))
+    metadata = reply.metadata
+    if metadata.reply_to_message_id != message.metadata.message_id:
+        return unchecked_reply(message, error=Error(FORGED, "it refers to another message"))
+    if not reply.has_error() and metadata.src_node_id != message.metadata.dst_node_id:
+        return unchecked_reply(message, error=Error(FORGED, "it says that it comes from another node"))
+    return reply

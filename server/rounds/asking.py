@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection
 
@@ -9,15 +10,17 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from corymb.protocol.flower import MESSAGE_LOST, set_message_id, set_reply_to, unchecked_messages
-from corymb.protocol.records import NONCE, of_kind
+from corymb.protocol.records import DEADLINE, NONCE, of_kind
 from corymb.server.rounds.events import Event, EventLog, size_of, some
 from corymb.server.rounds.rejections import UNREADABLE
 from corymb.server.rounds.requests import push
 from corymb.server.rounds.round import Asked
 
+log = logging.getLogger("flwr.corymb")
 MOST_ASKS = 4  # times that a node is asked in one phase
 REMIND_SECONDS = 30.0  # between two log lines about nodes that have not answered
 SLACK_SECONDS = 30.0
+LEAST_LEFT = 5.0  # seconds to the deadline, below which nobody is asked again
 
 
 def overdue_after(durations: Collection[float], asks: int) -> float | None:
@@ -30,29 +33,37 @@ def overdue_after(durations: Collection[float], asks: int) -> float | None:
 
 
 class Asking:
-    """What was `asked` in a phase of round `number`, with the `messages` to ask again with.
+    """What was `asked` in a phase of round `number`, with the `messages` to ask again with, until `ends` (Unix time).
 
     A node is asked again, with a copy of its message, if it is overdue or if its reply was lost. Only clients that
-    answer such a request from memory are asked again: their replies repeat the nonce of the request.
+    answer such a request from memory are asked again: their replies repeat the nonce of the request. `remembers` says
+    so by node, and is updated; a node that has never replied is taken for what all others are.
     """
 
     def __init__(
-        self, grid: Grid, number: int, phase: str, asked: Asked, messages: list[Message], events: EventLog
+        self,
+        grid: Grid,
+        number: int,
+        phase: str,
+        asked: Asked,
+        messages: list[Message],
+        ends: float,
+        remembers: dict[str, bool],
+        events: EventLog,
     ) -> None:
-        self.asked, requests = asked, asked.requests
+        self.asked, self.ends, requests = asked, ends, asked.requests
         self._round, self._phase = number, phase
-        self._grid, self._events = grid, events
+        self._grid, self._remembers, self._events = grid, remembers, events
         ids = {name: node_id for node_id, name in requests.connected.items()}
         self._ids = {name: ids[name] for name in requests.by_message.values() if name in ids}
         originals = {message.metadata.dst_node_id: message for message in messages}
         self._originals = {name: originals[n] for name, n in self._ids.items() if n in originals}
         self.sent = {i: self._standing_for(i, name) for i, name in requests.by_message.items() if name in self._ids}
         self.waiting: dict[str, None] = dict.fromkeys(self.sent)
+        self.durations: list[float] = []  # of the replies so far
         self._node_of = dict(requests.by_message)
         self._asks = dict.fromkeys(self._ids, 1)
         self._answered: set[str] = set()
-        self._durations: list[float] = []
-        self._remembers = False  # whether the clients answer from memory
         self._reminded = time.monotonic()
 
     def unanswered(self) -> dict[str, list[str]]:
@@ -63,32 +74,34 @@ class Asking:
                 nodes[name].append(message_id)
         return nodes
 
-    def accept(self, reply: Message) -> float | None:
-        """Return after how many seconds `reply` came; None if it does not count.
+    def accept(self, reply: Message, kept_at: float | None = None) -> bool:
+        """Return whether `reply` counts. `kept_at` is the time of its arrival before a restart of the server.
 
-        It does not if the node has answered before, or if its reply was lost and it is asked again.
+        It does not count if the node has answered before, or if its reply was lost and it is asked again.
         """
         asked_id = reply.metadata.reply_to_message_id
         name = self._node_of.get(asked_id)
         if name is None or name in self._answered:
-            return None
+            return False
         if asked_id not in self.asked.requests.by_message:  # the reply to a request that was repeated
             set_reply_to(reply, next(i for i, node in self.asked.requests.by_message.items() if node == name))
-        seconds = max(0.0, time.time() - self.asked.at)
+        seconds = max(0.0, (time.time() if kept_at is None else kept_at) - self.asked.at)
         if reply.has_error():
-            code = reply.error.code
-            if (code in MESSAGE_LOST or (code == UNREADABLE and self._remembers)) and self._ask_again(name, "lost"):
-                return None
+            is_lost = reply.error.code in {*MESSAGE_LOST, UNREADABLE}
+            if is_lost and kept_at is None and self._ask_again(name, "lost"):
+                return False
         else:
-            self._durations.append(seconds)
-            self._remembers = self._remembers or any(NONCE in record for record in of_kind(reply.content, ConfigRecord))
+            self.durations.append(seconds)
+            configs = of_kind(reply.content, ConfigRecord)
+            self._remembers[name] = any(record.get(NONCE) == self.asked.nonce for record in configs)
         self._answered.add(name)
         for message_id in [i for i, node in self._node_of.items() if node == name]:
             self.waiting.pop(message_id, None)
-        left = [node for node in self._ids if node not in self._answered]
-        kind = "failed" if reply.has_error() else "replied"
-        self._events.add(Event(self._round, self._phase, name, kind, seconds, size_of(reply)), left)
-        return seconds
+        if kept_at is None:
+            left = [node for node in self._ids if node not in self._answered]
+            kind = "failed" if reply.has_error() else "replied"
+            self._events.add(Event(self._round, self._phase, name, kind, seconds, size_of(reply)), left)
+        return True
 
     def attend(self) -> None:
         """Ask the nodes that are overdue again, and log who has not answered. To be called while no reply arrives."""
@@ -97,26 +110,41 @@ class Asking:
         if time.monotonic() - self._reminded >= REMIND_SECONDS:
             self._reminded = time.monotonic()
             self._events.log("[ROUND %d] waiting for %s (%s, %.0f s)", self._round, some(left), self._phase, elapsed)
-        if not self._remembers:
-            return
-        online = None
+        online: set[int] | None = None
         for name in left:
-            limit = overdue_after(self._durations, self._asks[name])
-            if limit is not None and elapsed > limit:
-                online = {node.node_id for node in self._grid.get_nodes()} if online is None else online
+            limit = overdue_after(self.durations, self._asks[name])
+            if limit is not None and elapsed > limit and self._is_ready(name):
+                online = self._online() if online is None else online
                 if self._ids[name] in online:
                     self._ask_again(name, "overdue")
+
+    def _online(self) -> set[int]:
+        try:
+            return {node.node_id for node in self._grid.get_nodes()}
+        except Exception as error:  # the SuperLink is away or fails; the next call may succeed
+            log.warning("The SuperLink does not say which nodes are online (%s).", error)
+            return set()
+
+    def _is_ready(self, name: str) -> bool:
+        """Return whether the client at a node answers from memory, as far as is known."""
+        known = self._remembers.values()
+        return self._remembers.get(name, bool(known) and all(known))
 
     def _ask_again(self, name: str, why: str) -> bool:
         """Send the message to a node again. Returns whether that was possible."""
         original = self._originals.get(name)
-        if original is None or self._asks[name] >= MOST_ASKS:
+        seconds_left = self.ends - time.time()
+        if original is None or not self._is_ready(name) or self._asks[name] >= MOST_ASKS or seconds_left < LEAST_LEFT:
             return False
-        self._asks[name] += 1
-        (again,) = _copies(original)
-        (accepted,) = push(self._grid, [again]) or [""]
+        again = _copy(original, seconds_left)
+        try:
+            (accepted,) = push(self._grid, [again]) or [""]
+        except Exception as error:
+            log.warning("The node %s could not be asked again (%s).", name, error)
+            return False
         if not accepted:
             return False
+        self._asks[name] += 1
         self.sent[accepted] = again
         self._node_of[accepted] = name
         self.waiting[accepted] = None
@@ -130,6 +158,12 @@ class Asking:
         return message
 
 
-def _copies(message: Message) -> list[Message]:
+def _copy(message: Message, seconds_left: float) -> Message:
+    """Return a new message with the content of `message`, and what is left of the deadline."""
+    content = RecordDict(dict(message.content.items()))
+    for name, record in message.content.items():
+        if isinstance(record, ConfigRecord) and DEADLINE in record:
+            content[name] = ConfigRecord({**record, DEADLINE: seconds_left})
     metadata = message.metadata
-    return unchecked_messages(message.content, [metadata.dst_node_id], metadata.message_type, metadata.group_id)
+    (copy,) = unchecked_messages(content, [metadata.dst_node_id], metadata.message_type, metadata.group_id)
+    return copy

@@ -5,6 +5,7 @@ It uses neither a grid nor a clock.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +17,7 @@ from corymb.server.rounds.door import Door
 from corymb.server.rounds.guard_memory import GuardMemory
 from corymb.server.rounds.policy import OFFENCES, with_share
 from corymb.server.rounds.record import RoundRecord, Verdict, mean_metrics, verdicts
-from corymb.server.rounds.rejections import Rejection, forged, not_connected, quarantined
+from corymb.server.rounds.rejections import Rejection, not_connected, quarantined
 from corymb.server.rounds.round import Round
 from corymb.server.rounds.spill import Spill
 from corymb.server.rounds.state import Cost, Method, RunState
@@ -31,10 +32,13 @@ Evaluate = Callable[[Model], NamedReplies]
 
 @dataclass
 class _Checked:
-    """The result for each node's first reply, the number of further ones, which are not read, and norms of updates."""
+    """The result for each node's first reply; how many replies were not read, because they are second or forged; and
+    the norms of updates and numbers of examples that a policy remembers.
+    """
 
     by_node: dict[str, Report | Rejection] = field(default_factory=dict)
-    second_replies: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, float] = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
 
 
@@ -61,16 +65,17 @@ def conclude(
     observer = method.round_size.observer(state.round_size, state.model) if method.round_size else None
     if observer is not None:
         admitted = observer.watch(admitted)
-    stored: list[Reply] = []
-    if method.candidate_election is not None and method.candidate_election.rules:  # its rules read them again
-        admitted = iter(stored := list(admitted))
     spill = Spill(method.spill_bytes)
-    if method.rule.kind != "blind":
+    elects = method.candidate_election is not None and bool(method.candidate_election.rules)
+    if method.rule.kind != "blind" or elects:
         admitted = spill.watch(admitted)
+    stored: list[Reply] = []
+    if elects:  # its rules read them again
+        admitted = iter(stored := list(admitted))
     with allocating(spill.matrix), seeded_generators(method.seed, round.number):  # a rule's draws can be repeated
         outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known_nodes, method.proxy)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
-    notes = dict(outcome.notes) | ({"second-replies": float(checked.second_replies)} if checked.second_replies else {})
+    notes = dict(outcome.notes) | {name: float(count) for name, count in checked.unread.items()}
     absent = state.known_nodes.difference(requests.nodes, requests.connected.values())
     left_out = {node: quarantined(node, state.guard.until[node]) for node in state.guard.quarantined(round.number)}
     results = left_out | checked.by_node | {node: not_connected(node) for node in absent}
@@ -101,8 +106,8 @@ def conclude_evaluation(
     door = Door(state.model.layers, method.examples_key)
     checked: dict[str, Report | Rejection] = {}
     for node, reply in requests.named(replies):
-        if node not in checked:
-            checked[node] = forged(node) if requests.is_forged(reply) else door.admit_metrics(node, reply)
+        if node not in checked and not requests.is_forged(reply):
+            checked[node] = door.admit_metrics(node, reply)
     guard = _after_offences(method, state.guard, round.number, checked)
     means = mean_metrics(report for report in checked.values() if isinstance(report, Report))
     return replace(state, guard=guard), tuple(verdicts(requests.nodes, checked, {})), means
@@ -153,10 +158,10 @@ def _admitted(
     """Yield each reply that the door and the policy admit, and put the result for each node into `checked`."""
     method, policy = round.method, round.method.policy
     for node, message in round.requests.named(replies):
-        if node in checked.by_node:
-            checked.second_replies += 1
+        if round.requests.is_forged(message) or node in checked.by_node:
+            checked.unread["forged-replies" if round.requests.is_forged(message) else "second-replies"] += 1
             continue
-        verdict = forged(node) if round.requests.is_forged(message) else door.admit(node, message)
+        verdict = door.admit(node, message)
         del message
         if policy is not None and isinstance(verdict, Reply):
             sent = method.rule.model_for(node, state.model, state.memory)
@@ -166,6 +171,7 @@ def _admitted(
             checked.by_node[node] = verdict
             continue
         checked.by_node[node] = verdict.report
+        checked.examples[node] = verdict.report.examples
         yield verdict
         del verdict  # frees its memory before the next reply
 
@@ -181,8 +187,8 @@ def _guarded(method: Method, state: RunState, number: int, checked: _Checked) ->
     """Return what the policy remembers after the training of a round."""
     if method.policy is None:
         return state.guard
-    admitted = {node: result.examples for node, result in checked.by_node.items() if isinstance(result, Report)}
-    return _after_offences(method, state.guard.after_admitting(checked.norms, admitted), number, checked.by_node)
+    guard = state.guard.after_admitting(checked.norms, checked.examples)
+    return _after_offences(method, guard, number, checked.by_node)
 
 
 def _after_offences(

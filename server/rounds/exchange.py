@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from math import inf
 
@@ -50,6 +50,12 @@ class Exchange:
         self._asked: Asked | None = None  # by an earlier process of this server
         self._sent: dict[str, Message] = {}
         self._asking: Asking | None = None
+        self._remembers: dict[str, bool] = {}  # of each node: whether its client answers from memory
+
+    @property
+    def durations(self) -> Sequence[float] | None:
+        """The seconds after which the replies of this phase have come so far; None in a simulation."""
+        return self._asking.durations if self._asking is not None else None
 
     def busy(self, number: int) -> frozenset[str]:
         """Return the nodes that still owe a reply to an earlier round, and so are not to be asked in round `number`."""
@@ -76,7 +82,7 @@ class Exchange:
         if self._asked is not None and self._asked.requests.by_message:
             requests, number = self._asked.requests, self._round
             log.info("[ROUND %d] These nodes were asked before the restart: %s", number, some(requests.nodes))
-            self._asking = Asking(self._grid, number, self._phase, self._asked, messages, self._events)
+            self._asking = self._make_asking(self._asked, messages)
             return requests
         set_message_ids(messages)
         asked = Asked(self._nonce, requests_of(messages), time.time(), self._run_id)
@@ -85,7 +91,7 @@ class Exchange:
         if set(asked.requests.by_message) - set(accepted):  # refused, or a grid that gives ids of its own
             asked = Asked(self._nonce, requests_of(messages), asked.at, self._run_id)
             self._note(asked)
-        self._asking = Asking(self._grid, self._round, self._phase, asked, messages, self._events)
+        self._asking = self._make_asking(asked, messages)
         for node in asked.requests.by_message.values():
             self._events.add(Event(self._round, self._phase, node, "asked"))
         return asked.requests
@@ -97,8 +103,7 @@ class Exchange:
             return
         asking, number = self._asking, self._round
         left = len(asking.asked.requests.by_message) if enough is None else enough
-        limit = inf if self._timeout is None else max(LEAST_SECONDS, asking.asked.at + self._timeout - time.time())
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + self._seconds_left(asking)
         try:
             with closing(self._kept_then_arriving(asking, deadline)) as replies:
                 for reply in replies:
@@ -120,17 +125,34 @@ class Exchange:
         """Yield the replies that an earlier process of this server has kept, and then those that arrive."""
         number, phase = self._round, self._phase
         kept = self._journal.kept_replies(number, phase) if self._journal else iter(())
-        for reply in kept:
-            if asking.accept(reply) is not None:
+        for reply, at in kept:
+            if asking.accept(reply, at):
                 yield reply
             del reply
+        if self._is_closed():
+            return
         for reply in polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend):
-            seconds = asking.accept(reply)
-            if seconds is not None:
+            if asking.accept(reply):
                 if self._journal is not None:
-                    self._journal.keep_reply(number, phase, reply)
+                    self._journal.keep_reply(number, phase, reply, time.time())
                 yield reply
             del reply
+
+    def _make_asking(self, asked: Asked, messages: list[Message]) -> Asking:
+        ends = inf if self._timeout is None else asked.at + self._timeout
+        return Asking(self._grid, self._round, self._phase, asked, messages, ends, self._remembers, self._events)
+
+    def _seconds_left(self, asking: Asking) -> float:
+        return max(LEAST_SECONDS, asking.ends - time.time())
+
+    def _is_closed(self) -> bool:
+        """Return whether an earlier process of this server has ended the training of this round, and gone on.
+
+        Then no further reply counts, because evaluations of the resulting model may have come.
+        """
+        if self._phase != "train" or self._journal is None:
+            return False
+        return self._journal.asked(self._round, "evaluate", self._run_id) is not None
 
     def _note(self, asked: Asked) -> None:
         if self._journal is not None:

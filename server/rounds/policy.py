@@ -16,7 +16,7 @@ from corymb.strategies import Model, Reply, Report
 from corymb.strategies.core.rows import SingleRow
 
 LEAST_NORMS = 5  # norms that must be known before they limit others
-OFFENCES = frozenset(Code) - {Code.OFFLINE, Code.ERROR, Code.QUARANTINED}
+OFFENCES = frozenset(Code) - {Code.OFFLINE, Code.ERROR, Code.UNRECEIVED, Code.QUARANTINED}
 
 
 @dataclass(frozen=True)

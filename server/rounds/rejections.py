@@ -10,7 +10,9 @@ from flwr.app import Message
 
 from corymb.protocol.flower import NODE_UNAVAILABLE
 
-UNREADABLE = 1000  # error code of a reply that the server could not receive; Flower's own codes are small numbers
+# Error codes of the server's own; Flower's are small numbers.
+UNREADABLE = 1000  # of a reply that the server could not receive
+FORGED = 1001  # of a reply that contradicts what the grid says of it
 
 
 class Code(StrEnum):
@@ -23,9 +25,10 @@ class Code(StrEnum):
     NAMES = "names"  # a tensor is missing, or is not in the model
     SHAPE = "shape"
     DTYPE = "dtype"
-    BYTES = "bytes"  # the bytes do not match the header, or the reply could not be received
+    BYTES = "bytes"  # the bytes do not match the header
     NORM = "norm"  # the update is longer than the policy allows
-    SOURCE = "source"  # the node has answered a message that was sent to another node
+    UNRECEIVED = "unreceived"  # the network fails, or the bytes are no message
+    SOURCE = "source"  # the reply names another message or another node than its own
     QUARANTINED = "quarantined"  # the node has offended too often and is not asked
     NOT_FINITE = "not-finite"  # a number is NaN, infinite or too large
 
@@ -53,7 +56,9 @@ def rejection_of_error(node: str, message: Message) -> Rejection:
     if code == NODE_UNAVAILABLE:
         return _offline(node, reason[:1000])
     if code == UNREADABLE:
-        return Rejection(node, Code.BYTES, f"{node}: its reply is unreadable: {short(reason)}.")
+        return Rejection(node, Code.UNRECEIVED, f"{node}: its reply cannot be received: {short(reason)}.")
+    if code == FORGED:
+        return Rejection(node, Code.SOURCE, f"{node}: its reply is forged: {short(reason)}.")
     return Rejection(node, Code.ERROR, f"{node}: error {code}: {short(reason)}.")
 
 
@@ -66,11 +71,6 @@ def quarantined(node: str, until: int) -> Rejection:
     """Return the verdict on a node that is not asked before round `until`."""
     reason = f"{node}: too many of its replies were rejected; it is asked again in round {until}."
     return Rejection(node, Code.QUARANTINED, reason)
-
-
-def forged(node: str) -> Rejection:
-    """Return the verdict on a reply of `node` to a message that was sent to another node."""
-    return Rejection(node, Code.SOURCE, f"{node}: it has answered a message that was sent to another node.")
 
 
 @lru_cache(maxsize=1 << 14)

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from corymb.protocol.flower import unchecked_messages
-from corymb.protocol.records import ARRAYS, CONFIG, ROUND
+from corymb.protocol.records import ARRAYS, CONFIG, NONCE, ROUND
 from corymb.server.rounds.arrivals import arrivals
 from corymb.server.rounds.round import Requests
 from corymb.strategies import Model
@@ -76,7 +76,10 @@ class Phase:
         ids = {name: node_id for node_id, name in self.connected.items()}
         nodes = {name: ids[name] for name in self.requests.nodes if name in ids}
         group = f"{self.server_round}-candidate"
+        config, self.config = self.config, self.config.copy()
+        self.config.pop(NONCE, None)  # each candidate is a new question, which no client has answered yet
         messages = self._create(nodes, lambda name: model, arrays_of, MessageType.EVALUATE, group)
+        self.config = config
         sent = push(grid, messages)
         yield from Requests.of(messages, self.connected).named(arrivals(grid, sent, timeout))
 

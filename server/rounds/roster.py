@@ -46,34 +46,37 @@ class Sampling:
                 raise ValueError(f"{name} is {fraction}; use a value in [0, 1], such as 1 for all connected nodes.")
 
     def for_training(
-        self, grid: Grid, server_round: int, resting: Collection[str] = (), before: int | None = None
-    ) -> tuple[dict[str, int], dict[str, int]]:
+        self, grid: Grid, server_round: int, out: Collection[str] = (), busy: Collection[str] = (),
+        before: int | None = None,
+    ) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
         """Wait for enough nodes. Return the connected nodes and the sampled ones, each as `{name: node id}`.
 
-        Nodes that are `resting` are not sampled. `before` is the number of nodes that were connected in the round
-        before, None in the first round.
+        Nodes that are `out` are not sampled, and those that are `busy` only if there are too few others. `before` is
+        the number of nodes that were connected in the round before, None in the first round.
         """
         enough = self.min_nodes if before is None else min(self.min_nodes, before)
         patience = self.timeout if before is None else REJOIN_SECONDS
         if before is not None and not is_complete(grid) and not has_joined(grid, enough, patience):
             enough, patience = min(self.least, enough), self.timeout
         nodes = wait_for(grid, enough, patience)
-        if self.sites_to_start:
-            return nodes, self._sampled(nodes, resting, 1e-9, self.sites_to_start, server_round, "train")
-        return nodes, self._sampled(nodes, resting, self.train, self.min_train, server_round, "train")
+        fraction, minimum = (1e-9, self.sites_to_start) if self.sites_to_start else (self.train, self.min_train)
+        return nodes, self._sampled(nodes, out, busy, fraction, minimum, server_round, "train")
 
     def for_evaluation(
-        self, grid: Grid, server_round: int, resting: Collection[str] = ()
+        self, grid: Grid, server_round: int, out: Collection[str] = (), busy: Collection[str] = ()
     ) -> tuple[dict[str, int], dict[str, int]]:
         """Return the connected nodes and those sampled for evaluation, each as `{name: node id}`."""
         nodes = connected(grid) if self.evaluate else {}
-        return nodes, self._sampled(nodes, resting, self.evaluate, self.min_evaluate, server_round, "evaluate")
+        return nodes, self._sampled(nodes, out, busy, self.evaluate, self.min_evaluate, server_round, "evaluate")
 
     def _sampled(
-        self, nodes: dict[str, int], resting: Collection[str], fraction: float, minimum: int, *draw: object
-    ) -> dict[str, int]:
-        awake = [name for name in nodes if name not in resting]
-        return {name: nodes[name] for name in sample(awake, fraction, minimum, self.seed, *draw)}
+        self, nodes: dict[str, int], out: Collection[str], busy: Collection[str], fraction: float, minimum: int,
+        *draw: object,
+    ) -> dict[str, int]:  # fmt: skip
+        allowed = [name for name in nodes if name not in out]
+        idle = [name for name in allowed if name not in busy]
+        names = idle if len(idle) >= self.least else allowed
+        return {name: nodes[name] for name in sample(names, fraction, minimum, self.seed, *draw)}
 
 
 def connected(grid: Grid) -> dict[str, int]:

@@ -39,14 +39,15 @@ class Requests:
     def name_of(self, reply: Message) -> str:
         """Return the name of the node that sent `reply`: the addressee of the request, or else the source node.
 
-        The addressee takes precedence, because a SuperLink creates error replies under its own node id; but not if the
-        reply is forged, so that it costs the addressee nothing.
+        The addressee takes precedence, because a SuperLink creates error replies under its own node id.
         """
         name = self.by_message.get(reply.metadata.reply_to_message_id)
-        return self._source(reply) if name is None or self.is_forged(reply) else name
+        return self._source(reply) if name is None else name
 
     def is_forged(self, reply: Message) -> bool:
-        """Return whether `reply` is to a message that was sent to another node; False if node ids are not known."""
+        """Return whether the source of `reply` is another node than the one that was asked. Both come from the client,
+        so neither can be trusted; False if node ids are not known.
+        """
         asked = self.by_message.get(reply.metadata.reply_to_message_id)
         if asked is None or not self.connected or asked == self._source(reply):
             return False

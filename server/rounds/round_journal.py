@@ -32,11 +32,11 @@ class AskJournal(Protocol):
     def note_asked(self, number: int, phase: str, asked: Asked) -> None:
         """Note what is asked in a phase. It is on the disk when this method returns."""
 
-    def keep_reply(self, number: int, phase: str, reply: Message) -> None:
-        """Keep a reply until its round is committed."""
+    def keep_reply(self, number: int, phase: str, reply: Message, at: float) -> None:
+        """Keep a reply, which has arrived at the Unix time `at`, until its round is committed."""
 
-    def kept_replies(self, number: int, phase: str) -> Iterator[Message]:
-        """Yield the replies that were kept in this phase, in the order of arrival."""
+    def kept_replies(self, number: int, phase: str) -> Iterator[tuple[Message, float]]:
+        """Yield the replies that were kept in this phase, in the order of arrival, with their Unix times."""
 
     def note_event(self, event: Event) -> None:
         """Store an event."""

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from corymb.server.rounds.conclude import BELOW_QUORUM
 from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.record import RoundRecord, as_metrics
+from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.round import Requests
 from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, write_or_keep
 from corymb.server.rounds.round_size import ArrivalTimes
@@ -41,6 +42,7 @@ class RoundLoop(Strategy):
     journal: RoundJournal | None
     resume: bool
     busy: frozenset[str]  # the nodes that are not to be asked in the next phase
+    connected_before: int | None  # the number of nodes that were connected in the round before; None in the first
     max_abandoned: int
     on_round: Callable[[RoundRecord], None] | None
     timeout: float | None
@@ -137,7 +139,7 @@ class RoundLoop(Strategy):
         if size is not None and requests.by_message:
             enough, estimates = size.choose(len(requests.by_message), self.state.round_size)
             self.state = replace(self.state, round_size=estimates)
-        arrival_times = ArrivalTimes()
+        arrival_times = ArrivalTimes(exchange.durations)
         arrays, metrics = self.aggregate_train(number, arrival_times.watch(exchange.replies(enough)))
         exchange.judged(self.record.verdicts)
         result.arrays = self.set_model(result.arrays if arrays is None else arrays)
@@ -175,6 +177,7 @@ class RoundLoop(Strategy):
             metrics = (as_metrics(measured) for measured in (record.train, record.evaluate, record.server))
             _add_metrics(result, record.round, *metrics)
             self.record = record
+        self.connected_before = sum(verdict.code != Code.OFFLINE for verdict in self.record.verdicts)
 
 
 def _add_metrics(result: Result, number: int, *metrics: MetricRecord | None) -> None:

@@ -67,15 +67,24 @@ class WaitForShare(RoundSize[None]):
 
 @dataclass
 class ArrivalTimes:
-    """The times at which the replies of a phase arrive, in seconds after the phase began. Errors are not counted."""
+    """The times at which the replies of a phase arrive, in seconds after the phase began. Errors are not counted.
 
+    In a deployment, `known` are these times, which may include some from before a restart; else None.
+    """
+
+    known: Sequence[float] | None = None
     started: float = field(default_factory=time.monotonic)
-    seconds: list[float] = field(default_factory=list)
+    measured: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> Sequence[float]:
+        """The times of the replies so far."""
+        return self.measured if self.known is None else self.known
 
     def watch(self, replies: Iterable[Message]) -> Iterator[Message]:
         """Yield `replies` unchanged and record their times."""
         for reply in replies:
             if not reply.has_error():
-                self.seconds.append(time.monotonic() - self.started)
+                self.measured.append(time.monotonic() - self.started)
             yield reply
             del reply

@@ -6,6 +6,7 @@ The system keeps as much of such a file in memory as there is room for. The numb
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,6 +53,11 @@ class Spill:
         return self._mapped(part.numel(), part.dtype).copy_(part.flatten()) if part.numel() else part
 
     def _mapped(self, count: int, dtype: torch.dtype) -> Tensor:
-        with tempfile.NamedTemporaryFile(dir=self._folder, prefix="corymb-models-") as file:
-            # The mapping keeps the file after its name is gone.
-            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix="corymb-models-") as file:
+                os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # or a full disk would kill the process
+                # The mapping keeps the file after its name is gone.
+                return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+        except OSError as error:
+            log.warning("\t│ The models stay in memory, as the folder for temporary files has no room (%s).", error)
+            return torch.empty(count, dtype=dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from corymb.client.app import client_identity, derive_seed, round_of
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.records import EXAMPLES, of_kind
+from corymb.protocol.records import EXAMPLES, STEPS, of_kind
 from corymb.protocol.settings import Settings
 from corymb.simulations.data.clients import Client, with_hooks
 from corymb.simulations.data.colluding_attacks import ALittleIsEnough, Copies, InnerProduct
@@ -50,7 +50,7 @@ class ModelAttack(Settings):
             content = RecordDict(
                 {
                     name: to_arrays(self.change(received, to_state(record), random))
-                    if isinstance(record, ArrayRecord) and set(record) == set(received)
+                    if isinstance(record, ArrayRecord) and name != STEPS
                     else record
                     for name, record in reply.content.items()
                 }
@@ -145,7 +145,7 @@ class InflatedWeight(Settings):
         attackers = set(hostile)
 
         def reply(message: Message, context: Context, reply: Message) -> Message:
-            if int(context.node_config["partition-id"]) in attackers:
+            if int(context.node_config["partition-id"]) in attackers and of_kind(reply.content, ArrayRecord):
                 for metrics in of_kind(reply.content, MetricRecord):
                     if isinstance(claimed := metrics.get(EXAMPLES), (int, float)):
                         metrics[EXAMPLES] = round(self.scale * claimed)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from corymb.client.app import derive_seed, round_of
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.records import of_kind
+from corymb.protocol.records import STEPS, of_kind
 from corymb.protocol.settings import Settings
 from corymb.simulations.data.clients import Client, CohortTrainer, IndexedReplies, Request
 
@@ -85,7 +85,9 @@ class ColludingAttack(Settings):
         changed = []
         for (index, reply), before, after in zip(held, received, trained, strict=True):
             sent = {n: before[n] + pieces[n].view_as(t) if n in pieces else t for n, t in after.items()}
-            records = {n: to_arrays(sent) if isinstance(r, ArrayRecord) else r for n, r in reply.content.items()}
+            records = {
+                n: to_arrays(sent) if isinstance(r, ArrayRecord) and n != STEPS else r for n, r in reply.content.items()
+            }
             changed.append(Message(RecordDict(records), reply_to=requests[index][0]))
         return changed
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,6 +18,11 @@ from corymb.client import make_client_app
 from corymb.client.memory import answer_from_memory
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import set_message_id, set_task_identity
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORYMB_HOME", str(tmp_path))
 
 
 def request(number: int, kind: str = "train", **config: Any) -> Message:
@@ -63,17 +71,17 @@ def test_a_repeated_nonce_is_answered_from_memory() -> None:
     assert number_in(app(request(1, nonce="a"), state)) == 4  # only the last answer is kept
 
 
-def test_without_a_nonce_nothing_is_kept() -> None:
+def test_without_a_nonce_nothing_is_kept(tmp_path: Path) -> None:
     calls: list[int] = []
     app, state = counting_app(calls), context()
     for expected in (1, 2):
         reply = app(request(1), state)
         assert number_in(reply) == expected
         assert list(reply.content) == ["metrics"]
-    assert not state.state
+    assert not list((tmp_path / "answers").glob("*"))
 
 
-def test_an_error_is_not_kept() -> None:
+def test_an_error_is_not_kept(tmp_path: Path) -> None:
     app, state = ClientApp(mods=[answer_from_memory]), context()
 
     @app.train()
@@ -81,7 +89,32 @@ def test_an_error_is_not_kept() -> None:
         return Message(Error(99, "out of memory"), reply_to=message)
 
     assert app(request(1, nonce="a"), state).has_error()
-    assert not state.state
+    assert not list((tmp_path / "answers").glob("*"))
+
+
+def test_answers_are_private_and_a_damaged_one_is_not_used(tmp_path: Path) -> None:
+    calls: list[int] = []
+    app, state = counting_app(calls), context()
+    app(request(1, nonce="a"), state)
+    (path,) = (tmp_path / "answers").glob("*")
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert number_in(app(request(1, nonce="a"), state)) == 2
+
+
+def test_a_client_that_cannot_keep_its_answer_does_not_claim_to(tmp_path: Path) -> None:
+    (tmp_path / "answers").write_text("not a folder")
+    reply = counting_app([])(request(1, nonce="a"), context())
+    assert list(reply.content) == ["metrics"]
+
+
+def test_old_answers_are_deleted(tmp_path: Path) -> None:
+    old = tmp_path / "answers" / "of-an-earlier-run"
+    old.parent.mkdir()
+    old.write_text("")
+    os.utime(old, (0, 0))
+    counting_app([])(request(1, nonce="a"), context())
+    assert not old.exists()
 
 
 def slow_client(batches: int) -> tuple[ClientApp, RecordDict]:

@@ -237,7 +237,9 @@ def test_only_the_reply_that_the_grid_cannot_receive_is_lost(monkeypatch: pytest
     records: list[RoundRecord] = []
     FlowerStrategy(FedAvg(), fraction_evaluate=0, on_round=records.append).start(Breaking(learner, 4), initial(), 1)
     assert len(records[0].admitted) == 3
-    assert records[0].verdicts[1].reason == ("client-1: its reply is unreadable: TypeError: unhashable type: 'list'.")
+    assert records[0].verdicts[1].reason == (
+        "client-1: its reply cannot be received: TypeError: unhashable type: 'list'."
+    )
 
 
 def test_rounds_do_not_wait_for_messages_that_the_grid_refused() -> None:

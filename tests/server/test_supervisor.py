@@ -9,24 +9,26 @@ import pytest
 
 from corymb.server.supervisor import FAILED, MOST_CRASHES, RAISED, End, pause_before_restart, write_program
 
-KILLED = End(-9, "[ROUND 1] waiting", 3.0)
-BUG = End(RAISED, "ValueError: no such file", 3.0)
+KILLED = End(-9, "[ROUND 1] waiting")
+BUG = End(RAISED, "ValueError: no such file")
 
 
 @pytest.mark.parametrize(
     ("ends", "pause"),
     [
-        ([End(0, "", 100.0)], None),
-        ([End(FAILED, "QuorumMissed: ...", 100.0)], None),
+        ([End(0, "")], None),
+        ([End(FAILED, "QuorumMissed: ...")], None),
         ([KILLED], 0.1),
         ([KILLED] * 5, 0.1),
         ([KILLED] * 20, 5.0),
         ([KILLED] * MOST_CRASHES, None),
-        ([KILLED] * (MOST_CRASHES - 1) + [End(-9, "", 100.0)], 0.1),  # it ran for a while before
+        ([*[KILLED] * (MOST_CRASHES - 1), End(-9, "", has_progress=True)], 0.1),
+        ([BUG, End(RAISED, BUG.last_line, has_progress=True)], 0.1),
         ([BUG], 0.1),
         ([BUG, BUG], None),
         ([BUG, KILLED, BUG], 0.1),
-        ([BUG, End(RAISED, "KeyError: 3", 3.0)], 0.1),
+        ([*[KILLED] * 20, End(-9, "", has_progress=True), KILLED], 0.1),
+        ([BUG, End(RAISED, "KeyError: 3")], 0.1),
     ],
 )
 def test_when_it_is_started_again(ends: list[End], pause: float | None) -> None:

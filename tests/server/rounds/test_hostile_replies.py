@@ -156,7 +156,7 @@ def check(changed: list[Change], policy: Policy | None) -> str:
         assert "\n" not in verdict.reason
         assert len(verdict.metrics) <= MAX_METRICS + MAX_CLASSES
         assert all(np.isfinite(number) for number in verdict.metrics.values())
-    assert codes["south"] == "admitted"
+    assert codes["south"] == "admitted"  # whatever the reply says of itself
     if codes["north"] != "admitted":
         assert torch.equal(after.model.parameters, honest.model.parameters)
     replies = [message_from(11, changed), message_from(13, [])]

@@ -1,0 +1,97 @@
+"""The exchange with nodes in a deployment: what a restart, an election and a repeated request must not do."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from corymb.protocol.codec import to_arrays
+from corymb.protocol.records import DEADLINE, NONCE
+from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
+from corymb.server.rounds.asking import _copy
+from corymb.server.rounds.conclude import conclude
+from corymb.server.rounds.exchange import Exchange
+from corymb.server.rounds.round import Asked, Round
+from corymb.server.rounds.state import Method
+from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.strategies import FedAvg, Layout, Median
+from corymb.tests.server.rounds.wire import FIRST_ID, Wire
+from corymb.tests.support import content
+
+STATE = {"counts": torch.zeros(3, 3)}
+
+
+def ask_train(journal: Journal, wire: Wire, messages: list[Message]) -> Exchange:
+    """Begin the training of round 1 over `wire`."""
+    exchange = Exchange(wire, 60.0, journal.asks)
+    config = exchange.begin(1, "train", ConfigRecord({"server-round": 1}))
+    for message in messages:
+        message.content["config"] = config
+    names = {FIRST_ID + i: f"node-{FIRST_ID + i}" for i in range(3)}
+    exchange.push(messages, lambda sent: Requests.of(sent, names))
+    return exchange
+
+
+def messages_to_three() -> list[Message]:
+    return [Message(RecordDict({"arrays": to_arrays(STATE)}), FIRST_ID + i, "train") for i in range(3)]
+
+
+def test_a_training_phase_that_has_ended_stays_ended_after_a_restart(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path)) as journal:
+        wire = Wire(3)
+        exchange = ask_train(journal, wire, messages_to_three())
+        for node in wire.nodes[:2]:
+            wire.answer(node)
+        assert len([reply for reply, _ in zip(exchange.replies(2), range(2), strict=False)]) == 2
+        assert journal.asks is not None
+        journal.asks.note_asked(1, "evaluate", Asked("n", Requests(), time.time(), 7))
+        wire.answer(wire.nodes[2])  # its late reply must not count: two replies made the model that is evaluated
+        restarted = ask_train(journal, wire, messages_to_three())
+        sources = [reply.metadata.src_node_id for reply in restarted.replies()]
+        assert sources == [FIRST_ID, FIRST_ID + 1]
+
+
+def test_each_candidate_of_an_election_is_a_new_question() -> None:
+    nonces: list[Any] = []
+
+    def client(message: Message, context: Context) -> Message:
+        sent: Any = message.content
+        if message.metadata.message_type == "evaluate":
+            nonces.append(sent["config"].get(NONCE))
+            metrics = RecordDict({"metrics": content({}, 5, accuracy=0.5)["metrics"]})
+            return Message(metrics, reply_to=message)
+        return Message(content({"w": torch.ones(2)}, 5), reply_to=message)
+
+    grid = LocalGrid(client, 3)
+    strategy = FlowerStrategy(FedAvg(), candidate_election=CandidateElection((Median(),)), fraction_evaluate=0.0)
+    messages = strategy.configure_train(1, to_arrays({"w": torch.zeros(2)}), ConfigRecord({NONCE: "asked"}), grid)
+    strategy.aggregate_train(1, grid.send_and_receive(messages))
+    assert nonces == [None] * 9  # three candidates at three clients
+
+
+def test_a_repeated_request_has_what_is_left_of_the_deadline() -> None:
+    original = messages_to_three()[0]
+    original.content["config"] = ConfigRecord({DEADLINE: 1200.0, NONCE: "n"})
+    copy: Any = _copy(original, 180.0)
+    assert dict(copy.content["config"]) == {DEADLINE: 180.0, NONCE: "n"}
+    assert original.content["config"][DEADLINE] == 1200.0
+    assert copy.metadata.dst_node_id == original.metadata.dst_node_id
+
+
+def test_growth_is_measured_from_what_a_site_has_and_not_from_its_share() -> None:
+    policy = Policy(max_share=0.5, max_growth=1.5)
+    method = Method(FedAvg(), policy=policy)
+    state = method.initial(Layout.of(STATE).flatten(STATE))
+    nodes = {FIRST_ID + i: f"node-{FIRST_ID + i}" for i in range(3)}
+    wire = Wire(3)
+    sent = messages_to_three()
+    wire.push_messages(sent)
+    replies = [Message(content(STATE, examples), reply_to=m) for m, examples in zip(sent, (1000, 10, 10), strict=True)]
+    after, record = conclude(state, Round(1, method, Requests.of(sent, nodes)), replies)
+    assert record.verdicts[0].weight == 0.5
+    assert list(after.guard.examples.values()) == [1000, 10, 10]
