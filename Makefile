@@ -49,11 +49,15 @@ wheel: $(VENV)/installed  ## build the wheel and the source archive into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-nightly: $(VENV)/installed  ## run the slow tests, all tests with the oldest Flower, and two benchmarks
+nightly: $(VENV)/installed  ## run the slow tests, all tests with the oldest Flower, and three benchmarks
 	$(BIN)/python -m pytest -m nightly
 	$(MAKE) test FLWR=1.41.0
 	$(BIN)/python benchmarks/streaming_memory.py
 	$(BIN)/python benchmarks/grid_overhead.py
+	$(BIN)/python benchmarks/deployment.py
+
+reliability: $(VENV)/installed  ## inject faults and hostile replies, and count what they cost
+	$(BIN)/python benchmarks/reliability.py
 
 .peers/installed:
 	$(PYTHON) -m venv .peers/pfl
@@ -70,4 +74,4 @@ bench: $(VENV)/installed .peers/installed  ## race the peers, in environments of
 clean:  ## remove environments, caches, runs and built files
 	rm -rf .venv .venv-* .peers runs site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .coverage
 
-.PHONY: help setup demo test check docs coverage wheel nightly bench clean
+.PHONY: help setup demo test check docs coverage wheel nightly reliability bench clean
