@@ -18,6 +18,7 @@ from corymb.client.batches import training_batches
 from corymb.simulations.cores import can_fork
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
+from corymb.simulations.engine.client_layers import CLIENT_LAYERS
 from corymb.simulations.engine.engine import Engine, InProcessEngine, MultiDeviceEngine, Trainer
 from corymb.simulations.engine.gram_products import UseGram
 from corymb.simulations.engine.program import CPU, Program
@@ -51,7 +52,7 @@ def find_trainer(
     if engine in ("serial", "ray"):
         return None
     try:
-        return _proven(model, store, engine != "batched", device)
+        return _proven(model, store, engine, device)
     except ValueError as error:
         if engine != "auto":
             raise ValueError(
@@ -88,12 +89,13 @@ def devices_like(device: torch.device) -> list[torch.device]:
     return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
 
 
-def _proven(model: Callable[[], nn.Module], store: Examples, low_rank: bool, device: torch.device) -> TrainerMaker:
+def _proven(model: Callable[[], nn.Module], store: Examples, engine: str, device: torch.device) -> TrainerMaker:
     """Return the fastest trainer whose results equal those of `serial` in a trial.
 
-    Raises `ValueError` with the reason against each candidate if none passes.
+    Raises `ValueError` with the reason against each candidate if none passes, or if a client layer of the user's own
+    fails and the engine is not "auto".
     """
-    population = _trial_population(store)
+    population, low_rank = _trial_population(store), engine != "batched"
     plain = partial(_program, low_rank, UseGram.NEVER)
     # Each candidate as it is tried and as it is used: the trial forces GramWeights, which are optional later.
     candidates: list[tuple[Candidate, Candidate]] = [(plain, plain)]
@@ -101,15 +103,30 @@ def _proven(model: Callable[[], nn.Module], store: Examples, low_rank: bool, dev
         candidates.append((_vmapped, _vmapped))
         if low_rank:  # not on a GPU: GramWeights loop over the clients
             candidates.insert(0, (partial(_program, True, UseGram.ALWAYS), partial(_program, True, UseGram.IF_CHEAPER)))
-    reasons = []
+    reasons: list[str] = []
     with torch.random.fork_rng(devices=[]):
         for trial, final in candidates:
+            if trial is _vmapped and (own := _own_client_layers(model())):
+                problem = f"the client layer of {', '.join(own)} fails: {'; '.join(dict.fromkeys(reasons))}"
+                if engine != "auto":
+                    raise ValueError(problem)
+                log.warning("Clients are trained with torch.func, because %s.", problem)
             try:
                 _prove(trial, model, population, device)
                 return partial(final, model)
             except ValueError as error:
-                reasons.append(str(error))
+                reasons.append(f"{'with torch.func, ' if trial is _vmapped else ''}{error}")
     raise ValueError("; ".join(dict.fromkeys(reasons)))
+
+
+def _own_client_layers(module: nn.Module) -> list[str]:
+    """Return the names of the layers of `module` for which a user, not Corymb, has registered a client layer."""
+    kinds = {type(layer) for layer in module.modules()}
+    return sorted(kind.__name__ for kind in kinds if not _is_ours(CLIENT_LAYERS.get(kind)))
+
+
+def _is_ours(client_layer: type | None) -> bool:
+    return client_layer is None or client_layer.__module__.startswith("corymb.simulations.")
 
 
 def _program(
@@ -164,7 +181,8 @@ def _prove(candidate: Candidate, model: Callable[[], nn.Module], population: Pop
         _compare(candidate(model, population, device), model(), population, 1e-3)
     except _Failed as error:
         cause = error.__cause__
-        raise ValueError(f"a trial with two clients failed ({type(cause).__name__}: {cause})") from cause
+        said = str(cause).partition("\n")[0].partition(". ")[0][:200]
+        raise ValueError(f"a trial with two clients failed ({type(cause).__name__}: {said})") from cause
 
 
 class _Failed(Exception):

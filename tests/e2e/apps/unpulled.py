@@ -29,7 +29,7 @@ def all_nodes(grid):
 def main(grid, context):
     nodes = all_nodes(grid)
     grid.push_messages([Message(RecordDict({"config": ConfigRecord({"add": 5})}), node, "train") for node in nodes])
-    time.sleep(2)
+    time.sleep(15)  # Ray starts meanwhile
     replies = grid.send_and_receive(
         [Message(RecordDict({"config": ConfigRecord({"add": 2})}), node, "train") for node in nodes]
     )

@@ -211,3 +211,34 @@ def test_a_layer_of_ones_own_is_one_class(monkeypatch: pytest.MonkeyPatch) -> No
     settings = TrainSettings(batch_size=4, learning_rate=0.1)
     assert max(differences(module, Program(module, clients), clients, settings)) < EXACT
     assert isinstance(ClientScale(Scale(2), StepContext()), nn.Module)
+
+
+class Mixing(ClientScale):
+    """Wrong: it adds the mean over all clients."""
+
+    def run(self, inputs: Tensor, **parameters: Tensor) -> Tensor:
+        scaled = super().run(inputs, **parameters)
+        return scaled + 0.1 * scaled.mean(dim=0)
+
+
+class Forgetful(ClientScale):
+    """Wrong: it does not use its parameter."""
+
+    def run(self, inputs: Tensor, **parameters: Tensor) -> Tensor:
+        return inputs
+
+
+@pytest.mark.parametrize("wrong", [Mixing, Forgetful])
+def test_a_wrong_layer_of_ones_own_is_not_passed_over_in_silence(
+    wrong: type[ClientLayer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(CLIENT_LAYERS, Scale, wrong)
+    store = population([9, 4, 1]).store
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), Scale(36), nn.Linear(36, 4))
+
+    with pytest.raises(ValueError, match="the client layer of Scale fails: "):
+        find_trainer("batched", model, store)
+    assert find_trainer("auto", model, store) is not None
+    assert "Clients are trained with torch.func, because the client layer of Scale fails: " in caplog.text
