@@ -47,13 +47,12 @@ def deployed(parameters: int, rounds: int) -> tuple[float, int, int]:
         federation.run(f"rounds={rounds} model.options.padding={parameters}")
         base, peak = 0, 0
         while not federation.ended():
-            pid = federation.child()
-            if pid is not None:
-                log = (Path(folder) / "superexec.log").read_text()
-                if "Required nodes" not in log or "Journal" not in log or not peak:
-                    base = max(base, memory(pid, "VmRSS"))
-                peak = max(peak, memory(pid, "VmHWM")) if "Required nodes" in log else 0
-            time.sleep(0.2)
+            pid, log = federation.child(), (Path(folder) / "run.log").read_text()
+            if pid is not None and "Required nodes" in log:
+                now = memory(pid, "VmRSS")
+                base = base or now
+                peak = max(peak, now)
+            time.sleep(0.02)
         with sqlite3.connect(federation.journal() / "journal.sqlite") as database:
             seconds = [row[0] for row in database.execute("SELECT seconds FROM rounds WHERE round > 1")]
     return median(seconds), base, peak

@@ -64,6 +64,14 @@ def set_message_ids(messages: Iterable[Message]) -> None:
             set_message_id(message, message.object_id)
 
 
+def forget_chunks(message: Message) -> None:
+    """Free the copy of the arrays that Flower keeps in a message after pushing it."""
+    for record in message.content.values():
+        if isinstance(record, ArrayRecord):
+            for array in record.values():
+                array.__dict__.pop("_chunks", None)
+
+
 def is_simulation(grid: Grid) -> bool:
     """Return whether `grid` is that of Flower's own simulation."""
     return type(grid).__name__ == "InMemoryGrid"  # importing the class would import Flower's database

@@ -16,7 +16,7 @@ from math import inf
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from corymb.protocol.flower import is_simulation, set_message_ids
+from corymb.protocol.flower import forget_chunks, is_simulation, set_message_ids
 from corymb.protocol.records import DEADLINE, NONCE
 from corymb.server.rounds.arrivals import arrivals, polled
 from corymb.server.rounds.asking import Asking
@@ -88,6 +88,8 @@ class Exchange:
         asked = Asked(self._nonce, requests_of(messages), time.time(), self._run_id)
         self._note(asked)  # before the push: after a crash, Flower tells which of these ids it does not know
         accepted = push(self._grid, messages)
+        for message in messages:
+            forget_chunks(message)
         if set(asked.requests.by_message) - set(accepted):  # refused, or a grid that gives ids of its own
             asked = Asked(self._nonce, requests_of(messages), asked.at, self._run_id)
             self._note(asked)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 POLL_SECONDS = 0.2  # the first pause after a poll that brought no reply
 MAX_POLL_SECONDS = 3.0  # the longest pause
-STALL_SECONDS = 2.0  # a pull that takes longer goes on in its own thread, and the other replies are pulled meanwhile
+STALL_SECONDS = 10.0  # a pull that takes longer goes on in its own thread, and the other replies are pulled meanwhile
 MAX_STALLED = 32  # pulls that may go on at a time
 TRIES = 3  # attempts to pull a reply before it counts as unreadable
 

@@ -15,6 +15,7 @@ from corymb.protocol.flower import (
     MESSAGE_LOST,
     NODE_UNAVAILABLE,
     empty_run,
+    forget_chunks,
     is_simulation,
     node_info,
     set_message_id,
@@ -49,6 +50,8 @@ def test_message_ids_are_those_of_flowers_grid() -> None:
     ids = [message.metadata.message_id for message in messages]
     assert ids == [message.object_id for message in messages]
     assert len(set(ids)) == 2
+    forget_chunks(messages[0])
+    assert [message.object_id for message in messages] == ids
     reply = Message(RecordDict(), reply_to=messages[0])
     set_reply_to(reply, "m-9")
     assert reply.metadata.reply_to_message_id == "m-9"
