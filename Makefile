@@ -49,12 +49,11 @@ wheel: $(VENV)/installed  ## build the wheel and the source archive into dist/
 	rm -rf dist
 	$(BIN)/python -m build
 
-nightly: $(VENV)/installed  ## run the slow tests, all tests with the oldest Flower, and three benchmarks
+nightly: $(VENV)/installed  ## run the slow tests, all tests with the oldest Flower, and two benchmarks
 	$(BIN)/python -m pytest -m nightly
 	$(MAKE) test FLWR=1.41.0
 	$(BIN)/python benchmarks/streaming_memory.py
 	$(BIN)/python benchmarks/grid_overhead.py
-	$(BIN)/python benchmarks/deployment.py
 
 reliability: $(VENV)/installed  ## inject faults and hostile replies, and count what they cost
 	$(BIN)/python benchmarks/reliability.py
@@ -66,7 +65,7 @@ reliability: $(VENV)/installed  ## inject faults and hostile replies, and count 
 	.peers/fedjax/bin/python -m pip install --quiet jax==0.10.2 jaxlib==0.10.2 fedjax==0.0.17
 	@touch $@
 
-BENCHMARKS := simulators rules population aggregation codec
+BENCHMARKS := simulators rules population aggregation codec deployment
 bench: $(VENV)/installed .peers/installed  ## race the peers, in environments of their own (.peers); fails where a bar is missed
 	@missed=; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
 	if [ -n "$$missed" ]; then echo "Missed bars in:$$missed" >&2; exit 1; fi

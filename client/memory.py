@@ -7,7 +7,6 @@ large one.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +15,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message
 
 from corymb.protocol.home import home
-from corymb.protocol.message_file import from_bytes, to_pieces
+from corymb.protocol.message_file import read_message, write_message
 from corymb.protocol.records import NONCE, of_kind
 
 FOLDER = "answers"  # in `home()`
@@ -37,7 +36,7 @@ def answer_from_memory(message: Message, context: Context, app: Callable[[Messag
     kind = message.metadata.message_type.partition(".")[0]
     name = hashlib.sha256(f"{context.run_id}/{context.node_id}/{kind}".encode()).hexdigest()
     path = home() / FOLDER / name
-    kept = _read(path)
+    kept = _kept(path)
     if kept is not None and any(record.get(NONCE) == nonce for record in of_kind(kept.content, ConfigRecord)):
         return Message(kept.content, reply_to=message)
     reply = app(message, context)
@@ -45,31 +44,22 @@ def answer_from_memory(message: Message, context: Context, app: Callable[[Messag
         return reply
     reply.content[MARK] = ConfigRecord({NONCE: nonce})
     try:
-        _write(path, reply)
+        _keep(path, reply)
     except OSError:
         del reply.content[MARK]  # the server must not ask this client again
     return reply
 
 
-def _read(path: Path) -> Message | None:
+def _kept(path: Path) -> Message | None:
     try:
-        content = path.read_bytes()
+        return read_message(path)
     except OSError:
         return None
-    digest, data = content[:32], content[32:]
-    return from_bytes(data) if hashlib.sha256(data).digest() == digest else None
 
 
-def _write(path: Path, reply: Message) -> None:
+def _keep(path: Path, reply: Message) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    pieces, digest = to_pieces(reply), hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    draft = path.with_name(f"{path.name}.draft")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(digest.digest())
-        file.writelines(pieces)
-    draft.replace(path)
+    write_message(path, reply)
     for other in path.parent.iterdir():
         with suppress(OSError):
             if time.time() - other.stat().st_mtime > OLD_SECONDS:

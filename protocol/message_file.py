@@ -1,15 +1,41 @@
-"""A message as bytes, for a file. The bytes of its arrays are written as they are, without a second copy in memory."""
+"""A message in a file. The bytes of its arrays are written as they are, without a second copy in memory."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from corymb.protocol.flower import from_proto, to_proto, with_content
 
 LENGTH = struct.Struct("<Q")
+DIGEST = 32  # bytes of the SHA-256 in front
+
+
+def write_message(path: Path, message: Message) -> None:
+    """Write `message` to `path` atomically, readable for this user only. Raises `OSError` if that fails.
+
+    A power cut may damage the file; `read_message` notices it.
+    """
+    pieces, digest = to_pieces(message), hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    draft = path.with_name(f"{path.name}.draft")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(digest.digest())
+        file.writelines(pieces)
+    draft.replace(path)
+
+
+def read_message(path: Path) -> Message | None:
+    """Return the message in `path`; None if the file is damaged. Raises `OSError` if it cannot be read."""
+    content = path.read_bytes()
+    digest, data = content[:DIGEST], content[DIGEST:]
+    return from_bytes(data) if hashlib.sha256(data).digest() == digest else None
 
 
 def to_pieces(message: Message) -> list[bytes]:

@@ -12,10 +12,11 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 
 from corymb.client.gate.ledger import Ledger
 from corymb.client.gate.policy import Refusal, SitePolicy
+from corymb.client.gate.program import POLICY
 from corymb.client.memory import answer_from_memory
 from corymb.protocol.records import of_kind
 
-POLICY, LEDGER = "policy.toml", "ledger.jsonl"
+LEDGER = "ledger.jsonl"
 App = Callable[[Message, Context], Message]
 
 

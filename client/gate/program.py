@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-NAME = "flwr-clientapp"
+NAME, POLICY, SOCKET, LOG = "flwr-clientapp", "policy.toml", "worker.socket", "worker.log"  # in the site's folder
 START_SECONDS = 120.0  # for the warm process to import torch
 
 
@@ -33,7 +33,7 @@ def main(folder: Path) -> int:
 
 def _connection(folder: Path) -> socket.socket:
     """Connect to the worker; start one if there is none."""
-    path, ends, started = str(folder / "worker.socket"), time.monotonic() + START_SECONDS, False
+    path, ends, started = str(folder / SOCKET), time.monotonic() + START_SECONDS, False
     while True:
         connection = socket.socket(socket.AF_UNIX)
         with suppress(OSError):
@@ -41,10 +41,10 @@ def _connection(folder: Path) -> socket.socket:
             return connection
         connection.close()
         if time.monotonic() > ends:
-            raise SystemExit(f"The worker in {folder} does not answer; see {folder / 'worker.log'}.")
+            raise SystemExit(f"The worker in {folder} does not answer; see {folder / LOG}.")
         if not started:
             started = True
-            with (folder / "worker.log").open("ab") as log:
+            with (folder / LOG).open("ab") as log:
                 subprocess.Popen(
                     [sys.executable, "-m", "corymb.client.gate.worker", str(folder)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -55,7 +55,7 @@ def _connection(folder: Path) -> socket.socket:
 def write_site(folder: Path, template: str) -> Path:
     """Write the program into `folder`, and a policy from `template` if there is none. Returns the program's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    policy, path = folder / "policy.toml", folder / NAME
+    policy, path = folder / POLICY, folder / NAME
     if not policy.exists():
         policy.write_text(template)
     path.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} "{folder.resolve()}" "$@"\n')

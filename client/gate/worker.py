@@ -13,12 +13,13 @@ import socket
 import sys
 import traceback
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from corymb.client.gate.gate import Gate
+from corymb.client.gate.program import SOCKET
 from corymb.protocol.flower_tasks import run_clientapp_command
 
-SOCKET, LOG = "worker.socket", "worker.log"
 IDLE_SECONDS = 3600.0  # without a task, after which the process ends
 
 
@@ -78,13 +79,11 @@ def _warm_up() -> None:
     """Import what every task needs, past the first step of an optimiser, whose imports take seconds."""
     import torch
 
-    import corymb.client
-
+    import_module("corymb.client")
     torch.set_num_threads(1)  # a fork must not inherit threads
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.SGD([parameter], lr=0.1).step()
-    assert corymb.client
 
 
 if __name__ == "__main__":

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
 import sqlite3
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from flwr.app import Message
 
-from corymb.protocol.message_file import from_bytes, to_pieces
-from corymb.server.journal.files import write_pieces
+from corymb.protocol.message_file import read_message, write_message
 from corymb.server.rounds.events import Event
 from corymb.server.rounds.round import Asked, Requests
 
 log = logging.getLogger("flwr.corymb")
 UNWRITABLE = (OSError, sqlite3.OperationalError)
 FOLDER = "replies"
-TIME = struct.Struct("<d")  # of a reply's arrival, before the message in its file
 
 
 class Asks:
@@ -55,13 +52,12 @@ class Asks:
         """See `AskJournal.keep_reply`."""
         try:
             self._folder.mkdir(exist_ok=True)
-            pieces, prefix = [TIME.pack(at), *to_pieces(reply)], _prefix(number, phase)
+            prefix = _prefix(number, phase)
             if prefix not in self._next:
                 self._next = {prefix: len(list(self._folder.glob(f"{prefix}*.reply")))}
-            digest = hashlib.sha256()
-            for piece in pieces:
-                digest.update(piece)
-            write_pieces(self._folder / f"{prefix}{self._next[prefix]:06d}.reply", digest.digest(), *pieces)
+            path = self._folder / f"{prefix}{self._next[prefix]:06d}.reply"
+            write_message(path, reply)
+            os.utime(path, (at, at))
             self._next[prefix] += 1
         except (*UNWRITABLE, ValueError, TypeError) as error:  # the latter two: what Flower cannot encode
             self._complain(error)
@@ -69,13 +65,11 @@ class Asks:
     def kept_replies(self, number: int, phase: str) -> Iterator[tuple[Message, float]]:
         """See `AskJournal.kept_replies`. A damaged file is left out."""
         for path in sorted(self._folder.glob(f"{_prefix(number, phase)}*.reply")):
-            content = path.read_bytes()
-            digest, data = content[:32], content[32:]
-            if hashlib.sha256(data).digest() != digest:
+            reply = read_message(path)
+            if reply is None:
                 log.warning("The kept reply %s is damaged; its node is asked again.", path)
-                continue
-            (at,) = TIME.unpack_from(data)
-            yield from_bytes(data[TIME.size :]), at
+            else:
+                yield reply, path.stat().st_mtime
 
     def note_event(self, event: Event) -> None:
         """See `AskJournal.note_event`."""

@@ -1,4 +1,4 @@
-"""Files that are written atomically, and a lock."""
+"""Files of tensors that are written atomically, and a lock."""
 
 from __future__ import annotations
 
@@ -33,15 +33,6 @@ def save(tensors: Mapping[str, Tensor], path: Path, durable: bool) -> None:
     draft.replace(path)
     if durable:
         _sync(path.parent)
-
-
-def write_pieces(path: Path, *pieces: bytes) -> None:
-    """Write `pieces` to `path` atomically. Raises `OSError` if that fails. A power cut may damage the file."""
-    draft = path.with_name(f"{path.name}.draft")
-    with draft.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-    draft.replace(path)
 
 
 class FileLock:

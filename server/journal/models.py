@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from sqlite3 import DatabaseError
 
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +17,7 @@ from corymb.server.journal.files import sha256
 from corymb.server.journal.journal import BEST, FINISHED, Journal
 from corymb.server.journal.rows import DATABASE
 
+log = logging.getLogger("flwr.corymb")
 APP = "app"  # in the notes of a journal: the id of the Flower app
 
 
@@ -39,10 +42,17 @@ def stored_runs(folder: Path) -> list[StoredRun]:
 
 
 def unfinished_run(folder: Path, app: str) -> Path | None:
-    """Return the newest journal in `folder` of a run of the Flower app `app` that is not complete; None if none is."""
+    """Return the newest journal in `folder` of a run of the Flower app `app` that is not complete; None if none is.
+
+    Journals that cannot be read, such as those of another version of Corymb, are passed over.
+    """
     for path in sorted(folder.glob(f"*/{DATABASE}"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with closing(Journal(path.parent)) as journal:
-            about = journal.about()
+        try:
+            with closing(Journal(path.parent)) as journal:
+                about = journal.about()
+        except (ValueError, DatabaseError) as error:
+            log.warning("The journal in %s is passed over: %s", path.parent, error)
+            continue
         if about.get(APP) == app and FINISHED not in about:
             return path.parent
     return None

@@ -28,16 +28,20 @@ def arrivals(
     The timeout holds even while an upload is slow: a pull that hangs is left alone; see `pulled`.
     """
     deadline = time.monotonic() + (inf if timeout is None else timeout)
-    left = len(sent) if enough is None else enough
     if isinstance(grid, StreamingGrid):
         replies = _streamed(grid, sent, deadline)
     else:
         replies = polled(grid, sent, dict.fromkeys(sent), deadline)
+    yield from first(len(sent) if enough is None else enough, replies)
+
+
+def first(number: int, replies: Iterator[Message]) -> Iterator[Message]:
+    """Yield `replies` until `number` of them were no errors."""
     for reply in replies:
-        left -= not reply.has_error()
+        number -= not reply.has_error()
         yield reply
         del reply  # frees its memory before the next reply arrives
-        if left <= 0:
+        if number <= 0:
             return
 
 

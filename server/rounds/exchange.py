@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from corymb.protocol.flower import forget_chunks, is_simulation, set_message_ids
 from corymb.protocol.records import DEADLINE, NONCE
-from corymb.server.rounds.arrivals import arrivals, polled
+from corymb.server.rounds.arrivals import arrivals, first, polled
 from corymb.server.rounds.asking import Asking
 from corymb.server.rounds.events import Event, EventLog, some
 from corymb.server.rounds.late import LateReplies
@@ -103,19 +103,14 @@ class Exchange:
         if self._asking is None:
             yield from arrivals(self._grid, self._sent, self._timeout, enough)
             return
-        asking, number = self._asking, self._round
-        left = len(asking.asked.requests.by_message) if enough is None else enough
+        asking, number, phase = self._asking, self._round, self._phase
+        enough = len(asking.asked.requests.by_message) if enough is None else enough
         deadline = time.monotonic() + self._seconds_left(asking)
         try:
             with closing(self._kept_then_arriving(asking, deadline)) as replies:
-                for reply in replies:
-                    left -= not reply.has_error()
-                    yield reply
-                    del reply  # frees its memory before the next reply arrives
-                    if left <= 0:
-                        return
+                yield from first(enough, replies)
         finally:
-            self._late.add(number, asking.unanswered())
+            self._late.add(number, phase, asking.unanswered())
 
     def judged(self, verdicts: Iterable[Verdict]) -> None:
         """Store the rejections among the `verdicts` of this phase as events."""

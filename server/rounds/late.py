@@ -17,10 +17,11 @@ MOST_ROUNDS = 8  # that a node is left alone
 
 @dataclass(frozen=True)
 class Late:
-    """The messages that a node has not answered, their round, and the first round in which it is asked again anyway."""
+    """The messages that a node has not answered, their round and phase, and the round in which it is asked anyway."""
 
     message_ids: tuple[str, ...]
     round: int
+    phase: str
     until: int
 
 
@@ -35,12 +36,12 @@ class LateReplies:
         self._late: dict[str, Late] = {}
         self._pause: dict[str, int] = {}  # rounds for which a node is left alone
 
-    def add(self, number: int, unanswered: Mapping[str, Sequence[str]]) -> None:
-        """Add the nodes that have not answered in round `number`, each with the ids of the messages to it."""
+    def add(self, number: int, phase: str, unanswered: Mapping[str, Sequence[str]]) -> None:
+        """Add the nodes that have not answered in a phase of round `number`, each with the ids of its messages."""
         for name, message_ids in unanswered.items():
             pause = min(MOST_ROUNDS, self._pause.get(name, 0) * 2 or 1)
             self._pause[name] = pause
-            self._late[name] = Late(tuple(message_ids), number, number + 1 + pause)
+            self._late[name] = Late(tuple(message_ids), number, phase, number + 1 + pause)
 
     def busy(self, number: int) -> frozenset[str]:
         """Receive late replies, and return the nodes that are busy at the start of round `number`."""
@@ -54,6 +55,6 @@ class LateReplies:
                 late = self._late.pop(name, None)
                 self._pause.pop(name, None)
                 if late is not None:
-                    self._events.add(Event(late.round, "train", name, "late", detail="not counted"))
+                    self._events.add(Event(late.round, late.phase, name, "late", detail="not counted"))
         self._late = {name: late for name, late in self._late.items() if number < late.until}
         return frozenset(self._late)

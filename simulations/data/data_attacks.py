@@ -36,34 +36,41 @@ class DataAttack(Settings):
         return app
 
 
-class ShuffledLabels(DataAttack):
+class LabelAttack(DataAttack):
+    """An attack in the labels alone."""
+
+    def labels(self, targets: Tensor, rows: NDArray[np.int64], classes: int, rng: np.random.Generator) -> Tensor:
+        """Return the labels that the hostile client with the examples `rows [n]` of `targets` trains on, `[n]`."""
+        raise NotImplementedError
+
+    def poison(
+        self, store: Examples, clients: list[NDArray[np.int64]], classes: int, rng: np.random.Generator
+    ) -> Examples:
+        """See `DataAttack.poison`."""
+        targets = store.targets.clone()
+        for rows in clients:
+            targets[rows] = self.labels(store.targets, rows, classes, rng)
+        return replace(store, targets=targets)
+
+
+class ShuffledLabels(LabelAttack):
     """Label attack: the labels of each hostile client are in random order."""
 
     kind: Literal["shuffled_labels"] = "shuffled_labels"
 
-    def poison(
-        self, store: Examples, clients: list[NDArray[np.int64]], classes: int, rng: np.random.Generator
-    ) -> Examples:
-        """See `DataAttack.poison`."""
-        targets = store.targets.clone()
-        for rows in clients:
-            targets[rows] = store.targets[torch.from_numpy(rng.permutation(rows))]
-        return replace(store, targets=targets)
+    def labels(self, targets: Tensor, rows: NDArray[np.int64], classes: int, rng: np.random.Generator) -> Tensor:
+        """See `LabelAttack.labels`."""
+        return targets[torch.from_numpy(rng.permutation(rows))]
 
 
-class FlippedLabels(DataAttack):
+class FlippedLabels(LabelAttack):
     """Label attack: hostile clients have the label C - 1 - c in place of c, for C classes (label flipping)."""
 
     kind: Literal["label_flip"] = "label_flip"
 
-    def poison(
-        self, store: Examples, clients: list[NDArray[np.int64]], classes: int, rng: np.random.Generator
-    ) -> Examples:
-        """See `DataAttack.poison`."""
-        targets = store.targets.clone()
-        for rows in clients:
-            targets[rows] = classes - 1 - targets[rows]
-        return replace(store, targets=targets)
+    def labels(self, targets: Tensor, rows: NDArray[np.int64], classes: int, rng: np.random.Generator) -> Tensor:
+        """See `LabelAttack.labels`."""
+        return classes - 1 - targets[rows]
 
 
 class Backdoor(DataAttack):

@@ -117,8 +117,8 @@ def test_old_answers_are_deleted(tmp_path: Path) -> None:
     assert not old.exists()
 
 
-def slow_client(batches: int) -> tuple[ClientApp, RecordDict]:
-    """A client with `batches` batches of ten examples, each of which takes 20 ms."""
+def metrics_of_a_slow_client(batches: int, deadline: float) -> Any:
+    """Return the metrics of a client with `batches` batches of ten examples, each of which takes 20 ms."""
 
     class Slow(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,37 +127,23 @@ def slow_client(batches: int) -> tuple[ClientApp, RecordDict]:
 
     data = TensorDataset(torch.randn(10 * batches, 2), torch.zeros(10 * batches, dtype=torch.int64))
     app = make_client_app(lambda: Slow(2, 2), lambda context: (data, None))
-    return app, RecordDict({"arrays": to_arrays(nn.Linear(2, 2).state_dict())})
+    message, state = request(1, deadline=deadline), context()
+    message.content["arrays"] = to_arrays(nn.Linear(2, 2).state_dict())
+    state.run_config["train.batch_size"] = 10
+    return app(message, state).content["metrics"]
 
 
 def test_a_client_sends_what_it_has_before_the_deadline() -> None:
-    app, content = slow_client(100)
-    message = request(1, deadline=0.5)
-    message.content["arrays"] = content["arrays"]
-    state = context()
-    state.run_config["train.batch_size"] = 10
-    reply: Any = app(message, state)
-    metrics = reply.content["metrics"]
+    metrics = metrics_of_a_slow_client(100, deadline=0.5)
     assert 0 < metrics["completed"] < 1
     assert metrics["completed"] == metrics["steps"] / 100
     assert metrics["num-examples"] == 10 * metrics["steps"]
 
 
 def test_a_client_that_is_too_late_trains_one_batch() -> None:
-    app, content = slow_client(5)
-    message = request(1, deadline=0.0001)
-    message.content["arrays"] = content["arrays"]
-    state = context()
-    state.run_config["train.batch_size"] = 10
-    reply: Any = app(message, state)
-    assert (reply.content["metrics"]["steps"], reply.content["metrics"]["completed"]) == (1, 0.2)
+    metrics = metrics_of_a_slow_client(5, deadline=0.0001)
+    assert (metrics["steps"], metrics["completed"]) == (1, 0.2)
 
 
 def test_a_client_with_time_enough_reports_nothing_of_it() -> None:
-    app, content = slow_client(2)
-    message = request(1, deadline=60.0)
-    message.content["arrays"] = content["arrays"]
-    state = context()
-    state.run_config["train.batch_size"] = 10
-    reply: Any = app(message, state)
-    assert "completed" not in reply.content["metrics"]
+    assert "completed" not in metrics_of_a_slow_client(2, deadline=60.0)

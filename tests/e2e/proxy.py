@@ -26,7 +26,7 @@ class Proxy:
         self.faults: deque[int] = deque()
         self.injected: list[int] = []
         self.slow_site_rate: float | None = None  # bytes per second, of the first connection that sends much
-        self._slow: set[str] = set()
+        self._has_slow = False
         self._listener = socket.create_server(("127.0.0.1", self.port))
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -55,9 +55,8 @@ class Proxy:
                     return
                 sent += len(data)
                 if self.slow_site_rate is not None and sent > 1 << 18:
-                    if not is_slow and not self._slow:
-                        self._slow.add("one")
-                        is_slow = True
+                    if not self._has_slow:
+                        self._has_slow = is_slow = True
                     if is_slow:
                         time.sleep(len(data) / self.slow_site_rate)
                 link.sendall(data)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from corymb.server.journal import Journal
 from corymb.server.journal.files import sha256
-from corymb.server.journal.models import export_model, stored_runs
+from corymb.server.journal.models import export_model, stored_runs, unfinished_run
 from corymb.server.rounds.backup_workers import Estimates, Gradients
 from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.round_journal import write_or_keep
@@ -291,3 +291,19 @@ def test_the_best_round_is_forgotten_with_its_round(tmp_path: Path) -> None:
     assert journal.resume(state({"w": torch.zeros(1)})).round == 1
     assert "best-round" not in journal.about()
     journal.close()
+
+
+def test_the_last_run_of_an_app_that_is_not_complete_is_found(tmp_path: Path) -> None:
+    for name, app, is_complete in (("a", "quickstart", False), ("b", "quickstart", True), ("c", "other", False)):
+        journal = Journal(tmp_path / name, notes={"app": app})
+        journal.begin({}, resume=False)
+        if is_complete:
+            journal.finish()
+        journal.close()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "journal.sqlite").write_text("this is no database")
+    (tmp_path / "old").mkdir()
+    with sqlite3.connect(tmp_path / "old" / "journal.sqlite") as database:
+        database.execute("CREATE TABLE rounds (round INTEGER PRIMARY KEY)")
+    assert unfinished_run(tmp_path, "quickstart") == tmp_path / "a"
+    assert unfinished_run(tmp_path, "nobody's") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,9 @@ from corymb.protocol.records import DEADLINE, NONCE
 from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
 from corymb.server.rounds.asking import _copy
 from corymb.server.rounds.conclude import conclude
+from corymb.server.rounds.events import EventLog
 from corymb.server.rounds.exchange import Exchange
+from corymb.server.rounds.late import LateReplies
 from corymb.server.rounds.round import Asked, Round
 from corymb.server.rounds.state import Method
 from corymb.simulations.grid.local_grid import LocalGrid
@@ -54,6 +57,21 @@ def test_a_training_phase_that_has_ended_stays_ended_after_a_restart(tmp_path: P
         restarted = ask_train(journal, wire, messages_to_three())
         sources = [reply.metadata.src_node_id for reply in restarted.replies()]
         assert sources == [FIRST_ID, FIRST_ID + 1]
+
+
+def test_a_late_reply_is_noted_with_its_own_phase(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path)) as journal:
+        assert journal.asks is not None
+        wire = Wire(1)
+        (message,) = messages_to_three()[:1]
+        wire.push_messages([message])
+        late = LateReplies(wire, EventLog(journal.asks, visible=False))
+        late.add(1, "evaluate", {"node-100": [message.metadata.message_id]})
+        message.content["config"] = ConfigRecord({"server-round": 1})
+        wire.answer(wire.nodes[0])
+        assert late.busy(2) == frozenset()
+        with closing(sqlite3.connect(tmp_path / "journal.sqlite")) as database:
+            assert database.execute("SELECT round, phase, what FROM events").fetchall() == [(1, "evaluate", "late")]
 
 
 def test_each_candidate_of_an_election_is_a_new_question() -> None:

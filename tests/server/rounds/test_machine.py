@@ -116,7 +116,7 @@ def played(world: World) -> Iterator[None]:
                 patch.setattr(module, "time", clock)
         patch.setattr(exchange, "push", between(vars(exchange)["push"], world.point))
         patch.setattr(asking.Asking, "accept", between(asking.Asking.accept, world.point))
-        patch.setattr(asks, "write_pieces", between(vars(asks)["write_pieces"], world.write, world.point))
+        patch.setattr(asks, "write_message", between(vars(asks)["write_message"], world.write, world.point))
         patch.setattr(asks.Asks, "_execute", between(asks.Asks._execute, world.write, world.point))
         patch.setattr(journal, "save", between(vars(journal)["save"], world.write, world.point))
         patch.setattr(journal, "insert", between(vars(journal)["insert"], world.write, world.point))
