@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from corymb.cli_deployment import join, provision, serve
 from corymb.cli_operators import audit, gate, model, supervisor
 from corymb.strategies import known_rules
 
@@ -180,7 +181,7 @@ def results(
     measure_claims(experiments or [], data, out, document, jobs, console)
 
 
-for command in (supervisor, gate, audit):
+for command in (provision, serve, join, gate, audit, supervisor):
     app.command()(command)
 app.add_typer(model, name="model")
 

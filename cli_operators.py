@@ -34,10 +34,10 @@ def gate(
     Flower starts the program, flwr-clientapp, in place of its own. FOLDER/policy.toml says what may run and what may
     leave; FOLDER/ledger.jsonl records both.
     """
-    from corymb.client.gate.policy import TEMPLATE
+    from corymb.client.gate.policy import template
     from corymb.client.gate.program import write_site
 
-    path = write_site(folder.resolve(), TEMPLATE)
+    path = write_site(folder.resolve(), template(signed_tasks=False))
     policy, start = path.parent / "policy.toml", f"PATH={path.parent}:$PATH flower-supernode ..."
     console.print(f"Wrote {path}. Edit {policy}, and start the SuperNode with\n  {start}", soft_wrap=True)
 

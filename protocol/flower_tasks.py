@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -52,8 +53,8 @@ def describe_task(grid: Any, context: Context, server_app_dir: str, server_app_a
     }
 
 
-def run_task(task: dict[str, Any]) -> None:
-    """Run the ServerApp that `describe_task` has described."""
+def run_task(task: dict[str, Any], prepare: Callable[[Grid], None] = lambda grid: None) -> None:
+    """Run the ServerApp that `describe_task` has described, after `prepare` has seen its grid."""
     http_grid: Callable[..., Any] = import_module("flwr.superlink.grid").HttpGrid
     certificates = task["certificates"] and b64decode(task["certificates"])
     grid: Grid = http_grid(task["address"], task["insecure"], certificates, token=task["token"])
@@ -61,30 +62,40 @@ def run_task(task: dict[str, Any]) -> None:
     context = context_from_proto(ContextProto.FromString(b64decode(task["context"])))
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task["task"], run.run_id, task["node"]
     grid.set_run(run)
+    prepare(grid)
     import_module("flwr.server.run_serverapp").run(grid, context, task["folder"], task["app"])
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """A Flower app as it travels to a site: its archive, and the names by which Flower knows it."""
+
+    content: bytes
+    names: tuple[str, ...]
+
+
 def run_clientapp_command(
-    admit: Callable[[bytes], None], around: Callable[[App], App], release: Callable[[Message], None]
+    admit: Callable[[bytes], None],
+    run_app: Callable[[Bundle, Message, Context], Message],
+    release: Callable[[Message], None],
 ) -> None:
-    """Do what the command `flwr-clientapp` does, with a gate: `admit` sees the app's bundle before it is installed,
-    `around` may change the loaded app, and `release` sees the reply before it leaves. Each may raise an exception.
+    """Do what the command `flwr-clientapp` does, but run the app by `run_app`, elsewhere than in this process.
+
+    `admit` sees the app's archive before anything is done with it, and `release` the reply before it leaves. Each of
+    the three may raise an exception, which becomes the reply.
     """
     command = import_module("flwr.supernode.cli").flwr_clientapp
     import_module(CLIENT_MODULE)
     module = sys.modules[CLIENT_MODULE].__dict__
-    install, load, push = module["install_from_fab"], module["get_load_client_app_fn"], module["push_message"]
+    push, archives = module["push_message"], []
 
-    def install_if_admitted(content: bytes, **options: Any) -> Any:
+    def admit_archive(content: bytes, **options: Any) -> None:
         admit(content)
-        return install(content, **options)
+        archives.append(content)
 
-    def load_with_gate(*arguments: Any, **options: Any) -> Callable[..., App]:
-        load_app = load(*arguments, **options)
-
-        def loaded(*names: Any) -> App:
-            app = around(load_app(*names))
-            return lambda message, context: app(message, context)
+    def app_elsewhere(*arguments: Any, **options: Any) -> Callable[..., App]:
+        def loaded(*names: str) -> App:
+            return lambda message, context: run_app(Bundle(archives[-1], names), message, context)
 
         return loaded
 
@@ -96,8 +107,29 @@ def run_clientapp_command(
         return push(client, reply, context)
 
     module |= {
-        "install_from_fab": install_if_admitted,
-        "get_load_client_app_fn": load_with_gate,
+        "install_from_fab": admit_archive,
+        "get_load_client_app_fn": app_elsewhere,
         "push_message": push_if_released,
     }
     command()
+
+
+def load_app(bundle: Bundle) -> App:
+    """Unpack and load a ClientApp, as the command `flwr-clientapp` does. Raises what its code raises."""
+    import_module(CLIENT_MODULE)
+    module = sys.modules[CLIENT_MODULE].__dict__
+    module["install_from_fab"](bundle.content, skip_prompt=True)
+    load = module["get_load_client_app_fn"](default_app_ref="", app_path=None, multi_app=True)
+    app: App = load(*bundle.names)
+    return app
+
+
+def context_to_bytes(context: Context) -> bytes:
+    """Return `context` in Flower's own encoding."""
+    data: bytes = context_to_proto(context).SerializeToString()
+    return data
+
+
+def context_from_bytes(data: bytes) -> Context:
+    """Return the context that `context_to_bytes` has encoded."""
+    return context_from_proto(ContextProto.FromString(data))

@@ -24,3 +24,11 @@ class CompleteGrid(Protocol):
     """A grid that reports whether more nodes can join. If `is_complete`, callers do not wait for more nodes."""
 
     is_complete: bool
+
+
+@runtime_checkable
+class SigningGrid(Protocol):
+    """A grid that signs messages. What it pushes it signs anyway; whoever needs their ids beforehand asks for it."""
+
+    def sign(self, message: Message) -> Message:
+        """Return `message` with a signature."""

@@ -21,8 +21,10 @@ from threading import Thread
 from typing import Any
 
 from flwr.app import Context
+from flwr.serverapp import Grid
 
 from corymb.protocol.flower_tasks import describe_task, run_serverapp_command, run_task
+from corymb.protocol.signed_grid import Signer, with_signatures
 from corymb.server.rounds.run_failed import RunFailed
 
 NAME = "flwr-serverapp"
@@ -99,13 +101,19 @@ def _be_the_child() -> None:
     task = json.loads(sys.stdin.readline())
     Thread(target=_die_with_the_parent, daemon=True).start()
     try:
-        run_task(task)
+        run_task(task, _sign)
     except Exception as error:
         sys.stdout.flush()
         traceback.print_exc()
         os._exit(FAILED if isinstance(error, RunFailed) else RAISED)
     sys.stdout.flush()
     os._exit(0)  # pulls may still hang in their threads
+
+
+def _sign(grid: Grid) -> None:
+    """Sign the messages of a federation that `corymb serve` runs, and check the signatures of the replies."""
+    if kit := os.environ.get("CORYMB_KIT"):
+        with_signatures(grid, Signer(Path(kit)))
 
 
 def _die_with_the_parent() -> None:

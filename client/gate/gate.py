@@ -10,11 +10,13 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 
+from corymb.client.gate.identity import Identity
 from corymb.client.gate.ledger import Ledger
 from corymb.client.gate.policy import Refusal, SitePolicy
 from corymb.client.gate.program import POLICY
 from corymb.client.memory import answer_from_memory
 from corymb.protocol.records import of_kind
+from corymb.protocol.signatures import ForgedMessage
 
 LEDGER = "ledger.jsonl"
 App = Callable[[Message, Context], Message]
@@ -25,24 +27,34 @@ class Gate:
 
     def __init__(self, folder: Path, now: Callable[[], datetime] = datetime.now) -> None:
         self._policy_path, self._ledger, self._now = folder / POLICY, Ledger(folder / LEDGER), now
+        self._identity = Identity.read(folder)
         self._task: dict[str, Any] = {}
+
+    def policy(self) -> SitePolicy:
+        """Return the site's policy as it is now. Raises `Refusal` if it cannot be read."""
+        return SitePolicy.read(self._policy_path)
 
     def admit(self, bundle: bytes) -> None:
         """Allow the app in `bundle` to be installed. Raises `Refusal`, and notes it, if the policy forbids the app."""
         app = hashlib.sha256(bundle).hexdigest()
         self._task = {"app": app}
         try:
-            approval = SitePolicy.read(self._policy_path).approval(app, self._now(), self._trainings())
+            approval = self.policy().approval(app, self._now(), self._trainings())
         except Refusal as refusal:
             self._ledger.add("refused", self._now(), **self._task, reason=str(refusal))
             raise
         self._task["purpose"] = approval.purpose
 
     def around(self, app: App) -> App:
-        """Return `app` with the site's settings, and with a memory of its last answers."""
+        """Return `app` with the site's settings, and with a memory of its last answers.
+
+        Calls of it raise `Refusal` if the policy wants tasks to be signed, and the message is not.
+        """
 
         def guarded(message: Message, context: Context) -> Message:
-            policy = SitePolicy.read(self._policy_path)
+            policy = self.policy()
+            if policy.signed_tasks:
+                self._check_signature(message)
             policy.with_settings(message)
             context.run_config.update(policy.settings)
             kind, run = message.metadata.message_type, str(message.metadata.run_id)
@@ -55,7 +67,7 @@ class Gate:
     def release(self, reply: Message) -> None:
         """Take out of `reply` what may not leave, and note what leaves. Raises `Refusal` if nothing may."""
         try:
-            withheld = SitePolicy.read(self._policy_path).released(reply)
+            withheld = self.policy().released(reply)
         except Refusal as refusal:
             self._ledger.add("withheld", self._now(), **self._task, reason=str(refusal))
             raise
@@ -66,9 +78,21 @@ class Gate:
         digest = hashlib.sha256()
         for array in arrays:
             digest.update(array.data)
+        if self._identity is not None:
+            self._identity.sign(reply)
         metrics = {name: value for record in of_kind(reply.content, MetricRecord) for name, value in record.items()}
         details = {"arrays": len(arrays), "bytes": sum(len(array.data) for array in arrays), "metrics": metrics}
         self._ledger.add("left", self._now(), **self._task, **details, sha256=digest.hexdigest(), withheld=withheld)
+
+    def _check_signature(self, message: Message) -> None:
+        try:
+            if self._identity is None:
+                raise ForgedMessage("this site has no certificate to check its signature with")
+            self._identity.check_task(message)
+        except ForgedMessage as problem:
+            refusal = Refusal(f"the task is not one of the federation's server: {problem}")
+            self._ledger.add("refused", self._now(), **self._task, reason=str(refusal))
+            raise refusal from None
 
     def _trainings(self) -> list[datetime]:
         entries = self._ledger.entries()

@@ -18,10 +18,14 @@ from corymb.protocol.settings import Settings, problems
 TEMPLATE = """\
 # What may run on this site's data, and what may leave. Corymb reads this file before each task.
 pause = false
+signed_tasks = SIGNED            # refuse what the federation's server has not signed
+sandbox = true                   # apps see no network, no other process, and only the data below
+data = []                        # the folders and files with this site's data, e.g. ["/srv/study-17"]
 metrics = ["num-examples", "loss", "accuracy", "steps", "seconds", "completed"]   # others stay here
 # largest_number = 1e6             # a reply with a larger number in a model, or with NaN, stays here
 # least_seconds_between_rounds = 60
 # most_rounds_a_day = 100
+# most_seconds = 3600              # the longest that one task may take
 # from_hour = "20:00"              # of the site's clock
 # to_hour = "06:00"
 
@@ -34,6 +38,11 @@ metrics = ["num-examples", "loss", "accuracy", "steps", "seconds", "completed"] 
 # purpose = "Study 17, approved on 2026-11-01"
 # expires = 2027-01-01
 """
+
+
+def template(signed_tasks: bool) -> str:
+    """Return a policy under which no app runs yet, with comments."""
+    return TEMPLATE.replace("SIGNED", str(signed_tasks).lower().ljust(5))
 
 
 class Refusal(PermissionError):
@@ -56,6 +65,16 @@ class SitePolicy(Settings):
 
     pause: bool = False
     """While true, nothing runs."""
+    signed_tasks: bool = False
+    """Whether tasks must be signed by the federation's server."""
+    sandbox: bool = True
+    """Whether apps run in a sandbox (bubblewrap): no network, no other process, no files but `data` and programs."""
+    data: list[Path] = Field(default_factory=list)
+    """The folders and files that apps may read in the sandbox."""
+    warm: bool = True
+    """Whether an app's process serves all tasks of a run, so that it loads its data once. Else one per task."""
+    most_seconds: float = Field(inf, gt=0)
+    """The longest that one task may take; its process is then killed."""
     approved: list[Approval] = Field(default_factory=list)
     """The apps that may run."""
     metrics: list[str] = Field(default_factory=lambda: ["num-examples"])

@@ -1,4 +1,4 @@
-"""The program that stands in for `flwr-clientapp` at a site: it hands the task to the warm process.
+"""The program that stands in for `flwr-clientapp` at a site: it hands the task to the gate's process.
 
 It imports nothing beyond the standard library, because Flower starts it for every message.
 """
@@ -14,25 +14,25 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-NAME, POLICY, SOCKET, LOG = "flwr-clientapp", "policy.toml", "worker.socket", "worker.log"  # in the site's folder
-START_SECONDS = 120.0  # for the warm process to import torch
+NAME, POLICY, SOCKET, LOG = "flwr-clientapp", "policy.toml", "gate.socket", "gate.log"  # in the site's folder
+START_SECONDS = 120.0  # for the gate's process to import Flower
 
 
 def main(folder: Path) -> int:
-    """Run the task of this process's arguments through the worker in `folder`. Returns its exit code."""
+    """Run the task of this process's arguments through the gate in `folder`. Returns its exit code."""
     arguments = sys.argv[2:]
-    if "--parent-pid" in arguments:  # that is the SuperExec's, of which the worker is no child
+    if "--parent-pid" in arguments:  # that is the SuperExec's, of which the gate is no child
         place = arguments.index("--parent-pid")
         del arguments[place : place + 2]
     environment = {name: value for name, value in os.environ.items() if name.startswith("FLWR_")}
-    with _connection(folder) as worker:
-        worker.sendall(json.dumps({"arguments": arguments, "environment": environment}).encode() + b"\n")
-        answer = worker.makefile().readline()
+    with _connection(folder) as service:
+        service.sendall(json.dumps({"arguments": arguments, "environment": environment}).encode() + b"\n")
+        answer = service.makefile().readline()
     return int(answer or 1)
 
 
 def _connection(folder: Path) -> socket.socket:
-    """Connect to the worker; start one if there is none."""
+    """Connect to the gate's process; start it if there is none."""
     path, ends, started = str(folder / SOCKET), time.monotonic() + START_SECONDS, False
     while True:
         connection = socket.socket(socket.AF_UNIX)
@@ -41,12 +41,12 @@ def _connection(folder: Path) -> socket.socket:
             return connection
         connection.close()
         if time.monotonic() > ends:
-            raise SystemExit(f"The worker in {folder} does not answer; see {folder / LOG}.")
+            raise SystemExit(f"The gate in {folder} does not answer; see {folder / LOG}.")
         if not started:
             started = True
             with (folder / LOG).open("ab") as log:
                 subprocess.Popen(
-                    [sys.executable, "-m", "corymb.client.gate.worker", str(folder)],
+                    [sys.executable, "-m", "corymb.client.gate.service", str(folder)],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
         time.sleep(0.1)

@@ -11,8 +11,9 @@ from flwr.serverapp import Grid
 
 from corymb.protocol.flower import unchecked_reply
 from corymb.protocol.grids import StreamingGrid
+from corymb.protocol.signatures import FORGED
 from corymb.server.rounds.pulls import pulled
-from corymb.server.rounds.rejections import FORGED, UNREADABLE
+from corymb.server.rounds.rejections import UNREADABLE
 
 
 def arrivals(

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from corymb.protocol.flower import MESSAGE_LOST, set_message_id, set_reply_to, unchecked_messages
 from corymb.protocol.records import DEADLINE, NONCE, of_kind
+from corymb.protocol.signatures import RECORD as SIGNATURE
 from corymb.server.rounds.events import Event, EventLog, size_of, some
 from corymb.server.rounds.rejections import UNREADABLE
 from corymb.server.rounds.requests import push
@@ -160,7 +161,7 @@ class Asking:
 
 def _copy(message: Message, seconds_left: float) -> Message:
     """Return a new message with the content of `message`, and what is left of the deadline."""
-    content = RecordDict(dict(message.content.items()))
+    content = RecordDict({name: record for name, record in message.content.items() if name != SIGNATURE})
     for name, record in message.content.items():
         if isinstance(record, ConfigRecord) and DEADLINE in record:
             content[name] = ConfigRecord({**record, DEADLINE: seconds_left})

@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from corymb.protocol.flower import forget_chunks, is_simulation, set_message_ids
+from corymb.protocol.grids import SigningGrid
 from corymb.protocol.records import DEADLINE, NONCE
 from corymb.server.rounds.arrivals import arrivals, first, polled
 from corymb.server.rounds.asking import Asking
@@ -84,6 +85,8 @@ class Exchange:
             log.info("[ROUND %d] These nodes were asked before the restart: %s", number, some(requests.nodes))
             self._asking = self._make_asking(self._asked, messages)
             return requests
+        if isinstance(self._grid, SigningGrid):
+            messages = [self._grid.sign(message) for message in messages]
         set_message_ids(messages)
         asked = Asked(self._nonce, requests_of(messages), time.time(), self._run_id)
         self._note(asked)  # before the push: after a crash, Flower tells which of these ids it does not know

@@ -9,10 +9,9 @@ from functools import lru_cache
 from flwr.app import Message
 
 from corymb.protocol.flower import NODE_UNAVAILABLE
+from corymb.protocol.signatures import FORGED
 
-# Error codes of the server's own; Flower's are small numbers.
-UNREADABLE = 1000  # of a reply that the server could not receive
-FORGED = 1001  # of a reply that contradicts what the grid says of it
+UNREADABLE = 1000  # the error code of a reply that the server could not receive
 
 
 class Code(StrEnum):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from corymb.client.gate.policy import TEMPLATE
+from corymb.client.gate.policy import template
 from corymb.client.gate.program import write_site
 from corymb.server.supervisor import write_program
 from corymb.tests.e2e.processes import Processes, free_port, until
@@ -19,6 +19,7 @@ from corymb.tests.e2e.proxy import Proxy
 
 APP = str(Path(__file__).parent / "one_hot")
 SITES = 3
+GATE_POLICY = template(signed_tasks=False).replace("sandbox = true", "sandbox = false")  # the app writes a log
 
 
 class Federation:
@@ -73,7 +74,7 @@ class Federation:
             f"site-{site}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
             "--node-config", f'partition-id={site} num-partitions={SITES} folder="{self.folder}"',
             "--host", "127.0.0.1", "--port", str(free_port()),
-            first_on_path=str(write_site(self.site_folder(site), TEMPLATE).parent) if self.has_gates else "",
+            first_on_path=str(write_site(self.site_folder(site), GATE_POLICY).parent) if self.has_gates else "",
         )  # fmt: skip
 
     def site_folder(self, site: int) -> Path:

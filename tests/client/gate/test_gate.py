@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from corymb.client.gate.gate import Gate
 from corymb.client.gate.ledger import Ledger
-from corymb.client.gate.policy import TEMPLATE, Refusal, SitePolicy
+from corymb.client.gate.policy import Refusal, SitePolicy, template
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import set_message_id, set_task_identity
 
@@ -76,12 +77,11 @@ def test_a_refusal_says_why_and_is_in_the_ledger(policy: str, problem: str, tmp_
 
 
 def test_the_template_is_valid_and_approves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "policy.toml").write_text(TEMPLATE)
+    (tmp_path / "policy.toml").write_text(template(signed_tasks=True))
     assert SitePolicy.read(tmp_path / "policy.toml").approved == []
-    commented = TEMPLATE.replace("# [", "[").replace("# from", "from").replace("# to", "to").replace("# least", "least")
-    for key in ("largest", "most", '"train', "app", "purpose", "expires"):
-        commented = commented.replace(f"# {key}", key)
-    (tmp_path / "policy.toml").write_text(commented.replace("the SHA-256 of the app", HASH))
+    uncommented = re.sub(r"^# (?=[\[\"a-z_]+(\]|\"? =))", "", template(signed_tasks=True), flags=re.MULTILINE)
+    uncommented = re.sub(r"^# (?=[\[\"])", "", uncommented, flags=re.MULTILINE)
+    (tmp_path / "policy.toml").write_text(uncommented.replace("the SHA-256 of the app", HASH))
     assert SitePolicy.read(tmp_path / "policy.toml").approved[0].app == HASH
 
 

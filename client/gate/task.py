@@ -1,0 +1,96 @@
+"""One task at a site, in a process that was forked for it: Flower's command, the gate, and the app elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from math import isinf
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+
+from corymb.client.gate.gate import Gate
+from corymb.client.gate.pipe import Pipe
+from corymb.client.gate.policy import Refusal, SitePolicy
+from corymb.protocol.flower_tasks import Bundle, context_from_bytes, context_to_bytes, run_clientapp_command
+from corymb.protocol.message_file import from_bytes, to_pieces
+
+
+class AppFailed(RuntimeError):
+    """The app at this site raised an exception, or its process has ended. The site's log has the traceback."""
+
+
+def run_task(task: dict[str, Any], folder: Path, control: socket.socket) -> int:
+    """Run Flower's command with the arguments and the environment in `task`. Returns its exit code.
+
+    `control` leads to the process that keeps the processes of the apps.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(task["environment"])
+    sys.argv = ["flwr-clientapp", *task["arguments"]]
+    gate, apps = Gate(folder), _Apps(control)
+
+    def run_app(bundle: Bundle, message: Message, context: Context) -> Message:
+        guarded = gate.around(lambda message, context: apps.run(gate.policy(), bundle, message, context))
+        return guarded(message, context)
+
+    try:
+        run_clientapp_command(gate.admit, run_app, gate.release)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+class _Apps:
+    """The processes of apps, which the parent of this process keeps."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+
+    def run(self, policy: SitePolicy, bundle: Bundle, message: Message, context: Context) -> Message:
+        """Run the app in `bundle` in the process of its run. Raises `AppFailed` if it does not return a reply."""
+        run = f"{context.run_id}/{bundle.names[-1]}"
+        data = [str(path) for path in policy.data]
+        answer, connection = self._ask(what="process", run=run, sandbox=policy.sandbox, data=data)
+        if connection is None:
+            raise Refusal(answer["error"])
+        pipe = Pipe(connection)
+        pipe.settimeout(None if isinf(policy.most_seconds) else policy.most_seconds)
+        header = {"run": context.run_id, "node": context.node_id, "names": bundle.names}
+        parts = {"message": to_pieces(message), "context": [context_to_bytes(context)]}
+        if answer["is_new"]:
+            parts["bundle"] = [bundle.content]
+        try:
+            pipe.send(header, **parts)
+            result, received = pipe.receive()
+        except TimeoutError:
+            self._ask(what="forget", run=run)
+            raise AppFailed(f"it took longer than the {policy.most_seconds:g} s that the site allows") from None
+        except (EOFError, OSError):
+            ended = self._ask(what="forget", run=run)[0]["ended"]
+            raise AppFailed(f"the process of the app has ended {ended or 'early'}") from None
+        if not result["is_done"]:
+            self._ask(what="forget", run=run)
+            raise AppFailed(result["error"])
+        if not policy.warm:
+            self._ask(what="forget", run=run)
+        context.state = context_from_bytes(received["context"]).state
+        reply = from_bytes(received["reply"])
+        return Message(reply.error if reply.has_error() else reply.content, reply_to=message)
+
+    def _ask(self, **question: Any) -> tuple[dict[str, Any], socket.socket | None]:
+        self._control.sendall(json.dumps(question).encode() + b"\n")
+        data, descriptors, _, _ = socket.recv_fds(self._control, 65536, 1)
+        answer: dict[str, Any] = json.loads(data)
+        return answer, socket.socket(fileno=descriptors[0]) if descriptors else None

@@ -1,0 +1,85 @@
+"""Signed exchanges on Flower's grid: requests are signed by the server, and replies are checked against the roster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from corymb.protocol.certificates import SITE, check_issued, pem, public_key_of, read_certificate, read_key
+from corymb.protocol.flower import with_content, with_error
+from corymb.protocol.signatures import FORGED, RECORD, ForgedMessage, check, claims_of, signed
+
+CERTIFICATE = "certificate"  # in the record of a request's signature: that of the server's key, as PEM
+
+
+class Signer:
+    """The server's identity and its roster, in the folder `kit`: who may answer, and with which key."""
+
+    def __init__(self, kit: Path) -> None:
+        self._key = read_key(kit / "tasks.key")
+        self._certificate = pem(read_certificate(kit / "tasks.crt"))
+        self._authority, self._roster = read_certificate(kit / "ca.crt"), kit / "roster"
+        self._records: dict[int, tuple[RecordDict, RecordDict]] = {}  # the last contents: several messages share one
+
+    def sign(self, message: Message) -> Message:
+        """Return `message` with a signature."""
+        if RECORD in dict(message.content.items()):
+            return message
+        content, signed_content = self._records.get(id(message.content), (None, None))
+        if signed_content is None or content is not message.content:
+            record = signed(message.content, self._key, claims_of(message), {CERTIFICATE: self._certificate})
+            signed_content = RecordDict({**message.content, RECORD: record})
+            self._records = {id(message.content): (message.content, signed_content)}
+        return with_content(message, signed_content)
+
+    def check(self, reply: Message, name: str) -> Message:
+        """Return `reply` of the site `name` without its signature; an error reply if the signature is wrong.
+
+        The signature names the message that the reply answers, and so its round and its nonce.
+        """
+        if reply.has_error():
+            return reply
+        metadata = reply.metadata
+        claims = {"site": name, "run": metadata.run_id, "to": metadata.reply_to_message_id}
+        try:
+            check(reply.content, self._key_of(name), claims)
+        except ForgedMessage as problem:
+            return with_error(reply, Error(FORGED, str(problem)))
+        return with_content(reply, RecordDict({n: r for n, r in reply.content.items() if n != RECORD}))
+
+    def _key_of(self, name: str) -> ec.EllipticCurvePublicKey:
+        """Return the key of a site. The roster is read each time: it may change during a run."""
+        path = self._roster / f"{name}.crt"
+        if not name or path.parent != self._roster or not path.exists():
+            raise ForgedMessage(f"the site {name!r} is not enrolled")
+        certificate: x509.Certificate = read_certificate(path)
+        try:
+            check_issued(certificate, self._authority, SITE)
+        except ValueError as error:
+            raise ForgedMessage(str(error)) from None
+        return public_key_of(certificate)
+
+
+def with_signatures(grid: Grid, signer: Signer) -> None:
+    """Make `grid` sign what it pushes, and check what it pulls."""
+    push, pull = grid.push_messages, grid.pull_messages
+    names: dict[int, str] = {}
+
+    def name_of(node_id: int) -> str:
+        if node_id not in names:
+            names.update({node.node_id: node.name for node in grid.get_nodes()})
+        return names.get(node_id, "")
+
+    def push_signed(messages: Iterable[Message]) -> Iterable[str]:
+        return push([signer.sign(message) for message in messages])
+
+    def pull_checked(message_ids: Iterable[str]) -> Iterable[Message]:
+        return [signer.check(reply, name_of(reply.metadata.src_node_id)) for reply in pull(message_ids)]
+
+    for name, method in {"sign": signer.sign, "push_messages": push_signed, "pull_messages": pull_checked}.items():
+        setattr(grid, name, method)
