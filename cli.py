@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from corymb.cli_deployment import join, provision, serve
-from corymb.cli_operators import audit, gate, model, supervisor
+from corymb.cli_deployment import backup, join, provision, restore, run, serve, status
+from corymb.cli_operators import approve, audit, gate, model, supervisor
 from corymb.strategies import known_rules
 
 app = typer.Typer(
@@ -181,7 +181,7 @@ def results(
     measure_claims(experiments or [], data, out, document, jobs, console)
 
 
-for command in (provision, serve, join, gate, audit, supervisor):
+for command in (provision, serve, join, run, status, backup, restore, approve, gate, audit, supervisor):
     app.command()(command)
 app.add_typer(model, name="model")
 

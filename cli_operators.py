@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -59,6 +60,29 @@ def audit(
         table.add_row(*row)
     console.print(table)
     console.print(f"The ledger is whole. Its last line has the SHA-256 {ledger.head()}.", soft_wrap=True)
+
+
+def approve(
+    folder: Annotated[Path, typer.Argument(metavar="KIT", help="The kit of a site, or the folder of its gate.")],
+    purpose: Annotated[str, typer.Option(help="The study, in words, for the ledger.")],
+    until: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="The day on which the approval expires.")],
+    app: Annotated[str, typer.Option(help="The SHA-256 of the app (default: the app that was refused last).")] = "",
+) -> None:
+    """Approve an app at a site, for a purpose and until a day.
+
+    \b
+    corymb approve north --purpose "Study 17" --until 2027-06-30
+
+    The approval goes into policy.toml, where it can be changed or taken out.
+    """
+    from corymb.client.gate.ledger import Ledger
+    from corymb.client.gate.policy import approve as add
+
+    refused = [entry["app"] for entry in Ledger(folder / "ledger.jsonl").entries() if entry["event"] == "refused"]
+    if not app and not refused:
+        raise ValueError(f"No app was refused in {folder} yet; name one with --app.")
+    add(folder / "policy.toml", app or refused[-1], purpose, until.date())
+    console.print(f"Approved the app {app or refused[-1]} until {until.date()}.", soft_wrap=True)
 
 
 model = typer.Typer(help="The trained models of runs on a SuperLink.", no_args_is_help=True)

@@ -7,6 +7,7 @@ this module too.
 
 from __future__ import annotations
 
+import re
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from corymb.protocol.flower import CLIENT_APP_RAISED, with_error
 RunApp = Callable[..., Context]  # (grid, context, server_app_dir, server_app_attr) -> context
 App = Callable[[Message, Context], Message]
 MODULE = "flwr.superlink.runtime.run_serverapp"
+RAISED = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>", re.DOTALL)  # Flower's text for an exception
 CLIENT_MODULE = "flwr.supernode.runtime.run_clientapp"
 
 
@@ -104,6 +106,8 @@ def run_clientapp_command(
             release(reply)
         except Exception as error:
             reply = with_error(reply, Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"))
+        if reply.has_error() and (found := RAISED.fullmatch(str(reply.error.reason))):
+            reply = with_error(reply, Error(reply.error.code, f"{found[1]}: {found[2]}"))
         return push(client, reply, context)
 
     module |= {

@@ -29,6 +29,7 @@ class Gate:
         self._policy_path, self._ledger, self._now = folder / POLICY, Ledger(folder / LEDGER), now
         self._identity = Identity.read(folder)
         self._task: dict[str, Any] = {}
+        self._is_refused = False
 
     def policy(self) -> SitePolicy:
         """Return the site's policy as it is now. Raises `Refusal` if it cannot be read."""
@@ -41,7 +42,7 @@ class Gate:
         try:
             approval = self.policy().approval(app, self._now(), self._trainings())
         except Refusal as refusal:
-            self._ledger.add("refused", self._now(), **self._task, reason=str(refusal))
+            self._note_refusal(refusal)
             raise
         self._task["purpose"] = approval.purpose
 
@@ -72,6 +73,8 @@ class Gate:
             self._ledger.add("withheld", self._now(), **self._task, reason=str(refusal))
             raise
         if reply.has_error():
+            if self._is_refused:  # which is in the ledger already
+                return
             self._ledger.add("left", self._now(), **self._task, error=str(reply.error.reason)[:500])
             return
         arrays = [array for record in of_kind(reply.content, ArrayRecord) for array in record.values()]
@@ -91,8 +94,12 @@ class Gate:
             self._identity.check_task(message)
         except ForgedMessage as problem:
             refusal = Refusal(f"the task is not one of the federation's server: {problem}")
-            self._ledger.add("refused", self._now(), **self._task, reason=str(refusal))
+            self._note_refusal(refusal)
             raise refusal from None
+
+    def _note_refusal(self, refusal: Refusal) -> None:
+        self._is_refused = True
+        self._ledger.add("refused", self._now(), **self._task, reason=str(refusal))
 
     def _trainings(self) -> list[datetime]:
         entries = self._ledger.entries()

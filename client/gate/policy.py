@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable
 from datetime import date, datetime, time, timedelta
@@ -43,6 +44,18 @@ metrics = ["num-examples", "loss", "accuracy", "steps", "seconds", "completed"] 
 def template(signed_tasks: bool) -> str:
     """Return a policy under which no app runs yet, with comments."""
     return TEMPLATE.replace("SIGNED", str(signed_tasks).lower().ljust(5))
+
+
+def approve(path: Path, app: str, purpose: str, expires: date) -> None:
+    """Add an approval to the policy in `path`. Raises `Refusal` if the policy would be invalid, and leaves it alone."""
+    before = path.read_text()
+    entry = f"\n[[approved]]\napp = {json.dumps(app)}\npurpose = {json.dumps(purpose)}\nexpires = {expires}\n"
+    path.write_text(before.rstrip("\n") + "\n" + entry)
+    try:
+        SitePolicy.read(path)
+    except Refusal:
+        path.write_text(before)
+        raise
 
 
 class Refusal(PermissionError):

@@ -1,0 +1,112 @@
+"""A run in a federation, from the server: it starts an app, follows the journal, and ends with a true status."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from corymb.protocol.flower_control import ControlError, SuperLink
+from corymb.server.deployment.federation import ServerKit
+
+COMPLETED = "finished:completed"
+POLL_SECONDS = 1.0
+REMIND_SECONDS = 15.0  # between two lines that name the sites that a round waits for
+SHOWN_METRICS = 3
+
+
+def superlink_of(folder: Path, kit: ServerKit) -> SuperLink:
+    """Return the control API of the server whose kit lies in `folder`."""
+    return SuperLink(f"127.0.0.1:{kit.superlink_port}", (folder / "ca.crt").read_bytes())
+
+
+def start(app: Path, folder: Path, kit: ServerKit, config: list[str]) -> int:
+    """Start the Flower app in the folder `app` and return the run's id. `config` are entries KEY=VALUE of its config.
+
+    Raises `ValueError` with what Flower says, if it does not start the run.
+    """
+    command = [str(Path(sys.executable).parent / "flwr"), "run", str(app), kit.federation, "--format", "json"]
+    command += ["--run-config", " ".join(config)] if config else []
+    environment = os.environ | {
+        "FLWR_HOME": str(folder / "var" / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        answer = json.loads(done.stdout[done.stdout.index("{") :])
+        return int(answer["run-id"])
+    except (ValueError, KeyError):
+        said = " ".join((done.stderr or done.stdout).split())
+        raise ValueError(f"Flower does not start {app}: {said[-500:]}") from None
+
+
+@dataclass
+class Progress:
+    """What the journal in `folder` has said so far, as lines of text."""
+
+    folder: Path
+    rounds: int = 0
+    events: int = 0
+    reminded: float = field(default_factory=time.monotonic)
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each round that is new, for each reply that was not admitted, and for whom it waits."""
+        path = self.folder / "journal.sqlite"
+        if not path.exists():
+            return
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            for number, seconds, train, evaluate in database.execute(
+                "SELECT round, seconds, train, evaluate FROM rounds WHERE round > ? ORDER BY round", (self.rounds,)
+            ).fetchall():
+                yield from self._round(database, number, seconds, {**json.loads(train), **json.loads(evaluate)})
+                self.rounds, self.reminded = number, time.monotonic()
+            if time.monotonic() - self.reminded > REMIND_SECONDS:
+                self.reminded = time.monotonic()
+                yield from self._waiting(database)
+
+    def _round(
+        self, database: sqlite3.Connection, number: int, seconds: float, metrics: dict[str, Any]
+    ) -> Iterator[str]:
+        verdicts = database.execute("SELECT code, reason FROM verdicts WHERE round = ?", (number,)).fetchall()
+        counted = sum(code == "admitted" for code, _ in verdicts)
+        numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+        shown = ", ".join(["", *numbers[:SHOWN_METRICS]])
+        yield f"round {number}: {counted} of {len(verdicts)} sites counted, {seconds:.1f} s{shown}"
+        for code, reason in verdicts:
+            if code != "admitted":
+                yield f"  {reason}"
+
+    def _waiting(self, database: sqlite3.Connection) -> Iterator[str]:
+        rows = database.execute(
+            "SELECT node, round, MIN(at), SUM(what IN ('replied', 'failed')) FROM events WHERE (round, phase) IN "
+            "(SELECT round, phase FROM asks ORDER BY at DESC LIMIT 1) GROUP BY node, round"
+        ).fetchall()
+        late = [(node, number, time.time() - at) for node, number, at, answers in rows if not answers]
+        if late:
+            names = ", ".join(f"{node} ({seconds:.0f} s)" for node, _, seconds in late[:5])
+            more = f" and {len(late) - 5} more" if len(late) > 5 else ""
+            yield f"round {late[0][1]} waits for {names}{more}"
+
+
+def follow(folder: Path, kit: ServerKit, run_id: int, say: Callable[[str], None]) -> str:
+    """Say what happens in a run until it ends. Returns its status, as Flower puts it."""
+    superlink = superlink_of(folder, kit)
+    progress = Progress(folder / "var" / "corymb" / "runs" / f"run-{run_id}")
+    while True:
+        status = ""
+        with suppress(ControlError):  # the SuperLink is restarted
+            status = superlink.run_statuses().get(run_id, "")
+        for line in progress.lines():
+            say(line)
+        if status.startswith("finished"):
+            return status
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,44 @@
+"""The sites of a federation as its server sees them."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from corymb.protocol.certificates import days_left, read_certificate
+from corymb.server.deployment.monitor import SITES
+from corymb.server.deployment.provision import ROSTER
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Return the state of the server whose kit lies in `folder`, and of each site, as JSON.
+
+    Raises `ValueError` if the server has never run.
+    """
+    path = folder / "var" / SITES
+    if not path.exists():
+        raise ValueError(f"The server of {folder} has not run yet; start it with `corymb serve {folder}`.")
+    seen = json.loads(path.read_text())
+    last = _last_replies(folder / "var" / "corymb" / "runs")
+    sites = {}
+    for certificate in sorted((folder / ROSTER).glob("*.crt")):
+        name = certificate.stem
+        state = seen["sites"].get(name, {"online": False, "since": "", "node": ""})
+        left = round(days_left(read_certificate(certificate)), 1)
+        sites[name] = {**state, "certificate_days": left, **last.get(name, {})}
+    server = {"certificate_days": round(days_left(read_certificate(folder / "server.crt")), 1), "seen_at": seen["at"]}
+    return {"server": server, "sites": sites}
+
+
+def _last_replies(runs: Path) -> dict[str, dict[str, Any]]:
+    """Return the last verdict on each site, in the newest journal that has one."""
+    last: dict[str, dict[str, Any]] = {}
+    for run in sorted(runs.glob("*/journal.sqlite"), key=lambda path: path.stat().st_mtime):
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{run}?mode=ro", uri=True)) as database:
+            rows = database.execute("SELECT node, MAX(round), code, reason FROM verdicts GROUP BY node").fetchall()
+            for node, number, code, reason in rows:
+                last[node] = {"run": run.parent.name, "round": number, "verdict": code, "reason": reason}
+    return last
