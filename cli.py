@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from corymb.cli_deployment import backup, join, provision, restore, run, serve, status
-from corymb.cli_operators import approve, audit, gate, model, supervisor
+from corymb.cli_operators import app_hash, approve, audit, gate, model, supervisor
 from corymb.strategies import known_rules
 
 app = typer.Typer(
@@ -183,6 +183,7 @@ def results(
 
 for command in (provision, serve, join, run, status, backup, restore, approve, gate, audit, supervisor):
     app.command()(command)
+app.command("hash")(app_hash)
 app.add_typer(model, name="model")
 
 

@@ -128,7 +128,7 @@ def join(
     SuperNode and SuperExec behind the site's gate, and keeps them running. Edit policy.toml in the kit to say what may
     run. Exit code 3: the site has no certificate yet.
     """
-    from corymb.client.gate.policy import template
+    from corymb.client.gate.policy import SitePolicy, template
     from corymb.client.gate.program import write_site
     from corymb.server.deployment import join as site
     from corymb.server.deployment.federation import SiteKit, read_kit
@@ -149,7 +149,9 @@ def join(
         f"The site {kit.name} joins {kit.federation} at {kit.server}:{kit.port}. Logs: {folder / 'var' / 'log'}."
     )
     console.print(f"To start it with the machine: sudo systemctl enable --now {write_units(folder, kit)}")
-    site.join(folder, kit, gate, console.print)
+    data = [str(path) for path in SitePolicy.read(folder / "policy.toml").data[:1]]
+    node = {"name": kit.name, **dict(zip(["data"], data, strict=False)), **kit.node}
+    site.join(folder, kit, gate, node, console.print)
 
 
 def run(

@@ -124,3 +124,18 @@ def export(
     folder = Path(run) if Path(run).is_dir() else runs_folder() / run
     metadata = export_model(folder, out, best)
     console.print(f"Wrote the model of round {metadata['round']} to {out}.", markup=False, soft_wrap=True)
+
+
+def app_hash(
+    app: Annotated[Path, typer.Argument(metavar="APP", help="The folder of a Flower app.")],
+) -> None:
+    """Print the SHA-256 of an app, by which sites approve it.
+
+    \b
+    corymb hash examples/quickstart
+
+    It is that of the bundle that Flower makes of the app. The same files give the same hash on every machine.
+    """
+    from corymb.protocol.flower_tasks import bundle_hash
+
+    print(f"{bundle_hash(app)}  {app}")

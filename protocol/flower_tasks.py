@@ -7,12 +7,14 @@ this module too.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message
@@ -137,3 +139,9 @@ def context_to_bytes(context: Context) -> bytes:
 def context_from_bytes(data: bytes) -> Context:
     """Return the context that `context_to_bytes` has encoded."""
     return context_from_proto(ContextProto.FromString(data))
+
+
+def bundle_hash(app: Path) -> str:
+    """Return the SHA-256 of the bundle that the command `flwr run` makes of the app in the folder `app`."""
+    built = import_module("flwr.cli.build").build_fab_from_disk(app)
+    return hashlib.sha256(built).hexdigest()

@@ -21,7 +21,7 @@ TEMPLATE = """\
 pause = false
 signed_tasks = SIGNED            # refuse what the federation's server has not signed
 sandbox = true                   # apps see no network, no other process, and only the data below
-data = []                        # the folders and files with this site's data, e.g. ["/srv/study-17"]
+data = []                        # this site's data, e.g. ["/srv/study-17"]; apps find the first as `data`
 metrics = ["num-examples", "loss", "accuracy", "steps", "seconds", "completed"]   # others stay here
 # largest_number = 1e6             # a reply with a larger number in a model, or with NaN, stays here
 # least_seconds_between_rounds = 60
@@ -83,7 +83,7 @@ class SitePolicy(Settings):
     sandbox: bool = True
     """Whether apps run in a sandbox (bubblewrap): no network, no other process, no files but `data` and programs."""
     data: list[Path] = Field(default_factory=list)
-    """The folders and files that apps may read in the sandbox."""
+    """The folders and files that apps may read in the sandbox. The first is `data` in Flower's node config."""
     warm: bool = True
     """Whether an app's process serves all tasks of a run, so that it loads its data once. Else one per task."""
     most_seconds: float = Field(inf, gt=0)

@@ -18,7 +18,7 @@ from corymb.protocol.certificates import (
     write_site_key,
 )
 from corymb.server.deployment.federation import SiteKit
-from corymb.server.deployment.processes import site_processes
+from corymb.server.deployment.processes import Node, site_processes
 from corymb.server.deployment.supervision import Supervisor
 from corymb.server.deployment.watch import Watchdog, server_view
 
@@ -62,8 +62,11 @@ def adopt_certificate(folder: Path, kit: SiteKit) -> str:
     raise ValueError(f"{path} is not used: it is not for a key of this site.")
 
 
-def join(folder: Path, kit: SiteKit, gate: Path, say: Callable[[str], None]) -> None:
-    """Run the processes of a site until SIGTERM. `gate` is the folder of the site's `flwr-clientapp`."""
+def join(folder: Path, kit: SiteKit, gate: Path, node: Node, say: Callable[[str], None]) -> None:
+    """Run the processes of a site until SIGTERM.
+
+    `gate` is the folder of the site's `flwr-clientapp`, and `node` Flower's node config.
+    """
     watchdog = Watchdog(partial(server_view, folder, kit))
 
     def attend(supervisor: Supervisor) -> None:
@@ -80,4 +83,4 @@ def join(folder: Path, kit: SiteKit, gate: Path, say: Callable[[str], None]) -> 
         if watchdog.must_restart(supervisor.seconds_running("supernode")):
             supervisor.restart("supernode", "the server sees this site offline")
 
-    Supervisor(site_processes(folder, kit, gate), folder / "var" / "log", say, attend).run()
+    Supervisor(site_processes(folder, kit, gate, node), folder / "var" / "log", say, attend).run()

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from corymb.server.deployment.federation import ServerKit, SiteKit
 from corymb.server.supervisor import write_program
 
 VAR = "var"  # in a kit: what its processes write
+Node = Mapping[str, bool | int | float | str]
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -72,10 +74,12 @@ def server_processes(folder: Path, kit: ServerKit) -> list[Process]:
     return processes
 
 
-def site_processes(folder: Path, kit: SiteKit, gate: Path) -> list[Process]:
-    """Return the processes of the site whose kit lies in `folder`. `gate` is the folder of its program of that name."""
+def site_processes(folder: Path, kit: SiteKit, gate: Path, node: Node) -> list[Process]:
+    """Return the processes of the site whose kit lies in `folder`.
+
+    `gate` is the folder of its `flwr-clientapp`, and `node` Flower's node config.
+    """
     var, address = _prepared(folder), f"127.0.0.1:{kit.local_port}"
-    node = {"name": kit.name, **kit.node}
     supernode = [
         _bin("flower-supernode"), "--superlink", f"{kit.server}:{kit.port}",
         "--root-certificates", str(folder / "ca.crt"),
