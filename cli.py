@@ -13,9 +13,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from corymb.cli_deployment import backup, join, provision, restore, run, serve, status
-from corymb.cli_operators import app_hash, approve, audit, gate, model, supervisor
-from corymb.strategies import known_rules
+from corymb.cli_deployment import join, provision, serve
+from corymb.cli_federation import backup, doctor, restore, run, status
+from corymb.cli_operators import app_hash, model, supervisor
+from corymb.cli_site import approve, audit, gate
 
 app = typer.Typer(
     help="Federated learning with pluggable aggregation rules, on Flower.",
@@ -53,6 +54,8 @@ def rules() -> None:
 
     masked: the rule also works on sums of masked updates (secure aggregation).
     """
+    from corymb.strategies import known_rules
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("rule", "kind", "parameters", "paper", "remarks"):
         table.add_column(column, overflow="fold", no_wrap=column == "rule")
@@ -181,7 +184,7 @@ def results(
     measure_claims(experiments or [], data, out, document, jobs, console)
 
 
-for command in (provision, serve, join, run, status, backup, restore, approve, gate, audit, supervisor):
+for command in (provision, serve, join, run, status, doctor, backup, restore, approve, gate, audit, supervisor):
     app.command()(command)
 app.command("hash")(app_hash)
 app.add_typer(model, name="model")

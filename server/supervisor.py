@@ -27,7 +27,6 @@ from corymb.protocol.flower_tasks import describe_task, run_serverapp_command, r
 from corymb.protocol.signed_grid import Signer, with_signatures
 from corymb.server.rounds.run_failed import RunFailed
 
-NAME = "flwr-serverapp"
 RAISED, FAILED = 3, 4  # exit codes of the child: the app raised an exception; the run has achieved nothing
 MOST_CRASHES = 30  # in a row, without a finished round in between
 PROGRESS = re.compile(r"\[ROUND \d+/\d+\]")  # in the line that the round loop logs after each round
@@ -119,15 +118,6 @@ def _sign(grid: Grid) -> None:
 def _die_with_the_parent() -> None:
     sys.stdin.read()
     os._exit(1)
-
-
-def write_program(folder: Path) -> Path:
-    """Write the program into `folder`, which the operator puts first on the PATH of the SuperLink or SuperExec."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m corymb.server.supervisor "$@"\n')
-    path.chmod(0o755)
-    return path
 
 
 if __name__ == "__main__":

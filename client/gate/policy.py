@@ -13,7 +13,6 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from pydantic import Field, ValidationError
 
-from corymb.protocol.codec import to_state
 from corymb.protocol.settings import Settings, problems
 
 TEMPLATE = """\
@@ -151,6 +150,8 @@ class SitePolicy(Settings):
             return []
         if len(reply.content) > self.records:
             raise Refusal(f"the reply has {len(reply.content)} records, and {self.records} may leave")
+        from corymb.protocol.codec import to_state  # imports torch, which takes seconds
+
         withheld = []
         for record in reply.content.values():
             if isinstance(record, MetricRecord):

@@ -12,7 +12,9 @@ import os
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
+from datetime import datetime
 from importlib import import_module
 from pathlib import Path
 
@@ -30,7 +32,8 @@ def serve(folder: Path) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     pool, path = AppPool(folder / LOG), folder / SOCKET
     _prepare(pool, folder)
-    import_module("flwr.supernode.runtime.run_clientapp")
+    for name in ("flwr.supernode.cli", "flwr.supernode.runtime.run_clientapp", "httpcore", "corymb.protocol.codec"):
+        import_module(name)  # here, not in each task's process
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -71,10 +74,13 @@ def _handle(connection: socket.socket, listener: socket.socket, folder: Path, po
         ours.close()
         os._exit(run_task(task, folder, theirs))
     theirs.close()
+    began = time.monotonic()
     with ours:
         for line in ours.makefile():
             _answer(json.loads(line), ours, pool)
     _, status = os.waitpid(child, 0)
+    now, seconds = datetime.now().isoformat(timespec="seconds"), time.monotonic() - began
+    print(f"{now} a task took {seconds:.1f} s and ended with {os.waitstatus_to_exitcode(status)}", flush=True)
     with suppress(OSError):  # the program may have been killed
         connection.sendall(f"{os.waitstatus_to_exitcode(status) & 0xFF}\n".encode())
 

@@ -81,7 +81,6 @@ class _Apps:
             ended = self._ask(what="forget", run=run)[0]["ended"]
             raise AppFailed(f"the process of the app has ended {ended or 'early'}") from None
         if not result["is_done"]:
-            self._ask(what="forget", run=run)
             raise AppFailed(result["error"])
         if not policy.warm:
             self._ask(what="forget", run=run)

@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Monitor:
             self._online[name] = online
             since = state and (state.last_activated_at if online else state.last_deactivated_at)
             sites[name] = {"online": online, "since": since or "", "node": str(state.node_id) if state else ""}
-            _write(health / fingerprints[name], {"online": online, "at": now, "clock": time.time()})
+            _write(health / fingerprints[name], {"online": online, "at": now, "flwr": version("flwr")})
         _write(self._folder / "var" / SITES, {"at": now, "sites": sites})
         for path in health.iterdir():
             if path.name not in fingerprints.values():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from corymb.server.deployment.edge import write_edge
 from corymb.server.deployment.federation import ServerKit, SiteKit
-from corymb.server.supervisor import write_program
+from corymb.server.supervisor_program import write_program
 
 VAR = "var"  # in a kit: what its processes write
 Node = Mapping[str, bool | int | float | str]
@@ -81,7 +81,7 @@ def site_processes(folder: Path, kit: SiteKit, gate: Path, node: Node) -> list[P
     """
     var, address = _prepared(folder), f"127.0.0.1:{kit.local_port}"
     supernode = [
-        _bin("flower-supernode"), "--superlink", f"{kit.server}:{kit.port}",
+        sys.executable, "-m", "corymb.protocol.flower_tasks", "--superlink", f"{kit.server}:{kit.port}",
         "--root-certificates", str(folder / "ca.crt"),
         "--auth-supernode-private-key", str(folder / "site.key"), "--isolation", "process",
         "--superexec-auth-secret-file", str(var / "secret"),

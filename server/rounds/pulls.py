@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 POLL_SECONDS = 0.2  # the first pause after a poll that brought no reply
-MAX_POLL_SECONDS = 3.0  # the longest pause
+MAX_POLL_SECONDS = 1.0  # the longest pause, for up to 100 replies
 STALL_SECONDS = 10.0  # a pull that takes longer goes on in its own thread, and the other replies are pulled meanwhile
 MAX_STALLED = 32  # pulls that may go on at a time
 TRIES = 3  # attempts to pull a reply before it counts as unreadable
@@ -46,7 +46,7 @@ def pulled(grid: Grid, waiting: dict[str, None], deadline: float) -> Iterator[Pu
                     arrived = True
                     yield finished, outcome
                 del outcome  # frees its memory before the next pull
-        pause = POLL_SECONDS if arrived else min(1.5 * pause, MAX_POLL_SECONDS)
+        pause = POLL_SECONDS if arrived else min(1.5 * pause, max(MAX_POLL_SECONDS, len(waiting) / 100))
         if not arrived:
             yield None
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())) if waiting else 0.0)

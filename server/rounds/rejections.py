@@ -58,7 +58,7 @@ def rejection_of_error(node: str, message: Message) -> Rejection:
         return Rejection(node, Code.UNRECEIVED, f"{node}: its reply cannot be received: {short(reason)}.")
     if code == FORGED:
         return Rejection(node, Code.SOURCE, f"{node}: its reply is forged: {short(reason)}.")
-    return Rejection(node, Code.ERROR, f"{node}: error {code}: {short(reason)}.")
+    return Rejection(node, Code.ERROR, f"{node}: error {code}: {short(reason).removesuffix('.')}.")
 
 
 @lru_cache(maxsize=1 << 14)  # the same nodes are offline in many rounds

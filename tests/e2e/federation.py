@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from corymb.client.gate.policy import template
 from corymb.client.gate.program import write_site
-from corymb.server.supervisor import write_program
+from corymb.server.supervisor_program import write_program
 from corymb.tests.e2e.processes import Processes, free_port, until
 from corymb.tests.e2e.proxy import Proxy
 

@@ -6,8 +6,10 @@ import json
 import os
 import random
 import shutil
+import ssl
 import subprocess
 import time
+from http.client import HTTPSConnection
 from pathlib import Path
 
 from corymb.tests.e2e.processes import BIN, Processes, until
@@ -114,6 +116,42 @@ class Hospitals:
         """Return the SHA-256 of an app's bundle, as the sites see it."""
         return self.corymb("hash", app).split()[0]
 
+    def fetch(self, method: str, path: str, body_mib: int = 0) -> int:
+        """Send a request to the server's port, as a stranger would. Returns the HTTP status; 0 if there is none."""
+        context = ssl.create_default_context(cafile=str(self.federation / "authority" / "ca.crt"))
+        context.check_hostname = False
+        connection = HTTPSConnection(ADDRESS[SERVER], PORT, timeout=30, context=context)
+        try:
+            connection.putrequest(method, path)
+            connection.putheader("Content-Length", str(body_mib << 20))
+            connection.endheaders()
+            for _ in range(min(body_mib, 80)):
+                try:
+                    connection.send(bytes(1 << 20))
+                except OSError:  # it has answered, and closed
+                    break
+            return connection.getresponse().status
+        except OSError:
+            return 0
+        finally:
+            connection.close()
+
+    def server_certificate(self) -> str:
+        """Return the certificate with which the server's port answers, as PEM."""
+        return ssl.get_server_certificate((ADDRESS[SERVER], PORT))
+
+    def memory_mib(self) -> float:
+        """Return the memory of nginx and the SuperLink."""
+        total = 0.0
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                command = (status.parent / "cmdline").read_bytes()
+                if str(self.kit(SERVER)).encode() in command or command.startswith(b"nginx"):
+                    total += int(status.read_text().partition("VmRSS:")[2].split()[0]) / 1024
+            except (OSError, IndexError, ValueError):
+                continue
+        return total
+
     def edit_policy(self, site: str, before: str, after: str) -> None:
         """Change a site's policy."""
         path = self.kit(site) / "policy.toml"
@@ -122,8 +160,8 @@ class Hospitals:
 
     def nft(self, name: str, *rules: str) -> None:
         """Replace the packet rules of a namespace."""
-        table = "table inet corymb { chain input { type filter hook input priority 0; %s } }" % "; ".join(rules)
-        script = f"table inet corymb\ndelete table inet corymb\n{table if rules else ''}"
+        chain = f"chain input {{ type filter hook input priority 0; {'; '.join(rules)} }}"
+        script = f"table inet corymb\ndelete table inet corymb\ntable inet corymb {{ {chain if rules else ''} }}"
         subprocess.run([*self.within(name), "nft", "-f", "-"], input=script, text=True, check=True)
 
     def link(self, name: str, state: str) -> None:
@@ -135,7 +173,10 @@ class Hospitals:
         (Path("/etc/netns") / f"corymb-{site}" / "hosts").write_text(f"127.0.0.1 localhost\n{address} fl.example\n")
 
     def end(self) -> None:
-        """Remove the network."""
+        """End all processes and remove the network."""
+        self.started.end()
+        for number in range(1, len(ADDRESS) + 1):
+            subprocess.run(["ip", "link", "del", f"corymb{number}"], capture_output=True)
         for name in (SERVER, *SITES):
             subprocess.run(["ip", "netns", "del", f"corymb-{name}"], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / f"corymb-{name}", ignore_errors=True)

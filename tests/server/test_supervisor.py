@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from corymb.server.supervisor import FAILED, MOST_CRASHES, RAISED, End, pause_before_restart, write_program
+from corymb.server.supervisor import FAILED, MOST_CRASHES, RAISED, End, pause_before_restart
+from corymb.server.supervisor_program import write_program
 
 KILLED = End(-9, "[ROUND 1] waiting")
 BUG = End(RAISED, "ValueError: no such file")

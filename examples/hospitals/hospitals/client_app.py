@@ -25,7 +25,7 @@ def patients(path: str) -> tuple[torch.Tensor, torch.Tensor]:
     known = [row for row in rows if "?" not in row[:10] + row[DIAGNOSIS:]]
     table = torch.tensor([[float(cell) if cell != "?" else 0.0 for cell in row] for row in known])
     numbers = (table[:, USED] - MEAN) / DEVIATION
-    groups = [torch.nn.functional.one_hot(table[:, c].long() - (c == 2), n).float() for c, n in CATEGORIES.items()]
+    groups = [torch.nn.functional.one_hot(table[:, c].long() - int(c == 2), n).float() for c, n in CATEGORIES.items()]
     return torch.cat([numbers, *groups], dim=1), (table[:, DIAGNOSIS] > 0).long()
 
 

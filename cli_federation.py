@@ -1,0 +1,161 @@
+"""The commands for a federation that runs: runs of apps, its state, its faults, and backups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+console = Console(soft_wrap=True, markup=False, highlight=False)
+Folder = Annotated[Path, typer.Argument(metavar="KIT", help="The folder of a kit that `corymb provision` has made.")]
+
+
+def run(
+    app: Annotated[Path, typer.Argument(metavar="APP", help="The folder of a Flower app.")],
+    federation: Annotated[Path, typer.Option(metavar="KIT", help="The kit of the server, on this machine.")],
+    changes: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the app's run config. Can be repeated."),
+    ] = None,
+) -> None:
+    """Run a Flower app in a federation, and say what happens until it ends.
+
+    \b
+    corymb run examples/quickstart --federation hearts/server --set rounds=10
+
+    Exit code 1: the run has failed. The journal and the model stay on the server; see `corymb model`.
+    """
+    from corymb.server.deployment.federation import ServerKit, read_kit
+    from corymb.server.deployment.run import COMPLETED, follow, start
+
+    folder = federation.resolve()
+    kit = read_kit(folder)
+    if not isinstance(kit, ServerKit):
+        raise ValueError(f"{folder} is the kit of a site; a run starts on the machine of the server, with its kit.")
+    run_id = start(app, folder, kit, [_quoted(change) for change in changes or []])
+    console.print(f"Run {run_id}")
+    status = follow(folder, kit, run_id, console.print)
+    console.print(f"Run {run_id} is {status}.")
+    runs = folder / "var" / "corymb" / "runs"
+    if status == COMPLETED and (runs / f"run-{run_id}").exists():
+        console.print(f"To write its model to a file: corymb model export {runs / f'run-{run_id}'}")
+    raise typer.Exit(0 if status == COMPLETED else 1)
+
+
+def _quoted(change: str) -> str:
+    """Return KEY=VALUE in Flower's syntax, in which a string has quotes."""
+    import json
+
+    key, sign, value = change.partition("=")
+    if not sign:
+        raise ValueError(f"--set {change} is not KEY=VALUE.")
+    try:
+        json.loads(value)
+        return change
+    except ValueError:
+        return f"{key}={json.dumps(value)}"
+
+
+def status(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the sites of a federation, on the machine of its server: who is online, and how its last round went.
+
+    \b
+    corymb status hearts/server
+    """
+    import json
+
+    from rich.table import Table
+
+    from corymb.server.deployment.status import status as state_of
+
+    state = state_of(folder.resolve())
+    if as_json:
+        print(json.dumps(state))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("site", "state", "since", "last round", "certificate"):
+        table.add_column(column, overflow="fold")
+    for name, site in state["sites"].items():
+        last = f"{site['round']}: {site['verdict']}" if "round" in site else "-"
+        since = site["since"][:19].replace("T", " ") or "-"
+        table.add_row(
+            name, "online" if site["online"] else "offline", since, last, f"{site['certificate_days']:.0f} days"
+        )
+    Console().print(table)
+    server = state["server"]
+    console.print(f"As of {server['seen_at']}. The server's certificate: {server['certificate_days']:.0f} days.")
+
+
+def doctor(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a server or a site and its surroundings, and say in one sentence what is wrong.
+
+    \b
+    corymb doctor north
+    corymb doctor hearts/server
+
+    The exit code is that of the first fault; the guide for operators lists them.
+    """
+    import json
+
+    from corymb.client.gate.doctor import gate_findings
+    from corymb.protocol.findings import Fault
+    from corymb.server.deployment.doctor import server_findings, site_findings
+    from corymb.server.deployment.federation import SiteKit, read_kit
+
+    folder = folder.resolve()
+    kit = read_kit(folder)
+    if isinstance(kit, SiteKit):
+        findings = [*site_findings(folder, kit), *gate_findings(folder)]
+    else:
+        findings = list(server_findings(folder, kit))
+    faults = [finding for finding in findings if finding.fault is not Fault.NONE]
+    if as_json:
+        print(json.dumps([{"code": int(each.fault), "text": each.text} for each in findings]))
+    else:
+        for finding in findings:
+            console.print(f"{'ok   ' if finding.fault is Fault.NONE else 'FAULT'} {finding.text}")
+    raise typer.Exit(int(faults[0].fault) if faults else 0)
+
+
+def backup(
+    folder: Folder,
+    archive: Annotated[Path, typer.Argument(help="The file to write, a .tar.gz.")],
+) -> None:
+    """Write the kit of a server, the SuperLink's database and all journals to one file. The server may be running.
+
+    \b
+    corymb backup hearts/server hearts-2026-12-01.tar.gz
+
+    The file holds private keys; keep it like them.
+    """
+    from corymb.server.deployment.backup import backup as write
+
+    write(folder.resolve(), archive)
+    console.print(f"Wrote {archive}, {archive.stat().st_size / 1e6:.1f} MB. It holds private keys.")
+
+
+def restore(
+    archive: Annotated[Path, typer.Argument(help="A file that `corymb backup` has written.")],
+    folder: Annotated[Path, typer.Argument(metavar="KIT", help="The folder to make.")],
+) -> None:
+    """Unpack a backup of a server into a new folder.
+
+    \b
+    corymb restore hearts-2026-12-01.tar.gz hearts/server
+
+    The SuperLink's database works with the version of Flower that wrote it, and with newer ones.
+    """
+    from importlib.metadata import version
+
+    from corymb.server.deployment.backup import restore as unpack
+
+    flower = unpack(archive, folder)
+    console.print(f"Restored {folder}, made with Flower {flower}; here is Flower {version('flwr')}.")

@@ -1,0 +1,71 @@
+"""The commands for a site: what may run on its data, and what has left."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def gate(
+    folder: Annotated[Path, typer.Argument(help="A folder, to be put first on the PATH of flower-supernode.")],
+) -> None:
+    """Write a site's gate: a program that stands around every ClientApp, and the site's policy.
+
+    Flower starts the program, flwr-clientapp, in place of its own. FOLDER/policy.toml says what may run and what may
+    leave; FOLDER/ledger.jsonl records both.
+    """
+    from corymb.client.gate.policy import template
+    from corymb.client.gate.program import write_site
+
+    path = write_site(folder.resolve(), template(signed_tasks=False))
+    policy, start = path.parent / "policy.toml", f"PATH={path.parent}:$PATH flower-supernode ..."
+    console.print(f"Wrote {path}. Edit {policy}, and start the SuperNode with\n  {start}", soft_wrap=True)
+
+
+def audit(
+    folder: Annotated[Path, typer.Argument(help="The folder of a site's gate.")],
+) -> None:
+    """Check a site's ledger and print it: what ran on the site's data, and what left."""
+    from corymb.client.gate.ledger import Ledger
+
+    ledger = Ledger(folder / "ledger.jsonl")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("time", "event", "run", "round", "purpose", "what"):
+        table.add_column(column, overflow="fold")
+    for entry in ledger.entries():
+        what = entry.get("reason") or entry.get("error") or f"{entry.get('bytes', 0)} bytes, {entry.get('metrics', {})}"
+        shown = "" if entry["event"] == "ran" else str(what)
+        row = [entry["at"], entry["event"], *(str(entry.get(key, "")) for key in ("run", "round", "purpose")), shown]
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"The ledger is whole. Its last line has the SHA-256 {ledger.head()}.", soft_wrap=True)
+
+
+def approve(
+    folder: Annotated[Path, typer.Argument(metavar="KIT", help="The kit of a site, or the folder of its gate.")],
+    purpose: Annotated[str, typer.Option(help="The study, in words, for the ledger.")],
+    until: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="The day on which the approval expires.")],
+    app: Annotated[str, typer.Option(help="The SHA-256 of the app (default: the app that was refused last).")] = "",
+) -> None:
+    """Approve an app at a site, for a purpose and until a day.
+
+    \b
+    corymb approve north --purpose "Study 17" --until 2027-06-30
+
+    The approval goes into policy.toml, where it can be changed or taken out.
+    """
+    from corymb.client.gate.ledger import Ledger
+    from corymb.client.gate.policy import approve as add
+
+    refused = [entry["app"] for entry in Ledger(folder / "ledger.jsonl").entries() if entry["event"] == "refused"]
+    if not app and not refused:
+        raise ValueError(f"No app was refused in {folder} yet; name one with --app.")
+    add(folder / "policy.toml", app or refused[-1], purpose, until.date())
+    console.print(f"Approved the app {app or refused[-1]} until {until.date()}.", soft_wrap=True)

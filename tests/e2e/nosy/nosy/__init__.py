@@ -1,0 +1,1 @@
+"""An app that tries what a site must forbid."""
