@@ -7,7 +7,7 @@ from pathlib import Path
 
 from corymb.server.deployment.federation import FederationSettings, read
 
-SITES = re.compile(r"^(sites\s*=\s*\[)(.*?)(,?\s*)(\])", re.MULTILINE | re.DOTALL)
+START = re.compile(r"^sites\s*=\s*\[", re.MULTILINE)
 
 
 def with_site(file: Path, name: str) -> None:
@@ -15,7 +15,7 @@ def with_site(file: Path, name: str) -> None:
     if name in read(file, FederationSettings).sites:
         raise ValueError(f"The site {name!r} is there already; choose another name.")
     before = file.read_text()
-    file.write_text(SITES.sub(lambda m: f'{m[1]}{m[2]}{", " if m[2].strip() else ""}"{name}"{m[4]}', before, count=1))
+    file.write_text(START.sub(lambda found: f'{found[0]}"{name}", ', before, count=1))  # in front of any comment
     try:
         if name not in read(file, FederationSettings).sites:
             raise ValueError(f"{name!r} could not be added to {file}; add it to sites yourself.")

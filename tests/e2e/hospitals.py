@@ -160,7 +160,7 @@ class Hospitals:
 
     def nft(self, name: str, *rules: str) -> None:
         """Replace the packet rules of a namespace."""
-        chain = f"chain input {{ type filter hook input priority 0; {'; '.join(rules)} }}"
+        chain = f"chain input {{ type filter hook input priority 0; {''.join(f'{rule}; ' for rule in rules)}}}"
         script = f"table inet corymb\ndelete table inet corymb\ntable inet corymb {{ {chain if rules else ''} }}"
         subprocess.run([*self.within(name), "nft", "-f", "-"], input=script, text=True, check=True)
 

@@ -66,7 +66,7 @@ def test_an_app_runs_only_where_it_is_approved_and_cannot_leave_its_sandbox(hosp
     hospitals.provision()
     *approving, refusing = SITES
     hospitals.approve(NOSY, *approving)
-    tried = ["key", "kit", "home", "task", "internet", "processes", "kill", "write", "data"]
+    tried = ["key", "kit", "passwords", "task", "internet", "processes", "kill", "write", "data"]
     for site in approving:
         listed = ", ".join(f'"{name}"' for name in ["num-examples", *tried])
         hospitals.edit_policy(site, 'metrics = ["num-examples"', f'metrics = [{listed}, "num-examples"')

@@ -48,7 +48,7 @@ def train(message: Message, context: Context) -> Message:
     attempts: dict[str, Callable[[], object]] = {
         "key": lambda: (kit / "site.key").read_bytes(),
         "kit": lambda: list(kit.iterdir()),
-        "home": lambda: list(Path("/root").iterdir()),
+        "passwords": lambda: Path("/etc/shadow").read_bytes(),
         "task": lambda: connect("127.0.0.1", 9094),
         "internet": lambda: connect("10.77.0.1", 8443),
         "processes": other_processes,
