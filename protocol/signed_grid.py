@@ -45,7 +45,7 @@ class Signer:
         if reply.has_error():
             return reply
         metadata = reply.metadata
-        claims = {"site": name, "run": metadata.run_id, "to": metadata.reply_to_message_id}
+        claims = {"site": name, "run": metadata.run_id, "request": metadata.reply_to_message_id}
         try:
             check(reply.content, self._key_of(name), claims)
         except ForgedMessage as problem:

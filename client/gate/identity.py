@@ -44,5 +44,5 @@ class Identity:
     def sign(self, reply: Message) -> None:
         """Add a signature to `reply`, in place."""
         metadata = reply.metadata
-        claims = {"site": self.name, "run": metadata.run_id, "to": metadata.reply_to_message_id}
+        claims = {"site": self.name, "run": metadata.run_id, "request": metadata.reply_to_message_id}
         reply.content[RECORD] = signed(reply.content, self.key, claims)

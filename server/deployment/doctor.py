@@ -120,13 +120,17 @@ def _tls(kit: SiteKit, error: ssl.SSLCertVerificationError) -> Finding:
 
 def _versions(health: dict[str, object]) -> Iterator[Finding]:
     theirs, ours = str(health.get("flwr", "")), version("flwr")
-    if theirs and theirs.split(".")[:2] < ours.split(".")[:2]:
+    if theirs and _minor(theirs) < _minor(ours):
         yield Finding(
             Fault.VERSION,
             f"This site has Flower {ours}, newer than the server's {theirs}; install that one.",
         )
     else:
         yield good(f"Flower {ours} here, {theirs} at the server.")
+
+
+def _minor(number: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in number.split(".")[:2])
 
 
 def _uplink(folder: Path, kit: SiteKit) -> Finding:

@@ -90,7 +90,7 @@ def broken(answer: Message) -> None:
         (with_other_numbers, "it was altered after it was signed"),
         (with_more_examples, "it was altered after it was signed"),
         (with_a_new_record, "it was altered after it was signed"),
-        (to_another_request, "it was signed for the to 'm-1', not 'm-2'"),
+        (to_another_request, "it was signed for the request 'm-1', not 'm-2'"),
         (unsigned, "it is not signed"),
         (broken, "its signature is incomplete"),
     ],
