@@ -3,45 +3,81 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from corymb.server.deployment.federation import ServerKit
 
 console = Console(soft_wrap=True, markup=False, highlight=False)
 Folder = Annotated[Path, typer.Argument(metavar="KIT", help="The folder of a kit that `corymb provision` has made.")]
 
 
 def run(
-    app: Annotated[Path, typer.Argument(metavar="APP", help="The folder of a Flower app.")],
+    app: Annotated[
+        Path, typer.Argument(metavar="APP", help="The folder of a Flower app, or an experiment's TOML file.")
+    ],
     federation: Annotated[Path, typer.Option(metavar="KIT", help="The kit of the server, on this machine.")],
     changes: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the app's run config. Can be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the run config or the experiment. Can be repeated."),
     ] = None,
 ) -> None:
-    """Run a Flower app in a federation, and say what happens until it ends.
+    """Run a Flower app or an experiment in a federation, and say what happens until it ends.
 
     \b
     corymb run examples/quickstart --federation hearts/server --set rounds=10
+    corymb run exp.toml --federation hearts/server
 
-    Exit code 1: the run has failed. The journal and the model stay on the server; see `corymb model`.
+    Of an experiment, each rule and seed is a run; each site trains on the data that its policy names. Exit code 1: a
+    run has failed. The journal and the model stay on the server; see `corymb model`.
     """
     from corymb.server.deployment.federation import ServerKit, read_kit
-    from corymb.server.deployment.run import COMPLETED, follow, start
 
     folder = federation.resolve()
     kit = read_kit(folder)
     if not isinstance(kit, ServerKit):
         raise ValueError(f"{folder} is the kit of a site; a run starts on the machine of the server, with its kit.")
-    run_id = start(app, folder, kit, [_quoted(change) for change in changes or []])
+    if app.is_dir():
+        completed = _run_one(app, folder, kit, [_quoted(change) for change in changes or []])
+    else:
+        completed = _run_experiment(app, folder, kit, changes or [])
+    raise typer.Exit(0 if completed else 1)
+
+
+def _run_experiment(file: Path, folder: Path, kit: ServerKit, changes: list[str]) -> bool:
+    import json
+    import tempfile
+
+    from corymb.server.deployment.provision import ROSTER
+    from corymb.simulations.experiments.federated import KEY, runs_of, write_app
+    from corymb.simulations.experiments.reader import parse_change, read
+
+    experiment = read(file, dict(parse_change(change) for change in changes))
+    sites = len(list((folder / ROSTER).glob("*.crt")))
+    completed = True
+    with tempfile.TemporaryDirectory() as scratch:
+        write_app(Path(scratch))
+        for title, settings in runs_of(experiment, sites):
+            console.print(title)
+            completed &= _run_one(Path(scratch), folder, kit, [f"{KEY}={json.dumps(settings)}"])
+    return completed
+
+
+def _run_one(app: Path, folder: Path, kit: ServerKit, config: list[str]) -> bool:
+    """Run an app. Returns whether it was completed."""
+    from corymb.server.deployment.run import COMPLETED, follow, start
+
+    run_id = start(app, folder, kit, config)
     console.print(f"Run {run_id}")
     status = follow(folder, kit, run_id, console.print)
     console.print(f"Run {run_id} is {status}.")
-    runs = folder / "var" / "corymb" / "runs"
-    if status == COMPLETED and (runs / f"run-{run_id}").exists():
-        console.print(f"To write its model to a file: corymb model export {runs / f'run-{run_id}'}")
-    raise typer.Exit(0 if status == COMPLETED else 1)
+    journal = folder / "var" / "corymb" / "runs" / f"run-{run_id}"
+    if status == COMPLETED and journal.exists():
+        console.print(f"To write its model to a file: corymb model export {journal}")
+    return status == COMPLETED
 
 
 def _quoted(change: str) -> str:

@@ -68,15 +68,31 @@ def export(
 
 
 def app_hash(
-    app: Annotated[Path, typer.Argument(metavar="APP", help="The folder of a Flower app.")],
+    app: Annotated[
+        Path,
+        typer.Argument(
+            metavar="APP", help='The folder of a Flower app; "experiments" for that of `corymb run EXPERIMENT`.'
+        ),
+    ],
 ) -> None:
     """Print the SHA-256 of an app, by which sites approve it.
 
     \b
     corymb hash examples/quickstart
+    corymb hash experiments
 
-    It is that of the bundle that Flower makes of the app. The same files give the same hash on every machine.
+    The second is the app of `corymb run EXPERIMENT`, the same for all experiments. The hash is that of the bundle that
+    Flower makes of the app; the same files give the same hash on every machine.
     """
     from corymb.protocol.flower_tasks import bundle_hash
 
-    print(f"{bundle_hash(app)}  {app}")
+    if str(app) != "experiments":
+        print(f"{bundle_hash(app)}  {app}")
+        return
+    import tempfile
+
+    from corymb.simulations.experiments.federated import write_app
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_app(Path(scratch))
+        print(f"{bundle_hash(Path(scratch))}  experiments")

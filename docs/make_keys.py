@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from corymb.client.gate.policy import SitePolicy
+from corymb.server.deployment.federation import FederationSettings, ServerKit, SiteKit
 from corymb.server.settings import ServerSettings
 from corymb.simulations.experiments.experiment import Experiment
 
@@ -35,6 +37,10 @@ def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, *_table_of(Experiment, "An experiment", "", level=2)]
     parts += [DEPLOYMENT, *_table_of(ServerSettings, "", "", level=2, shared=SHARED)]
+    parts += _table_of(FederationSettings, "The file of a federation, for `corymb provision`", "", level=2)
+    parts += _table_of(ServerKit, "kit.toml of a server", "", level=2)
+    parts += _table_of(SiteKit, "kit.toml of a site", "", level=2)
+    parts += _table_of(SitePolicy, "policy.toml of a site", "", level=2)
     return "\n".join(parts)
 
 

@@ -48,6 +48,7 @@ class ServerKit(Settings):
     """The kit of a server, `kit.toml`."""
 
     role: Literal["server"] = "server"
+    """What the kit is for."""
     federation: Name
     """The name of the federation."""
     server: str
@@ -68,6 +69,7 @@ class SiteKit(Settings):
     """The kit of a site, `kit.toml`."""
 
     role: Literal["site"] = "site"
+    """What the kit is for."""
     federation: Name
     """The name of the federation."""
     name: Name

@@ -57,11 +57,15 @@ class Hospitals:
         """Return the kit of the server or of a site."""
         return self.federation / SERVER if name == SERVER else self.federation / "sites" / name
 
-    def start(self, *names: str) -> None:
-        """Start the server or sites."""
-        for name in names:
-            command = "serve" if name == SERVER else "join"
-            self.started.start(name, *self.within(name), str(BIN / "corymb"), command, str(self.kit(name)))
+    def start(self, *names: str, programs: Path = BIN) -> list[subprocess.Popen[bytes]]:
+        """Start the server or sites, with the `programs` of an environment."""
+        return [
+            self.started.start(
+                name, *self.within(name), str(programs / "corymb"), "serve" if name == SERVER else "join",
+                str(self.kit(name)),
+            )
+            for name in names
+        ]  # fmt: skip
 
     def within(self, name: str) -> list[str]:
         """Return the beginning of a command that runs in a namespace."""
@@ -160,7 +164,7 @@ class Hospitals:
 
     def nft(self, name: str, *rules: str) -> None:
         """Replace the packet rules of a namespace."""
-        chain = f"chain input {{ type filter hook input priority 0; {''.join(f'{rule}; ' for rule in rules)}}}"
+        chain = f"chain input {{ type filter hook input priority 0; {''.join(f'{rule}; ' for rule in rules)}}}\n"
         script = f"table inet corymb\ndelete table inet corymb\ntable inet corymb {{ {chain if rules else ''} }}"
         subprocess.run([*self.within(name), "nft", "-f", "-"], input=script, text=True, check=True)
 

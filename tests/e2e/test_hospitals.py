@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sqlite3
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from corymb.tests.e2e.delaying_proxy import DelayingProxy
 from corymb.tests.e2e.hospitals import ADDRESS, APP, HOST, IS_POSSIBLE, PORT, SERVER, SITES, WHY_NOT, Hospitals
 from corymb.tests.e2e.processes import processes, until
 
+OLD = Path(found) if (found := os.environ.get("CORYMB_OLD_PROGRAMS")) else None
 NOSY = Path(__file__).parent / "nosy"
 pytestmark = [
     pytest.mark.nightly,
@@ -111,7 +114,7 @@ def test_only_the_fleet_and_a_health_check_answer_from_outside(hospitals: Hospit
     paths += ["/v1/runtime/acquire-task", "/v1/fleet/%2e%2e/control/list-nodes", "//v1/control/list-runs"]
     for method in ("GET", "POST"):
         assert {path: hospitals.fetch(method, path) for path in paths} == dict.fromkeys(paths, 404)
-    assert hospitals.fetch("POST", "/v1/fleet/activate-node") in (400, 401, 403, 422)
+    assert hospitals.fetch("POST", "/v1/fleet/activate-node") in (400, 401, 403, 415, 422)  # the SuperLink's own answer
     before = hospitals.memory_mib()
     for mib in (65, 512, 4096):
         assert hospitals.fetch("POST", "/v1/fleet/push-object", body_mib=mib) == 413
@@ -184,3 +187,45 @@ def test_a_certificate_is_renewed_and_keys_are_rotated_and_revoked_during_a_run(
     print(hospitals.said())
     print(f"a site is back {rotated:.0f} s after its new certificate")
     assert "14: 2 of" in hospitals.said()
+
+
+@pytest.mark.skipif(OLD is None, reason="CORYMB_OLD_PROGRAMS names no bin folder of an environment with Flower 1.41")
+def test_the_server_is_upgraded_and_rolled_back_and_the_run_goes_on(hospitals: Hospitals) -> None:
+    assert OLD is not None
+    hospitals.provision()
+    hospitals.approve(APP, *SITES)
+    (server,) = hospitals.start(SERVER, programs=OLD)
+    hospitals.start(*SITES, programs=OLD)
+    hospitals.wait_for_all()
+    run = hospitals.run(APP, "rounds=12")
+    until(lambda: "round 2:" in hospitals.said(), 180, "the second round")
+
+    stop(server)
+    stop(run)
+    archive = hospitals.folder / "before.tar.gz"
+    hospitals.corymb("backup", hospitals.kit(SERVER), archive)
+    began = time.monotonic()
+    (server,) = hospitals.start(SERVER)
+    hospitals.wait_for_all()
+    upgraded = time.monotonic() - began
+    run = hospitals.run(APP, "rounds=6", "resume=true")
+    until(lambda: run.poll() is not None, 600, "the end of the run with the new server")
+    assert run.returncode == 0, hospitals.said()
+    assert "round 1:" not in hospitals.said()  # it went on after the rounds that were finished
+
+    stop(server)
+    shutil.move(hospitals.kit(SERVER), hospitals.folder / "newer")
+    hospitals.corymb("restore", archive, hospitals.kit(SERVER))
+    began = time.monotonic()
+    hospitals.start(SERVER, programs=OLD)
+    hospitals.wait_for_all()
+    rolled_back = time.monotonic() - began
+    run = hospitals.run(APP, "rounds=4", "resume=true")
+    until(lambda: run.poll() is not None, 600, "the end of the run with the old server")
+    assert run.returncode == 0, hospitals.said()
+    print(f"all sites online {upgraded:.0f} s after the upgrade, {rolled_back:.0f} s after the way back")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait(60)

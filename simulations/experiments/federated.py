@@ -1,0 +1,136 @@
+"""An experiment in a federation: the same file as in a simulation, but each site trains on its own data.
+
+The app is the same for all experiments, so a site approves it once; the experiment travels in its run config. A site
+reads the file or folder `data` of its node config, with the settings of `[data]`, and standardises tables by its own
+training examples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from corymb.client import make_client_app
+from corymb.protocol.run_config import flatten
+from corymb.server.app import main as run_server
+from corymb.server.settings import RuleSettings
+from corymb.simulations.data.examples import Examples, Source
+from corymb.simulations.data.sources import DataSettings
+from corymb.simulations.experiments.experiment import Experiment
+from corymb.simulations.experiments.models import make_model
+
+KEY = "experiment"  # of the run config: the settings of one run, as JSON
+PLACE = "corymb.simulations.experiments.federated"
+GUESSES = ("Labels became", "Dropped, as", "The label is")  # notes of a reader that must be the same everywhere
+
+
+def write_app(folder: Path) -> None:
+    """Write the app for experiments into `folder`."""
+    components = {"serverapp": f"{PLACE}:server", "clientapp": f"{PLACE}:client"}
+    app = {"publisher": "corymb", "components": components, "config": {KEY: ""}}
+    project = {"name": "corymb-experiments", "version": "1.0.0", "requires-python": ">=3.11", "dependencies": []}
+    (folder / "pyproject.toml").write_text(tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}))
+
+
+def runs_of(experiment: Experiment, sites: int) -> Iterator[tuple[str, str]]:
+    """Yield a title and the settings of each run, one per rule and seed, for a federation of so many `sites`.
+
+    The experiment's own data are read, because the model depends on their shape and on the number of classes. Raises
+    `ValueError` if they cannot be read, or if a rule needs what a federation does not have.
+    """
+    source = experiment.data.load()
+    classes = int(max(source.train.targets.max(), source.test.targets.max())) + 1
+    model = {
+        "kind": experiment.model.kind, "shape": list(source.train.inputs.shape[1:]), "classes": classes,
+        "options": experiment.model.options,
+    }  # fmt: skip
+    data = experiment.data.model_dump(exclude_defaults=True, exclude={"source", "site", "examples"})
+    for rule in experiment.rules:
+        if rule.make().needs_proxy:
+            raise ValueError(f"The rule {rule.title!r} needs proxy data, which an experiment in a federation has not.")
+        train = experiment.train_for(rule).model_dump(exclude_defaults=True)
+        for seed in experiment.seeds:
+            table = rule.model_dump(exclude_defaults=True, include=set(RuleSettings.model_fields))
+            config = {
+                "model": {"kind": f"{PLACE}:make_module", "options": {"model": json.dumps(model)}},
+                # Settings of training travel in the messages, as those of a rule do.
+                "rules": {**table, "train": {**train, "seed": seed}},
+                "rounds": experiment.rounds, "fraction": experiment.fraction, "seed": seed,
+                "min_available_nodes": sites,
+            }  # fmt: skip
+            settings = {"config": flatten(config), "model": model, "data": data, "guesses": _guesses(source)}
+            yield f"{rule.title}, seed {seed}", json.dumps(settings)
+
+
+def make_module(model: str) -> nn.Module:
+    """Return the experiment's model; `model` is its table as JSON, with the shape of the inputs and the classes."""
+    table = json.loads(model)
+    return make_model(table["kind"], tuple(table["shape"]), table["classes"], **table["options"])
+
+
+server = ServerApp()
+client = ClientApp()
+
+
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Run the experiment in the run config."""
+    context.run_config = dict(json.loads(str(context.run_config[KEY]))["config"])
+    run_server(grid, context)
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on the site's own data."""
+    return _client_of(str(context.run_config[KEY]))(message, context)
+
+
+@client.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate on the site's own test data."""
+    return _client_of(str(context.run_config[KEY]))(message, context)
+
+
+@cache
+def _client_of(text: str) -> ClientApp:
+    settings = json.loads(text)
+
+    def load_data(context: Context) -> tuple[TensorDataset, TensorDataset]:
+        return _site_data(str(context.node_config.get("data", "")), json.dumps(settings))
+
+    return make_client_app(lambda: make_module(json.dumps(settings["model"])), load_data)
+
+
+@cache
+def _site_data(place: str, text: str) -> tuple[TensorDataset, TensorDataset]:
+    """Return a site's examples. Raises `ValueError` if they are not like the experiment's."""
+    settings: dict[str, Any] = json.loads(text)
+    if not place:
+        raise ValueError("this site names no data; set data in its policy")
+    source = DataSettings(source=place, **settings["data"]).load()
+    shape, expected = list(source.train.inputs.shape[1:]), settings["model"]["shape"]
+    if shape != expected:
+        raise ValueError(f"an input at this site has the shape {shape}, and {expected} in the experiment")
+    if (guesses := _guesses(source)) != settings["guesses"]:
+        raise ValueError(
+            f"the data at this site were read as {guesses}, and as {settings['guesses']} in the experiment"
+        )
+    return _dataset(source.train), _dataset(source.test)
+
+
+def _guesses(source: Source) -> list[str]:
+    return [note for note in source.notes if note.startswith(GUESSES)]
+
+
+def _dataset(examples: Examples) -> TensorDataset:
+    return TensorDataset(examples.inputs_at(slice(None)), examples.targets)
