@@ -84,10 +84,10 @@ def app_hash(
     The second is the app of `corymb run EXPERIMENT`, the same for all experiments. The hash is that of the bundle that
     Flower makes of the app; the same files give the same hash on every machine.
     """
-    from corymb.protocol.flower_tasks import bundle_hash
+    from corymb.protocol.flower_tasks import build_bundle
 
     if str(app) != "experiments":
-        print(f"{bundle_hash(app)}  {app}")
+        print(f"{build_bundle(app).names[-1]}  {app}")
         return
     import tempfile
 
@@ -95,4 +95,4 @@ def app_hash(
 
     with tempfile.TemporaryDirectory() as scratch:
         write_app(Path(scratch))
-        print(f"{bundle_hash(Path(scratch))}  experiments")
+        print(f"{build_bundle(Path(scratch)).names[-1]}  experiments")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import tomllib
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def run_task(task: dict[str, Any], prepare: Callable[[Grid], None] = lambda grid
 
 @dataclass(frozen=True)
 class Bundle:
-    """A Flower app as it travels to a site: its archive, and the names by which Flower knows it."""
+    """A Flower app as it travels to a site: its archive, and the names by which Flower knows it: id, version, hash."""
 
     content: bytes
     names: tuple[str, ...]
@@ -155,10 +156,13 @@ def context_from_bytes(data: bytes) -> Context:
     return context_from_proto(ContextProto.FromString(data))
 
 
-def bundle_hash(app: Path) -> str:
-    """Return the SHA-256 of the bundle that the command `flwr run` makes of the app in the folder `app`."""
-    built = import_module("flwr.cli.build").build_fab_from_disk(app)
-    return hashlib.sha256(built).hexdigest()
+def build_bundle(app: Path) -> Bundle:
+    """Return the bundle that the command `flwr run` makes of the app in the folder `app`."""
+    content: bytes = import_module("flwr.cli.build").build_fab_from_disk(app)
+    project = tomllib.loads((app / "pyproject.toml").read_text())
+    publisher, name = project["tool"]["flwr"]["app"]["publisher"], project["project"]["name"]
+    digest = hashlib.sha256(content).hexdigest()
+    return Bundle(content, (f"{publisher}/{name}", project["project"]["version"], digest))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from corymb.client.gate.sandbox import sandboxed
 
 MOST_RUNS = 2  # whose processes are kept
+DYING_SECONDS = 2.0  # that a process may take from closing its connection to its end
 
 
 @dataclass
@@ -51,7 +53,10 @@ class AppPool:
     def of(self, run: str) -> AppProcess:
         """Return the process of a run and app, which is named by `run`; the spare one if the run has none."""
         app_process = self._runs.pop(run, None)
-        if app_process is None or app_process.process.poll() is not None:
+        if app_process is not None and app_process.process.poll() is not None:
+            app_process.end()
+            app_process = None
+        if app_process is None:
             assert self._spare is not None
             app_process, self._spare = self._spare, None
         self._runs[run] = app_process
@@ -59,11 +64,15 @@ class AppPool:
             self._runs.pop(next(iter(self._runs))).end()
         return app_process
 
-    def forget(self, run: str) -> str:
-        """End the process of a run. Returns how it has ended before, "" if it still lived."""
-        app_process = self._runs.pop(run, None)
-        code = None if app_process is None else app_process.process.poll()
+    def forget(self, run: str, has_ended: bool = False) -> str:
+        """End the process of a run. Returns how it has ended before, "" if it still lived.
+
+        `has_ended` says that it has closed its connection.
+        """
+        app_process, code = self._runs.pop(run, None), None
         if app_process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = app_process.process.wait(DYING_SECONDS if has_ended else 0.0)
             app_process.end()
         return "" if code is None else f"with signal {-code}" if code < 0 else f"with exit code {code}"
 
@@ -76,12 +85,16 @@ class AppPool:
 def _begin(log: Path, sandbox: bool, data: Iterable[Path]) -> AppProcess:
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "corymb.client.gate.app_process", str(theirs.fileno())]
-    if sandbox:
-        command = sandboxed(command, data)
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[theirs.fileno()],
-            env=None if sandbox else {**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
-    theirs.close()
+    try:
+        command = sandboxed(command, data) if sandbox else command
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[theirs.fileno()],
+                env=None if sandbox else {**os.environ, "PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
     return AppProcess(process, ours)

@@ -30,6 +30,11 @@ class Pipe:
         header: dict[str, Any] = json.loads(line)
         return header, {name: self._exactly(length) for name, length in header.pop("lengths").items()}
 
+    def close(self) -> None:
+        """Close this end. Other processes that have it open keep it."""
+        self._file.close()
+        self._connection.close()
+
     def settimeout(self, seconds: float | None) -> None:
         """Set after how many seconds `send` and `receive` raise `TimeoutError`; None: never."""
         self._connection.settimeout(seconds)

@@ -89,7 +89,7 @@ def _answer(asked: dict[str, object], control: socket.socket, pool: AppPool) -> 
     """Answer what the child asks of the pool: the process of a run, or the end of it."""
     run = str(asked["run"])
     if asked["what"] == "forget":
-        control.sendall(json.dumps({"ended": pool.forget(run)}).encode())
+        control.sendall(json.dumps({"ended": pool.forget(run, bool(asked["has_ended"]))}).encode())
         return
     try:
         pool.prepare(bool(asked["sandbox"]), [Path(path) for path in asked["data"]])  # type: ignore[attr-defined]

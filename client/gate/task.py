@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import closing
 from math import isinf
 from pathlib import Path
 from typing import Any
@@ -72,21 +73,25 @@ class _Apps:
         if answer["is_new"]:
             parts["bundle"] = [bundle.content]
         try:
-            pipe.send(header, **parts)
-            result, received = pipe.receive()
+            with closing(pipe):
+                pipe.send(header, **parts)
+                result, received = pipe.receive()
         except TimeoutError:
-            self._ask(what="forget", run=run)
+            self._forget(run)
             raise AppFailed(f"it took longer than the {policy.most_seconds:g} s that the site allows") from None
         except (EOFError, OSError):
-            ended = self._ask(what="forget", run=run)[0]["ended"]
+            ended = self._forget(run, has_ended=True)
             raise AppFailed(f"the process of the app has ended {ended or 'early'}") from None
         if not result["is_done"]:
             raise AppFailed(result["error"])
         if not policy.warm:
-            self._ask(what="forget", run=run)
+            self._forget(run)
         context.state = context_from_bytes(received["context"]).state
         reply = from_bytes(received["reply"])
         return Message(reply.error if reply.has_error() else reply.content, reply_to=message)
+
+    def _forget(self, run: str, has_ended: bool = False) -> str:
+        return str(self._ask(what="forget", run=run, has_ended=has_ended)[0]["ended"])
 
     def _ask(self, **question: Any) -> tuple[dict[str, Any], socket.socket | None]:
         self._control.sendall(json.dumps(question).encode() + b"\n")
