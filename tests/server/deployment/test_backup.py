@@ -1,0 +1,60 @@
+"""Backups of a server, made while it runs, and restored elsewhere."""
+
+from __future__ import annotations
+
+import sqlite3
+import tarfile
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from corymb.server.deployment.backup import backup, restore
+from corymb.server.deployment.federation import FederationSettings
+from corymb.server.deployment.provision import Federation
+
+
+@pytest.fixture
+def kit(tmp_path: Path) -> Path:
+    """The kit of a server that has run, with a database in use."""
+    federation = Federation(FederationSettings(name="hearts", server="x", sites=["north"]), tmp_path / "hearts")
+    federation.make_keys_here(federation.create())
+    (federation.server / "var" / "log").mkdir(parents=True)
+    (federation.server / "var" / "log" / "superlink.log").write_text("long")
+    (federation.server / "var" / "corymb" / "runs" / "run-1").mkdir(parents=True)
+    (federation.server / "var" / "corymb" / "runs" / "run-1" / "model-1.safetensors").write_bytes(b"numbers")
+    return federation.server
+
+
+def test_a_backup_has_all_that_a_server_needs(kit: Path, tmp_path: Path) -> None:
+    archive, database = tmp_path / "a.tar.gz", kit / "var" / "state.db"
+    with closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE nodes (name TEXT)")
+        connection.execute("INSERT INTO nodes VALUES ('north')")
+        connection.commit()  # it is in the write-ahead log only
+        backup(kit, archive)
+    assert archive.stat().st_mode & 0o777 == 0o600
+    folder = tmp_path / "restored"
+    assert restore(archive, folder).startswith("1.4")
+    with closing(sqlite3.connect(folder / "var" / "state.db")) as connection:
+        assert connection.execute("SELECT name FROM nodes").fetchall() == [("north",)]
+    same = ["ca.crt", "kit.toml", "server.key", "tasks.key", "roster/north.crt"]
+    same.append("var/corymb/runs/run-1/model-1.safetensors")
+    assert all((folder / name).read_bytes() == (kit / name).read_bytes() for name in same)
+    assert (folder / "tasks.key").stat().st_mode & 0o077 == 0
+    assert not (folder / "var" / "log").exists()
+
+
+def test_nothing_is_overwritten(kit: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar.gz"
+    backup(kit, archive)
+    with pytest.raises(FileExistsError):
+        backup(kit, archive)
+    with pytest.raises(ValueError, match="exists; move it away first"):
+        restore(archive, kit)
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar:
+        tar.add(kit / "ca.crt", "ca.crt")
+    with pytest.raises(ValueError, match="is not a backup that `corymb backup` has made"):
+        restore(tmp_path / "b.tar.gz", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
