@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 console = Console()
 
@@ -30,22 +29,41 @@ def gate(
 
 
 def audit(
-    folder: Annotated[Path, typer.Argument(help="The folder of a site's gate.")],
+    folder: Annotated[Path, typer.Argument(metavar="KIT", help="The kit of a site, or the folder of its gate.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print each entry as a line of JSON.")] = False,
 ) -> None:
-    """Check a site's ledger and print it: what ran on the site's data, and what left."""
+    """Check a site's ledger and print it: what ran on the site's data, what was refused, and what left.
+
+    \b
+    corymb audit north
+
+    Exit code 2: a line of the ledger was changed or is missing.
+    """
+    import json
+
     from corymb.client.gate.ledger import Ledger
 
     ledger = Ledger(folder / "ledger.jsonl")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("time", "event", "run", "round", "purpose", "what"):
-        table.add_column(column, overflow="fold")
     for entry in ledger.entries():
-        what = entry.get("reason") or entry.get("error") or f"{entry.get('bytes', 0)} bytes, {entry.get('metrics', {})}"
-        shown = "" if entry["event"] == "ran" else str(what)
-        row = [entry["at"], entry["event"], *(str(entry.get(key, "")) for key in ("run", "round", "purpose")), shown]
-        table.add_row(*row)
-    console.print(table)
-    console.print(f"The ledger is whole. Its last line has the SHA-256 {ledger.head()}.", soft_wrap=True)
+        print(json.dumps(entry) if as_json else _in_words(entry))
+    if not as_json:
+        print(f"The ledger is whole. Its last line has the SHA-256 {ledger.head()}.")
+
+
+def _in_words(entry: dict[str, Any]) -> str:
+    """Return an entry of a ledger as a line."""
+    task = f"round {entry['round']} of run {entry['run']}" if "run" in entry else f"app {entry['app'][:12]}"
+    purpose = f", {entry['purpose']}" if "purpose" in entry else ""
+    what = entry.get("reason") or entry.get("error") or ""
+    if "bytes" in entry:
+        metrics = ", ".join(
+            f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in entry["metrics"].items()
+        )
+        withheld = f"; withheld: {', '.join(entry['withheld'])}" if entry["withheld"] else ""
+        what = f"{entry['arrays']} arrays, {entry['bytes']} bytes; {metrics}{withheld}"
+    detail = f": {what}" if what else ""
+    return f"{entry['at']} {entry['event']:8} {entry.get('kind', ''):8} {task}{purpose}{detail}"
 
 
 def approve(
