@@ -177,7 +177,11 @@ def server_findings(folder: Path, kit: ServerKit) -> Iterator[Finding]:
         yield Finding(Fault.SUPERLINK, f"The SuperLink does not answer; see {folder / 'var/log/superlink.log'}.")
         return
     yield good("The SuperLink answers.")
-    state = status(folder)
+    try:
+        state = status(folder)
+    except ValueError as error:
+        yield Finding(Fault.MONITOR, str(error))
+        return
     age = (datetime.now(UTC) - datetime.fromisoformat(state["server"]["seen_at"])).total_seconds()
     if age > STALE_SECONDS:
         yield Finding(Fault.MONITOR, f"The monitor has not looked for {age:.0f} s; see var/log/monitor.log.")

@@ -20,10 +20,10 @@ from corymb.protocol.flower_control import ControlError, NodeState, SuperLink, k
 from corymb.server.deployment.edge import HEALTH
 from corymb.server.deployment.federation import ServerKit, read_kit
 from corymb.server.deployment.provision import ROSTER
+from corymb.server.deployment.status import SITES
 
 log = logging.getLogger("corymb")
 POLL_SECONDS = 5.0
-SITES = "sites.json"  # in var
 WARN_DAYS = 30
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from corymb.server.deployment.edge import write_edge
 from corymb.server.deployment.federation import ServerKit, SiteKit
+from corymb.server.deployment.status import SITES
 from corymb.server.supervisor_program import write_program
 
 VAR = "var"  # in a kit: what its processes write
@@ -37,6 +38,7 @@ def server_processes(folder: Path, kit: ServerKit) -> list[Process]:
     """Return the processes of the server whose kit lies in `folder`. Writes what they need into the kit."""
     var, address = _prepared(folder), f"127.0.0.1:{kit.superlink_port}"
     programs = write_program(var / "programs").parent
+    (var / SITES).unlink(missing_ok=True)  # what the monitor saw the last time
     (var / "flwr").mkdir(exist_ok=True)
     (var / "flwr" / "config.toml").write_text(
         f'[superlink]\ndefault = "{kit.federation}"\n[superlink.{kit.federation}]\n'

@@ -43,10 +43,12 @@ def start(app: Path, folder: Path, kit: ServerKit, config: list[str]) -> int:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     try:
         answer = json.loads(done.stdout[done.stdout.index("{") :])
-        return int(answer["run-id"])
-    except (ValueError, KeyError):
-        said = " ".join((done.stderr or done.stdout).split())
-        raise ValueError(f"Flower does not start {app}: {said[-500:]}") from None
+    except ValueError:
+        answer = {"error-message": done.stderr or done.stdout}
+    if "run-id" not in answer:
+        lines = [line.strip() for line in str(answer.get("error-message", "")).splitlines() if line.strip()]
+        raise ValueError(f"Flower does not start {app}: {lines[-1][-500:] if lines else 'it says nothing'}")
+    return int(answer["run-id"])
 
 
 @dataclass

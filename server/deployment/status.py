@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from corymb.protocol.certificates import days_left, read_certificate
-from corymb.server.deployment.monitor import SITES
 from corymb.server.deployment.provision import ROSTER
+
+SITES = "sites.json"  # in var: what the monitor sees
 
 
 def status(folder: Path) -> dict[str, Any]:
     """Return the state of the server whose kit lies in `folder`, and of each site, as JSON.
 
-    Raises `ValueError` if the server has never run.
+    Raises `ValueError` if the server has not looked since its start.
     """
     path = folder / "var" / SITES
     if not path.exists():
-        raise ValueError(f"The server of {folder} has not run yet; start it with `corymb serve {folder}`.")
+        raise ValueError(f"The server of {folder} does not run, or has just been started; see `corymb serve --help`.")
     seen = json.loads(path.read_text())
     last = _last_replies(folder / "var" / "corymb" / "runs")
     sites = {}
