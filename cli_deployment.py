@@ -99,6 +99,7 @@ def serve(folder: Folder) -> None:
     """
     from corymb.server.deployment.federation import ServerKit, read_kit
     from corymb.server.deployment.processes import server_processes
+    from corymb.server.deployment.status import SITES
     from corymb.server.deployment.supervision import Supervisor
     from corymb.server.deployment.units import write_units
 
@@ -109,7 +110,10 @@ def serve(folder: Folder) -> None:
     processes = server_processes(folder, kit)
     console.print(f"The server of {kit.federation} listens on port {kit.port}. Logs: {folder / 'var' / 'log'}.")
     console.print(f"To start it with the machine: sudo systemctl enable --now {write_units(folder, kit)}")
-    Supervisor(processes, folder / "var" / "log", console.print).run()
+    try:
+        Supervisor(processes, folder / "var" / "log", console.print).run()
+    finally:
+        (folder / "var" / SITES).unlink(missing_ok=True)  # nobody looks any longer
 
 
 def join(

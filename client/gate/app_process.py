@@ -37,7 +37,8 @@ def serve(pipe: Pipe) -> None:
             results = {"reply": to_pieces(reply), "context": [context_to_bytes(context)]}
         except BaseException as error:  # SystemExit too: an app may call sys.exit
             traceback.print_exc()
-            answer, results = {"is_done": False, "error": f"{type(error).__name__}: {error}"}, {}
+            kind = type(error).__name__
+            answer, results = {"is_done": False, "kind": kind, "error": f"{kind}: {error}"[:2000]}, {}
         sys.stdout.flush()
         sys.stderr.flush()
         pipe.send(answer, **results)

@@ -30,6 +30,7 @@ class Gate:
         self._identity = Identity.read(folder)
         self._task: dict[str, Any] = {}
         self._is_refused = False
+        self._request: Message | None = None
 
     def policy(self) -> SitePolicy:
         """Return the site's policy as it is now. Raises `Refusal` if it cannot be read."""
@@ -61,6 +62,7 @@ class Gate:
             kind, run = message.metadata.message_type, str(message.metadata.run_id)
             self._task |= {"run": run, "round": message.metadata.group_id, "kind": kind}
             self._ledger.add("ran", self._now(), **self._task)
+            self._request = message
             return answer_from_memory(message, context, app)
 
         return guarded
@@ -68,7 +70,7 @@ class Gate:
     def release(self, reply: Message) -> None:
         """Take out of `reply` what may not leave, and note what leaves. Raises `Refusal` if nothing may."""
         try:
-            withheld = self.policy().released(reply)
+            withheld = self.policy().released(reply, self._request)
         except Refusal as refusal:
             self._ledger.add("withheld", self._now(), **self._task, reason=str(refusal))
             raise

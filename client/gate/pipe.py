@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+from math import inf
 from typing import Any, BinaryIO, cast
+
+LONGEST_LINE = 1 << 20  # bytes of a header
 
 
 class Pipe:
@@ -22,13 +25,21 @@ class Pipe:
             for piece in pieces:
                 self._connection.sendall(piece)
 
-    def receive(self) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """Return the next header and its parts. Raises `EOFError` if the other end is gone."""
-        line = self._file.readline()
+    def receive(self, most_bytes: float = inf) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """Return the next header and its parts. Raises `EOFError` if the other end is gone.
+
+        Raises `ValueError` if the other end sends more than about `most_bytes`, or something else.
+        """
+        line = self._file.readline(LONGEST_LINE)
         if not line.endswith(b"\n"):
             raise EOFError("The other process has ended.")
         header: dict[str, Any] = json.loads(line)
-        return header, {name: self._exactly(length) for name, length in header.pop("lengths").items()}
+        lengths = header["lengths"]
+        if not isinstance(lengths, dict) or not all(isinstance(n, int) and n >= 0 for n in lengths.values()):
+            raise ValueError("The other process does not say how much it sends.")
+        if sum(lengths.values()) > most_bytes + LONGEST_LINE:
+            raise ValueError(f"The other process sends more than {most_bytes:g} bytes.")
+        return header, {name: self._exactly(length) for name, length in lengths.items()}
 
     def close(self) -> None:
         """Close this end. Other processes that have it open keep it."""

@@ -13,6 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from pydantic import Field, ValidationError
 
+from corymb.protocol.records import NONCE, STEPS, of_kind
 from corymb.protocol.settings import Settings, problems
 
 TEMPLATE = """\
@@ -24,6 +25,7 @@ data = []                        # this site's data, e.g. ["/srv/study-17"]; app
 metrics = ["num-examples", "loss", "accuracy", "steps", "seconds", "completed"]   # others stay here
 # largest_number = 1e6             # a reply with a larger number in a model, or with NaN, stays here
 # least_seconds_between_rounds = 60
+# error_text = true              # send the texts of an app's exceptions, which may contain data
 # most_rounds_a_day = 100
 # most_seconds = 3600              # the longest that one task may take
 # from_hour = "20:00"              # of the site's clock
@@ -93,6 +95,12 @@ class SitePolicy(Settings):
     """The metrics that may leave; others are taken out of the reply."""
     records: int = Field(3, ge=1)
     """The largest number of records in a reply."""
+    same_arrays: bool = True
+    """Whether arrays that leave must have the names and shapes of the model that was received."""
+    most_bytes: float = Field(2e9, gt=0)
+    """The largest size of a record of arrays that may leave."""
+    error_text: bool = False
+    """Whether the text of an app's exception leaves; it may contain data. Else only its kind, such as KeyError."""
     largest_number: float = Field(inf, gt=0)
     """The largest absolute value in a model that may leave."""
     least_seconds_between_rounds: float = Field(0.0, ge=0)
@@ -144,25 +152,60 @@ class SitePolicy(Settings):
                 if isinstance(record, ConfigRecord):
                     record.update(self.settings)
 
-    def released(self, reply: Message) -> list[str]:
-        """Take out of `reply`, in place, what may not leave, and return its names. Raises `Refusal` if that is all."""
+    def released(self, reply: Message, request: Message | None) -> list[str]:
+        """Take out of `reply`, in place, what may not leave, and return its names. Raises `Refusal` if that is all.
+
+        Arrays may only have the names and shapes of those in the `request`; None: there was none. Metrics must be
+        listed. Of configs, only the nonce of the request leaves.
+        """
         if reply.has_error():
             return []
-        if len(reply.content) > self.records:
+        if len(of_kind(reply.content, ArrayRecord)) + len(of_kind(reply.content, MetricRecord)) > self.records:
             raise Refusal(f"the reply has {len(reply.content)} records, and {self.records} may leave")
-        from corymb.protocol.codec import to_state  # imports torch, which takes seconds
-
         withheld = []
-        for record in reply.content.values():
+        shapes, nonce = _shapes(request), _nonce(request)
+        for place, record in list(reply.content.items()):
             if isinstance(record, MetricRecord):
                 for name in [name for name in record if name not in self.metrics]:
                     del record[name]
                     withheld.append(name)
-            elif isinstance(record, ArrayRecord):
-                for name, tensor in to_state(record).items():
-                    if tensor.is_floating_point() and not _is_bounded(tensor.float().numpy(), self.largest_number):
-                        raise Refusal(f"the array {name!r} has NaN or numbers beyond {self.largest_number:g}")
-        return withheld
+            elif isinstance(record, ConfigRecord):
+                if dict(record) != {NONCE: nonce}:
+                    del reply.content[place]
+                    withheld.append(place)
+            else:
+                self._check_arrays(record, shapes, is_stack=place == STEPS)
+        return [short_name(name) for name in withheld]
+
+    def _check_arrays(self, record: ArrayRecord, shapes: dict[str, tuple[int, ...]], is_stack: bool) -> None:
+        """Raise `Refusal` unless the arrays are like the request's. `is_stack`: each is a stack of such arrays."""
+        from corymb.protocol.codec import to_state  # imports torch, which takes seconds
+
+        if sum(len(array.data) for array in record.values()) > self.most_bytes:
+            raise Refusal(f"its arrays have more than {self.most_bytes:g} bytes")
+        for name, tensor in to_state(record).items():
+            shape = tuple(tensor.shape[1:] if is_stack else tensor.shape)
+            if self.same_arrays and shapes.get(name) != shape:
+                raise Refusal("it has an array whose name or shape is not one of the model's")
+            if tensor.is_floating_point() and not _is_bounded(tensor.float().numpy(), self.largest_number):
+                raise Refusal(f"the array {name!r} has NaN or numbers beyond {self.largest_number:g}")
+
+
+def short_name(name: str) -> str:
+    """Return a name that an app has chosen, in a form that is safe for a ledger and a terminal."""
+    return name if len(name) <= 60 and name.isprintable() else ascii(name[:60])
+
+
+def _shapes(request: Message | None) -> dict[str, tuple[int, ...]]:
+    if request is None:
+        return {}
+    records = of_kind(request.content, ArrayRecord)
+    return {name: tuple(array.shape) for record in records for name, array in record.items()}
+
+
+def _nonce(request: Message | None) -> object:
+    configs = of_kind(request.content, ConfigRecord) if request is not None else []
+    return next((config[NONCE] for config in configs if NONCE in config), None)
 
 
 def _is_within(now: time, start: time, end: time) -> bool:

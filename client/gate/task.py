@@ -17,7 +17,7 @@ from flwr.app import Context, Message
 
 from corymb.client.gate.gate import Gate
 from corymb.client.gate.pipe import Pipe
-from corymb.client.gate.policy import Refusal, SitePolicy
+from corymb.client.gate.policy import Refusal, SitePolicy, short_name
 from corymb.protocol.flower_tasks import Bundle, context_from_bytes, context_to_bytes, run_clientapp_command
 from corymb.protocol.message_file import from_bytes, to_pieces
 
@@ -53,6 +53,11 @@ def run_task(task: dict[str, Any], folder: Path, control: socket.socket) -> int:
     return 0
 
 
+def _reason(policy: SitePolicy, kind: str, text: str) -> str:
+    """Return what the server is told of an exception in an app. Its text may contain data."""
+    return text[:500] if policy.error_text else f"{short_name(kind)}; its text is in the log of the site"
+
+
 class _Apps:
     """The processes of apps, which the parent of this process keeps."""
 
@@ -75,20 +80,22 @@ class _Apps:
         try:
             with closing(pipe):
                 pipe.send(header, **parts)
-                result, received = pipe.receive()
+                result, received = pipe.receive(policy.most_bytes)
         except TimeoutError:
             self._forget(run)
             raise AppFailed(f"it took longer than the {policy.most_seconds:g} s that the site allows") from None
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):  # it has ended, or sends what is no answer
             ended = self._forget(run, has_ended=True)
             raise AppFailed(f"the process of the app has ended {ended or 'early'}") from None
         if not result["is_done"]:
-            raise AppFailed(result["error"])
+            raise AppFailed(_reason(policy, result["kind"], result["error"]))
         if not policy.warm:
             self._forget(run)
         context.state = context_from_bytes(received["context"]).state
         reply = from_bytes(received["reply"])
-        return Message(reply.error if reply.has_error() else reply.content, reply_to=message)
+        if reply.has_error():
+            raise AppFailed(_reason(policy, f"error {reply.error.code}", str(reply.error.reason)))
+        return Message(reply.content, reply_to=message)
 
     def _forget(self, run: str, has_ended: bool = False) -> str:
         return str(self._ask(what="forget", run=run, has_ended=has_ended)[0]["ended"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,8 +22,20 @@ from corymb.protocol.flower import set_message_id, set_task_identity
 
 APP = b"the bundle of an app"
 HASH = hashlib.sha256(APP).hexdigest()
+
+
+def model(value: float = 1.0) -> ArrayRecord:
+    return to_arrays({"w": torch.tensor([1.0, 1.0, value])})
+
+
 NOON = datetime(2026, 11, 28, 12)
 APPROVED = f'[[approved]]\napp = "{HASH}"\npurpose = "Study 17"\nexpires = 2026-12-01\n'
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a memory of answers of its own."""
+    monkeypatch.setenv("CORYMB_HOME", str(tmp_path / "home"))
 
 
 class Clock:
@@ -41,7 +53,8 @@ def gate_with(tmp_path: Path, policy: str, clock: Clock | None = None) -> Gate:
 
 def request(kind: str = "train") -> Message:
     set_task_identity(run_id=7, node_id=1)
-    message = Message(RecordDict({"config": ConfigRecord({"train.batch_size": 64, "a": 1})}), 5, kind, group_id="3")
+    config = ConfigRecord({"train.batch_size": 64, "a": 1, "nonce": "n-1"})
+    message = Message(RecordDict({"arrays": model(), "config": config}), 5, kind, group_id="3")
     set_message_id(message, "m-1")
     return message
 
@@ -97,7 +110,7 @@ def test_a_task_that_is_approved_runs_with_the_sites_settings_and_only_listed_me
 
     reply = gate.around(app)(request(), context())
     gate.release(reply)
-    assert seen == [({"train.batch_size": 8, "a": 1}, 8)]
+    assert seen == [({"train.batch_size": 8, "a": 1, "nonce": "n-1"}, 8)]
     assert dict(reply.content["metrics"]) == {"num-examples": 10, "loss": 0.5}
     ran, left = Ledger(tmp_path / "ledger.jsonl").entries()
     assert [ran[key] for key in ("event", "purpose", "run", "round", "kind")] == ["ran", "Study 17", "7", "3", "train"]
@@ -109,10 +122,46 @@ def test_a_task_that_is_approved_runs_with_the_sites_settings_and_only_listed_me
 def test_a_model_with_a_wrong_number_stays_at_the_site(number: float, tmp_path: Path) -> None:
     gate = gate_with(tmp_path, "largest_number = 1e6\n" + APPROVED)
     gate.admit(APP)
-    content = RecordDict({"arrays": to_arrays({"w": torch.tensor([1.0, number])})})
+    gate.around(lambda message, context: Message(RecordDict(), reply_to=message))(request(), context())
     with pytest.raises(Refusal, match=r"the array 'w' has NaN or numbers beyond 1e\+06"):
-        gate.release(Message(content, reply_to=request()))
-    assert [entry["event"] for entry in Ledger(tmp_path / "ledger.jsonl").entries()] == ["withheld"]
+        gate.release(Message(RecordDict({"arrays": model(number)}), reply_to=request()))
+    assert [entry["event"] for entry in Ledger(tmp_path / "ledger.jsonl").entries()] == ["ran", "withheld"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "most", "problem"),
+    [
+        ({"w": torch.ones(3), "Smith": torch.ones(3)}, 1000, "an array whose name or shape is not one of the model's"),
+        ({"w": torch.ones(4)}, 1000, "an array whose name or shape is not one of the model's"),
+        ({"w": torch.ones(3, dtype=torch.float64)}, 145, "its arrays have more than 145 bytes"),
+    ],
+)
+def test_only_arrays_like_the_models_leave(
+    arrays: dict[str, torch.Tensor], most: int, problem: str, tmp_path: Path
+) -> None:
+    gate = gate_with(tmp_path, f"most_bytes = {most}\n" + APPROVED)
+    gate.admit(APP)
+    gate.around(lambda message, context: Message(RecordDict(), reply_to=message))(request(), context())
+    gate.release(Message(RecordDict({"arrays": model()}), reply_to=request()))
+    with pytest.raises(Refusal, match=problem):
+        gate.release(Message(RecordDict({"arrays": to_arrays(arrays)}), reply_to=request()))
+
+
+def test_configs_stay_at_the_site_but_for_the_nonce(tmp_path: Path) -> None:
+    gate = gate_with(tmp_path, 'metrics = ["num-examples"]\n' + APPROVED)
+    gate.admit(APP)
+
+    def app(message: Message, context: Context) -> Message:
+        reply = honest(message, context)
+        reply.content["patients"] = ConfigRecord({"names": b"Smith, Miller"})
+        return reply
+
+    reply = gate.around(app)(request(), context())
+    gate.release(reply)
+    assert set(reply.content) == {"arrays", "metrics", "answered"}
+    assert dict(reply.content["answered"]) == {"nonce": "n-1"}
+    *_, left = Ledger(tmp_path / "ledger.jsonl").entries()
+    assert left["withheld"] == ["loss", "patients", "patients"]
 
 
 def test_trainings_are_limited_in_time(tmp_path: Path) -> None:
