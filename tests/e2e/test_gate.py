@@ -44,5 +44,5 @@ def test_an_app_runs_only_where_it_is_approved(tmp_path: Path) -> None:
         )
         assert [len(times) for times in federation.trained().values()] == [3, 3, 0]
         entries = list(Ledger(federation.site_folder(0) / "ledger.jsonl").entries())
-        assert [entry["event"] for entry in entries] == ["refused", "left", *["ran", "left"] * 3]
+        assert [entry["event"] for entry in entries] == ["refused", *["ran", "left"] * 3]
         assert [entry["metrics"] for entry in entries if "metrics" in entry] == [{"num-examples": 1}] * 3
