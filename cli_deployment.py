@@ -40,12 +40,12 @@ def provision(
     """Make the certificates and the kits of a federation: one for the server, and one for each site.
 
     \b
-    corymb provision hearts.toml                     make what is missing
-    corymb provision hearts.toml add west            add a site
-    corymb provision hearts.toml sign north.csr      sign the request of a site, and enrol it
-    corymb provision hearts.toml rotate north.csr    the same, for a new key of a site that is enrolled
-    corymb provision hearts.toml revoke north        take a site's key off the roster
-    corymb provision hearts.toml renew               renew all certificates
+    corymb provision hearts.toml                   make what is missing
+    corymb provision hearts.toml add west          add a site
+    corymb provision hearts.toml sign north.csr    sign a site's request
+    corymb provision hearts.toml rotate north.csr  the same, for a new key
+    corymb provision hearts.toml revoke north      shut a site's key out
+    corymb provision hearts.toml renew             renew all certificates
 
     hearts.toml needs name, server and sites:
 
@@ -95,7 +95,8 @@ def serve(folder: Folder) -> None:
     \b
     corymb serve hearts/server
 
-    It starts nginx, Flower's SuperLink and SuperExec, and keeps them running. The kit gets a unit for systemd.
+    It starts nginx, Flower's SuperLink and SuperExec, and keeps them
+    running. The kit gets a unit for systemd.
     """
     from corymb.server.deployment.federation import ServerKit, read_kit
     from corymb.server.deployment.processes import server_processes
@@ -127,10 +128,12 @@ def join(
     \b
     corymb join north
 
-    The first time, it makes the site's key, which never leaves the site, and writes the request NAME.csr for the
-    server's operator. Put the NAME.crt that comes back into the kit, and start again. It then starts Flower's
-    SuperNode and SuperExec behind the site's gate, and keeps them running. Edit policy.toml in the kit to say what may
-    run. Exit code 3: the site has no certificate yet.
+    The first time, it makes the site's key, which never leaves the site,
+    and writes the request NAME.csr for the server's operator. Put the
+    NAME.crt that comes back into the kit, and start again. It then starts
+    Flower's SuperNode and SuperExec behind the site's gate, and keeps them
+    running. Edit policy.toml in the kit to say what may run. Exit code 3:
+    the site has no certificate yet.
     """
     from corymb.client.gate.policy import SitePolicy, template
     from corymb.client.gate.program import write_site

@@ -31,8 +31,9 @@ def run(
     corymb run examples/quickstart --federation hearts/server --set rounds=10
     corymb run exp.toml --federation hearts/server
 
-    Of an experiment, each rule and seed is a run; each site trains on the data that its policy names. Exit code 1: a
-    run has failed. The journal and the model stay on the server; see `corymb model`.
+    Of an experiment, each rule and seed is a run; each site trains on the
+    data that its policy names. Exit code 1: a run has failed. The journal
+    and the model stay on the server; see `corymb model`.
     """
     from corymb.server.deployment.federation import ServerKit, read_kit
 
@@ -137,7 +138,8 @@ def doctor(
     corymb doctor north
     corymb doctor hearts/server
 
-    The exit code is that of the first fault; the guide for operators lists them.
+    The exit code is that of the first fault; the guide for operators lists
+    them.
     """
     import json
 
@@ -187,7 +189,8 @@ def restore(
     \b
     corymb restore hearts-2026-12-01.tar.gz hearts/server
 
-    The SuperLink's database works with the version of Flower that wrote it, and with newer ones.
+    The SuperLink's database works with the version of Flower that wrote it,
+    and with newer ones.
     """
     from importlib.metadata import version
 

@@ -17,7 +17,13 @@ def supervisor(
 ) -> None:
     """Write a program that restarts a crashed ServerApp under the same run.
 
-    It is called flwr-serverapp, and Flower starts it in place of its own. The ServerApp must keep a journal.
+    \b
+    corymb supervisor programs
+    PATH="$PWD/programs:$PATH" flower-superlink ...
+
+    `corymb serve` does this by itself. The program is called
+    flwr-serverapp, and Flower starts it in place of its own. The ServerApp
+    must keep a journal.
     """
     from corymb.server.supervisor_program import write_program
 
@@ -57,6 +63,9 @@ def export(
 ) -> None:
     """Write a run's model to a safetensors file, whose metadata say where it comes from.
 
+    \b
+    corymb model export run-15040251964519665733 --best --out hearts.safetensors
+
     RUN is the name of a run in ~/.corymb/runs, or the folder of a journal.
     """
     from corymb.server.journal.models import export_model
@@ -81,8 +90,9 @@ def app_hash(
     corymb hash examples/quickstart
     corymb hash experiments
 
-    The second is the app of `corymb run EXPERIMENT`, the same for all experiments. The hash is that of the bundle that
-    Flower makes of the app; the same files give the same hash on every machine.
+    The second is the app of `corymb run EXPERIMENT`, the same for all
+    experiments. The hash is that of the bundle that Flower makes of the
+    app; the same files give the same hash on every machine.
     """
     from corymb.protocol.flower_tasks import build_bundle
 

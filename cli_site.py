@@ -17,8 +17,13 @@ def gate(
 ) -> None:
     """Write a site's gate: a program that stands around every ClientApp, and the site's policy.
 
-    Flower starts the program, flwr-clientapp, in place of its own. FOLDER/policy.toml says what may run and what may
-    leave; FOLDER/ledger.jsonl records both.
+    \b
+    corymb gate gate
+    PATH="$PWD/gate:$PATH" flower-supernode ...
+
+    `corymb join` does this by itself. Flower starts the program,
+    flwr-clientapp, in place of its own. FOLDER/policy.toml says what may
+    run and what may leave; FOLDER/ledger.jsonl records both.
     """
     from corymb.client.gate.policy import template
     from corymb.client.gate.program import write_site
@@ -77,7 +82,8 @@ def approve(
     \b
     corymb approve north --purpose "Study 17" --until 2027-06-30
 
-    The approval goes into policy.toml, where it can be changed or taken out.
+    The approval goes into policy.toml, where it can be changed or taken
+    out.
     """
     from corymb.client.gate.ledger import Ledger
     from corymb.client.gate.policy import approve as add
