@@ -68,7 +68,8 @@ def _in_words(entry: dict[str, Any]) -> str:
         withheld = f"; withheld: {', '.join(entry['withheld'])}" if entry["withheld"] else ""
         what = f"{entry['arrays']} arrays, {entry['bytes']} bytes; {metrics}{withheld}"
     detail = f": {what}" if what else ""
-    return f"{entry['at']} {entry['event']:8} {entry.get('kind', ''):8} {task}{purpose}{detail}"
+    line = f"{entry['at']} {entry['event']:8} {entry.get('kind', ''):8} {task}{purpose}{detail}"
+    return "".join(c if c.isprintable() else "?" for c in line)  # some of it comes from apps
 
 
 def approve(

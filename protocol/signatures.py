@@ -51,11 +51,15 @@ def check(content: RecordDict, key: ec.EllipticCurvePublicKey, claims: Mapping[s
         key.verify(signature, text.encode(), ALGORITHM)
     except InvalidSignature:
         raise ForgedMessage("its signature was made with another key") from None
-    said = json.loads(text)
+    try:
+        said = json.loads(text)
+        expires = float(said["expires"])
+    except (ValueError, TypeError, KeyError):
+        raise ForgedMessage("its signature cannot be read") from None
     for name, value in claims.items():
         if said.get(name) != value:
             raise ForgedMessage(f"it was signed for the {name} {said.get(name)!r}, not {value!r}")
-    if said.get("expires", 0) < time.time():
+    if expires < time.time():
         raise ForgedMessage("its signature has expired")
     if said.get("digest") != digest(content):
         raise ForgedMessage("it was altered after it was signed")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,29 +25,34 @@ class Signer:
         self._key = read_key(kit / "tasks.key")
         self._certificate = pem(read_certificate(kit / "tasks.crt"))
         self._authority, self._roster = read_certificate(kit / "ca.crt"), kit / "roster"
-        self._records: dict[int, tuple[RecordDict, RecordDict]] = {}  # the last contents: several messages share one
+        nothing = RecordDict()
+        self._last: tuple[RecordDict, dict[str, Any], RecordDict] = nothing, {}, nothing  # messages share contents
 
     def sign(self, message: Message) -> Message:
         """Return `message` with a signature."""
         if RECORD in dict(message.content.items()):
             return message
-        content, signed_content = self._records.get(id(message.content), (None, None))
-        if signed_content is None or content is not message.content:
-            record = signed(message.content, self._key, claims_of(message), {CERTIFICATE: self._certificate})
+        claims = claims_of(message)
+        content, said, signed_content = self._last
+        if content is not message.content or said != claims:
+            record = signed(message.content, self._key, claims, {CERTIFICATE: self._certificate})
             signed_content = RecordDict({**message.content, RECORD: record})
-            self._records = {id(message.content): (message.content, signed_content)}
+            self._last = message.content, claims, signed_content
         return with_content(message, signed_content)
 
-    def check(self, reply: Message, name: str) -> Message:
+    def check(self, reply: Message, name: str, run_id: int, asked: Collection[str]) -> Message:
         """Return `reply` of the site `name` without its signature; an error reply if the signature is wrong.
 
-        The signature names the message that the reply answers, and so its round and its nonce.
+        The signature names the run and the message that the reply answers, which must be one of the ids `asked`. An
+        error reply has no signature.
         """
         if reply.has_error():
             return reply
         metadata = reply.metadata
-        claims = {"site": name, "run": metadata.run_id, "request": metadata.reply_to_message_id}
+        claims = {"site": name, "run": run_id, "request": metadata.reply_to_message_id}
         try:
+            if metadata.reply_to_message_id not in asked:
+                raise ForgedMessage("it refers to another message")
             check(reply.content, self._key_of(name), claims)
         except ForgedMessage as problem:
             return with_error(reply, Error(FORGED, str(problem)))
@@ -79,7 +85,8 @@ def with_signatures(grid: Grid, signer: Signer) -> None:
         return push([signer.sign(message) for message in messages])
 
     def pull_checked(message_ids: Iterable[str]) -> Iterable[Message]:
-        return [signer.check(reply, name_of(reply.metadata.src_node_id)) for reply in pull(message_ids)]
+        ids, run_id = set(message_ids), grid.run.run_id
+        return [signer.check(reply, name_of(reply.metadata.src_node_id), run_id, ids) for reply in pull(ids)]
 
     for name, method in {"sign": signer.sign, "push_messages": push_signed, "pull_messages": pull_checked}.items():
         setattr(grid, name, method)

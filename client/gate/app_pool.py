@@ -6,38 +6,47 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from corymb.client.gate.sandbox import sandboxed
 
-MOST_RUNS = 2  # whose processes are kept
+MOST_PROCESSES = 2  # that are kept
 DYING_SECONDS = 2.0  # that a process may take from closing its connection to its end
 
 
 @dataclass
 class AppProcess:
-    """A process, and the gate's end of the connection to it."""
+    """A process, the `writer` of its log, and the gate's end of the connection to it.
+
+    `run` names its run and app, "" while it has none. `user` is the task that uses it, 0 for none.
+    """
 
     process: subprocess.Popen[bytes]
+    writer: subprocess.Popen[bytes]
     connection: socket.socket
-    is_new: bool = True  # it has not got its app yet
+    run: str = ""
+    user: int = 0
 
     def end(self) -> None:
         """Kill the process, if it still lives."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.writer.wait(DYING_SECONDS)
+        self.writer.kill()
+        self.writer.wait()
 
 
 class AppPool:
-    """Processes that log to the file `log`. `begin` starts one; it is replaced in tests."""
+    """The processes of the site whose kit is `folder`; they log to the file `log`. One task at a time uses each."""
 
-    def __init__(self, log: Path, begin: Callable[[Path, bool, Iterable[Path]], AppProcess] | None = None) -> None:
-        self._log, self._begin = log, begin or _begin
-        self._runs: dict[str, AppProcess] = {}  # by run and app, the one used last at the end
+    def __init__(self, folder: Path, log: Path) -> None:
+        self._folder, self._log = folder, log
+        self._processes: list[AppProcess] = []  # the one used last at the end
         self._spare: AppProcess | None = None
         self._sandbox: tuple[bool, tuple[Path, ...]] = (True, ())  # of the spare
 
@@ -48,48 +57,67 @@ class AppPool:
             self._spare.end()
             self._spare = None
         if self._spare is None:
-            self._spare, self._sandbox = self._begin(self._log, *wanted), wanted
+            self._spare, self._sandbox = _begin(self._folder, self._log, *wanted), wanted
 
-    def of(self, run: str) -> AppProcess:
-        """Return the process of a run and app, which is named by `run`; the spare one if the run has none."""
-        app_process = self._runs.pop(run, None)
-        if app_process is not None and app_process.process.poll() is not None:
-            app_process.end()
-            app_process = None
-        if app_process is None:
+    def of(self, run: str, user: int) -> tuple[AppProcess, bool]:
+        """Return a process for a task of `run`, and whether it is new and needs its app. `user` names the task."""
+        for app_process in [each for each in self._processes if each.process.poll() is not None]:
+            self._end(app_process)
+        free = [each for each in self._processes if each.run == run and not each.user]
+        is_new = not free
+        if is_new:
             assert self._spare is not None
-            app_process, self._spare = self._spare, None
-        self._runs[run] = app_process
-        while len(self._runs) > MOST_RUNS:
-            self._runs.pop(next(iter(self._runs))).end()
-        return app_process
+            free, self._spare = [self._spare], None
+        else:
+            self._processes.remove(free[0])
+        free[0].run, free[0].user = run, user
+        self._processes.append(free[0])
+        idle = [each for each in self._processes if not each.user]
+        for app_process in idle[: max(0, len(self._processes) - MOST_PROCESSES)]:
+            self._end(app_process)
+        return free[0], is_new
 
-    def forget(self, run: str, has_ended: bool = False) -> str:
-        """End the process of a run. Returns how it has ended before, "" if it still lived.
+    def release(self, user: int) -> None:
+        """Let other tasks of the run use the process of the task `user`, which has ended."""
+        for app_process in self._processes:
+            if app_process.user == user:
+                app_process.user = 0
+
+    def forget(self, user: int, has_ended: bool = False) -> str:
+        """End the process of the task `user`. Returns how it has ended before, "" if it still lived.
 
         `has_ended` says that it has closed its connection.
         """
-        app_process, code = self._runs.pop(run, None), None
-        if app_process is not None:
+        for app_process in [each for each in self._processes if each.user == user]:
+            code = None
             with suppress(subprocess.TimeoutExpired):
                 code = app_process.process.wait(DYING_SECONDS if has_ended else 0.0)
-            app_process.end()
-        return "" if code is None else f"with signal {-code}" if code < 0 else f"with exit code {code}"
+            self._end(app_process)
+            return "" if code is None else f"with signal {-code}" if code < 0 else f"with exit code {code}"
+        return ""
 
     def close(self) -> None:
         """End all processes."""
-        for app_process in [*self._runs.values(), *([self._spare] if self._spare else [])]:
+        for app_process in [*self._processes, *([self._spare] if self._spare else [])]:
             app_process.end()
 
+    def _end(self, app_process: AppProcess) -> None:
+        app_process.end()
+        self._processes.remove(app_process)
 
-def _begin(log: Path, sandbox: bool, data: Iterable[Path]) -> AppProcess:
+
+def _begin(folder: Path, log: Path, sandbox: bool, data: Iterable[Path]) -> AppProcess:
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "corymb.client.gate.app_process", str(theirs.fileno())]
+    command = [sys.executable, "-P", "-m", "corymb.client.gate.app_process", str(theirs.fileno())]
     try:
-        command = sandboxed(command, data) if sandbox else command
+        command = sandboxed(command, data, folder) if sandbox else command
+        # Through `cat`, because a process can reopen a file that it has as its output, and change it.
         with log.open("ab") as file:
+            writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+        assert writer.stdin is not None
+        with writer.stdin as pipe:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, pass_fds=[theirs.fileno()],
+                command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, pass_fds=[theirs.fileno()],
                 env=None if sandbox else {**os.environ, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
     except BaseException:
@@ -97,4 +125,4 @@ def _begin(log: Path, sandbox: bool, data: Iterable[Path]) -> AppProcess:
         raise
     finally:
         theirs.close()
-    return AppProcess(process, ours)
+    return AppProcess(process, writer, ours)

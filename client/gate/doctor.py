@@ -34,8 +34,8 @@ def gate_findings(folder: Path) -> Iterator[Finding]:
     for path in policy.data:
         yield _data(path)
     if policy.sandbox and all(path.exists() for path in policy.data):
-        yield _sandbox(policy)
-    yield from _gpu(policy)
+        yield _sandbox(folder, policy)
+    yield from _gpu(folder, policy)
 
 
 def _data(path: Path) -> Finding:
@@ -51,9 +51,9 @@ def _data(path: Path) -> Finding:
     return good(f"Data: {path}, {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB.")
 
 
-def _sandbox(policy: SitePolicy) -> Finding:
+def _sandbox(folder: Path, policy: SitePolicy) -> Finding:
     try:
-        done = subprocess.run(sandboxed(["true"], policy.data), capture_output=True, text=True, timeout=30)
+        done = subprocess.run(sandboxed(["true"], policy.data, folder), capture_output=True, text=True, timeout=30)
     except Refusal as refusal:
         return Finding(Fault.SANDBOX, f"{str(refusal)[0].upper()}{str(refusal)[1:]}.")
     if done.returncode:
@@ -62,14 +62,13 @@ def _sandbox(policy: SitePolicy) -> Finding:
     return good("Apps run in a sandbox.")
 
 
-def _gpu(policy: SitePolicy) -> Iterator[Finding]:
+def _gpu(folder: Path, policy: SitePolicy) -> Iterator[Finding]:
     if not shutil.which("nvidia-smi"):
         yield good("There is no NVIDIA GPU; apps train on the CPU.")
         return
     command = [sys.executable, "-c", CODE]
-    done = subprocess.run(
-        sandboxed(command, policy.data) if policy.sandbox else command, capture_output=True, text=True, timeout=120
-    )
+    command = sandboxed(command, policy.data, folder) if policy.sandbox else command
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if done.stdout.strip() == "True":
         yield good("torch can use the GPU.")
     else:

@@ -16,7 +16,7 @@ from corymb.client.gate.policy import Refusal, SitePolicy
 from corymb.client.gate.program import POLICY
 from corymb.client.memory import answer_from_memory
 from corymb.protocol.records import of_kind
-from corymb.protocol.signatures import ForgedMessage
+from corymb.protocol.signatures import RECORD, ForgedMessage
 
 LEDGER = "ledger.jsonl"
 App = Callable[[Message, Context], Message]
@@ -57,6 +57,7 @@ class Gate:
             policy = self.policy()
             if policy.signed_tasks:
                 self._check_signature(message)
+            message.content.pop(RECORD, None)  # not all of it is signed, and apps read settings from all configs
             policy.with_settings(message)
             context.run_config.update(policy.settings)
             kind, run = message.metadata.message_type, str(message.metadata.run_id)
@@ -71,9 +72,12 @@ class Gate:
         """Take out of `reply` what may not leave, and note what leaves. Raises `Refusal` if nothing may."""
         try:
             withheld = self.policy().released(reply, self._request)
-        except Refusal as refusal:
+        except Exception as error:  # the reply comes from the app
+            refusal = (
+                error if isinstance(error, Refusal) else Refusal(f"the reply cannot be read ({type(error).__name__})")
+            )
             self._ledger.add("withheld", self._now(), **self._task, reason=str(refusal))
-            raise
+            raise refusal from None
         if reply.has_error():
             if self._is_refused:  # which is in the ledger already
                 return

@@ -21,11 +21,21 @@ class Ledger:
 
     def add(self, event: str, at: datetime, **details: Any) -> None:
         """Add an entry, and return once it is on the disk."""
+        self._mend(at)
         entry = {"at": at.isoformat(timespec="seconds"), "event": event, **details, "before": self.head()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=True) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _mend(self, at: datetime) -> None:
+        """Take out a last line that was cut off, as by a power cut, and note that."""
+        data = self._path.read_bytes() if self._path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            with self._path.open("r+b") as file:
+                file.truncate(len(whole))
+            self.add("mended", at, cut=data[len(whole) :].decode(errors="replace"))
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield all entries. Raises `ValueError`, which names the line, if one was changed, added or taken out."""

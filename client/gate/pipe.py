@@ -46,10 +46,6 @@ class Pipe:
         self._file.close()
         self._connection.close()
 
-    def settimeout(self, seconds: float | None) -> None:
-        """Set after how many seconds `send` and `receive` raise `TimeoutError`; None: never."""
-        self._connection.settimeout(seconds)
-
     def _exactly(self, length: int) -> bytes:
         data = self._file.read(length)
         if len(data) < length:

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterable
 from datetime import date, datetime, time, timedelta
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from corymb.protocol.records import NONCE, STEPS, of_kind
 from corymb.protocol.settings import Settings, problems
 
+LONGEST_NAME, LONGEST_LIST = 60, 100  # characters of a record's name; numbers in one metric
 TEMPLATE = """\
 # What may run on this site's data, and what may leave. Corymb reads this file before each task.
 pause = false
@@ -162,20 +163,33 @@ class SitePolicy(Settings):
             return []
         if len(of_kind(reply.content, ArrayRecord)) + len(of_kind(reply.content, MetricRecord)) > self.records:
             raise Refusal(f"the reply has {len(reply.content)} records, and {self.records} may leave")
+        from corymb.protocol.codec import to_arrays, to_state  # imports torch, which takes seconds
+
         withheld = []
         shapes, nonce = _shapes(request), _nonce(request)
         for place, record in list(reply.content.items()):
             if isinstance(record, MetricRecord):
-                for name in [name for name in record if name not in self.metrics]:
+                for name in [name for name, value in record.items() if not self._may_leave(name, value)]:
                     del record[name]
                     withheld.append(name)
             elif isinstance(record, ConfigRecord):
                 if dict(record) != {NONCE: nonce}:
                     del reply.content[place]
                     withheld.append(place)
+            elif request is None or not request.metadata.message_type.startswith("train"):
+                raise Refusal("only replies to training may have arrays")
             else:
                 self._check_arrays(record, shapes, is_stack=place == STEPS)
+                reply.content[place] = to_arrays(to_state(record))  # without what else its bytes may hold
+            if len(place) > LONGEST_NAME:
+                raise Refusal("a record has a long name")
         return [short_name(name) for name in withheld]
+
+    def _may_leave(self, name: str, value: object) -> bool:
+        """Return whether a metric may leave: it is listed, and it is a finite number, or a short list of such."""
+        numbers = value if isinstance(value, list) else [value]
+        is_short = len(numbers) <= LONGEST_LIST
+        return name in self.metrics and is_short and all(isinstance(n, (int, float)) and isfinite(n) for n in numbers)
 
     def _check_arrays(self, record: ArrayRecord, shapes: dict[str, tuple[int, ...]], is_stack: bool) -> None:
         """Raise `Refusal` unless the arrays are like the request's. `is_stack`: each is a stack of such arrays."""
@@ -187,7 +201,7 @@ class SitePolicy(Settings):
             shape = tuple(tensor.shape[1:] if is_stack else tensor.shape)
             if self.same_arrays and shapes.get(name) != shape:
                 raise Refusal("it has an array whose name or shape is not one of the model's")
-            if tensor.is_floating_point() and not _is_bounded(tensor.float().numpy(), self.largest_number):
+            if not _is_bounded(tensor.double().numpy(), self.largest_number):
                 raise Refusal(f"the array {name!r} has NaN or numbers beyond {self.largest_number:g}")
 
 
@@ -214,5 +228,5 @@ def _is_within(now: time, start: time, end: time) -> bool:
     return start <= now < end if start < end else now >= start or now < end
 
 
-def _is_bounded(values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], bound: float) -> bool:
+def _is_bounded(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], bound: float) -> bool:
     return bool(np.isfinite(values).all() and (not values.size or np.abs(values).max() <= bound))

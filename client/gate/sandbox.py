@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import site
 import sys
 import sysconfig
 from collections.abc import Iterable
@@ -10,39 +11,43 @@ from pathlib import Path
 
 from corymb.client.gate.policy import Refusal
 
-SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl", "/sys"]
+SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs", "/sys"]
 HOME = "/work"  # the only folder in which an app can write; it lies in memory and ends with the process
+ROOMS = ("strategies", "protocol", "client", "server", "simulations", "__init__.py", "testing.py")
+HERE = Path(__file__).resolve().parents[2]  # the package corymb
+PACKAGES = f"{HOME}/packages"
 
 
-def sandboxed(command: list[str], data: Iterable[Path]) -> list[str]:
+def sandboxed(command: list[str], data: Iterable[Path], hidden: Path) -> list[str]:
     """Return `command` in a sandbox: an app there sees the system's programs, this Python, `data` and the GPUs.
 
-    It sees no network, no other process and no other file, and can write into its home only, which is in memory.
-    Raises `Refusal` if bubblewrap is not installed, or a part of `data` does not exist.
+    It sees no network, no other process and no other file, nothing in the folder `hidden`, and can write into its home
+    only, which is in memory. Raises `Refusal` if bubblewrap is not installed, or a part of `data` does not exist.
     """
     program = shutil.which("bwrap")
     if program is None:
         raise Refusal("bubblewrap is not installed; install it, or set sandbox = false in the site's policy")
     if missing := [path for path in data if not path.exists()]:
         raise Refusal(f"the site's data {str(missing[0])!r} does not exist; correct data in the site's policy")
-    arguments = [program, "--unshare-all", "--die-with-parent", "--new-session", "--proc", "/proc", "--dev", "/dev"]
-    arguments += ["--tmpfs", "/tmp", "--tmpfs", HOME, "--chdir", HOME, "--clearenv"]
-    for name, value in {"HOME": HOME, "FLWR_HOME": f"{HOME}/.flwr", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}.items():
+    arguments = [program, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    arguments += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", HOME]
+    environment = {
+        "HOME": HOME, "FLWR_HOME": f"{HOME}/.flwr", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1",
+        "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONPATH": PACKAGES,
+    }  # fmt: skip
+    for name, value in environment.items():
         arguments += ["--setenv", name, value]
-    for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
-        arguments += ["--setenv", name, "0" if "TELEMETRY" in name else "1"]
-    if search_path := [entry for entry in sys.path if entry and Path(entry).exists()]:
-        arguments += ["--setenv", "PYTHONPATH", ":".join(search_path)]
-    for place in dict.fromkeys([*SYSTEM, *_python_folders(search_path), *map(str, data)]):
+    for place in dict.fromkeys([*SYSTEM, *_python_folders(), *map(str, data)]):
         arguments += ["--ro-bind-try", place, place]
+    for room in ROOMS:
+        arguments += ["--ro-bind-try", str(HERE / room), f"{PACKAGES}/corymb/{room}"]
     for device in [*Path("/dev").glob("nvidia*"), Path("/dev/kfd"), Path("/dev/dri")]:
         arguments += ["--dev-bind-try", str(device), str(device)]
-    return [*arguments, "--", *command]
+    if hidden.exists():
+        arguments += ["--tmpfs", str(hidden.resolve())]  # if any of these contains it
+    return [*arguments, "--chdir", HOME, "--", *command]
 
 
-def _python_folders(search_path: list[str]) -> list[str]:
-    """Return the folders from which this Python, Corymb and other installed packages are imported."""
-    corymb = Path(__file__).resolve().parents[2]
-    links = [str(Path(entry).resolve()) for entry in search_path]
-    standard = sysconfig.get_path("stdlib")
-    return [sys.prefix, sys.base_prefix, standard, *search_path, *links, str(corymb)]
+def _python_folders() -> list[str]:
+    """Return the folders from which this Python and installed packages are imported, without the current folder."""
+    return [sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), *site.getsitepackages()]

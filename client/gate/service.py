@@ -7,30 +7,40 @@ sandbox (`corymb.client.gate.app_process`), which outlives the task.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import selectors
 import signal
 import socket
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from corymb.client.gate.app_pool import AppPool
 from corymb.client.gate.policy import Refusal, SitePolicy
 from corymb.client.gate.program import LOG, POLICY, SOCKET
 from corymb.client.gate.task import run_task
 
+LOCK = "gate.lock"  # in the site's folder
 REST_SECONDS = 20.0  # without a task, after which a process for the next run is started
 IDLE_SECONDS = 3600.0  # without a task, after which the gate ends; the next task starts it again
 
 
 def serve(folder: Path) -> None:
-    """Answer tasks on the socket in `folder` until none has come for an hour."""
+    """Answer tasks on the socket in `folder` until none has come for an hour, or not at all if another process does."""
+    lock = (folder / LOCK).open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    pool, path = AppPool(folder / LOG), folder / SOCKET
+    pool, path = AppPool(folder, folder / LOG), folder / SOCKET
     _prepare(pool, folder)
     for name in ("flwr.supernode.cli", "flwr.supernode.runtime.run_clientapp", "httpcore", "corymb.protocol.codec"):
         import_module(name)  # here, not in each task's process
@@ -39,19 +49,8 @@ def serve(folder: Path) -> None:
         listener.bind(str(path))
         path.chmod(0o600)
         listener.listen()
-        listener.settimeout(REST_SECONDS)
-        idle = 0.0
         try:
-            while idle < IDLE_SECONDS:
-                try:
-                    connection, _ = listener.accept()
-                except TimeoutError:
-                    idle += REST_SECONDS
-                    _prepare(pool, folder)
-                    continue
-                idle = 0.0
-                with connection:
-                    _handle(connection, listener, folder, pool)
+            Service(folder, pool, listener).run()
         finally:
             path.unlink(missing_ok=True)
             pool.close()
@@ -64,41 +63,96 @@ def _prepare(pool: AppPool, folder: Path) -> None:
         pool.prepare(policy.sandbox, policy.data)
 
 
-def _handle(connection: socket.socket, listener: socket.socket, folder: Path, pool: AppPool) -> None:
-    """Run the task that `connection` describes in a child, and send its exit code back."""
-    connection.settimeout(10.0)
-    task = json.loads(connection.makefile().readline())
-    ours, theirs = socket.socketpair()
-    if not (child := os.fork()):
-        listener.close()
-        ours.close()
-        os._exit(run_task(task, folder, theirs))
-    theirs.close()
-    began = time.monotonic()
-    with ours:
-        for line in ours.makefile():
-            _answer(json.loads(line), ours, pool)
-    _, status = os.waitpid(child, 0)
-    now, seconds = datetime.now().isoformat(timespec="seconds"), time.monotonic() - began
-    print(f"{now} a task took {seconds:.1f} s and ended with {os.waitstatus_to_exitcode(status)}", flush=True)
-    with suppress(OSError):  # the program may have been killed
-        connection.sendall(f"{os.waitstatus_to_exitcode(status) & 0xFF}\n".encode())
+class Service:
+    """The tasks under way, each in a child of this process, and their connections."""
+
+    def __init__(self, folder: Path, pool: AppPool, listener: socket.socket) -> None:
+        self._folder, self._pool, self._listener = folder, pool, listener
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._tasks: dict[int, Task] = {}
+
+    def run(self) -> None:
+        """Run tasks until none has come for an hour. A task that hangs holds up no other."""
+        idle = 0.0
+        while idle < IDLE_SECONDS or self._tasks:
+            events = self._selector.select(REST_SECONDS)
+            idle = 0.0 if events else idle + REST_SECONDS
+            if not events and not self._tasks:
+                _prepare(self._pool, self._folder)
+            for key, _ in events:
+                if key.fileobj is self._listener:
+                    self._begin()
+                    continue
+                task = self._tasks.get(key.data)
+                if task is not None:
+                    self._attend(task, is_program=key.fileobj is task.program)
+
+    def _begin(self) -> None:
+        """Fork a child for the task that the next connection describes."""
+        program, _ = self._listener.accept()
+        program.settimeout(10.0)
+        try:
+            description = json.loads(program.makefile().readline())
+        except (OSError, ValueError):
+            program.close()
+            return
+        ours, theirs = socket.socketpair()
+        if not (child := os.fork()):
+            self._listener.close()
+            ours.close()
+            os._exit(run_task(description, self._folder, theirs))
+        theirs.close()
+        self._tasks[child] = Task(child, program, ours)
+        for each in (program, ours):
+            self._selector.register(each, selectors.EVENT_READ, child)
+
+    def _attend(self, task: Task, is_program: bool) -> None:
+        """Answer a question of a task's child, or end the task if its child or its program has ended."""
+        data = b"" if is_program else task.control.recv(65536)
+        if data:
+            for line in data.splitlines():
+                _answer(json.loads(line), task, self._pool)
+            return
+        if is_program:  # Flower has ended the program
+            os.kill(task.child, signal.SIGKILL)
+        _, status = os.waitpid(task.child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        now, seconds = datetime.now().isoformat(timespec="seconds"), time.monotonic() - task.began
+        print(f"{now} a task took {seconds:.1f} s and ended with {code}", flush=True)
+        with suppress(OSError):
+            task.program.sendall(f"{code & 0xFF}\n".encode())
+        for each in (task.program, task.control):
+            self._selector.unregister(each)
+            each.close()
+        del self._tasks[task.child]
+        if code < 0:  # its app may still be at work
+            self._pool.forget(task.child)
+        self._pool.release(task.child)
 
 
-def _answer(asked: dict[str, object], control: socket.socket, pool: AppPool) -> None:
-    """Answer what the child asks of the pool: the process of a run, or the end of it."""
-    run = str(asked["run"])
+@dataclass
+class Task:
+    """A task: its `child`, the connection to the `program` that Flower has started, and that to the child."""
+
+    child: int
+    program: socket.socket
+    control: socket.socket
+    began: float = field(default_factory=time.monotonic)
+
+
+def _answer(asked: dict[str, Any], task: Task, pool: AppPool) -> None:
+    """Answer what the child of a task asks of the pool: a process for its app, or the end of it."""
     if asked["what"] == "forget":
-        control.sendall(json.dumps({"ended": pool.forget(run, bool(asked["has_ended"]))}).encode())
+        task.control.sendall(json.dumps({"ended": pool.forget(task.child, asked["has_ended"])}).encode())
         return
     try:
-        pool.prepare(bool(asked["sandbox"]), [Path(path) for path in asked["data"]])  # type: ignore[attr-defined]
-        process = pool.of(run)
+        pool.prepare(asked["sandbox"], [Path(path) for path in asked["data"]])
+        process, is_new = pool.of(asked["run"], task.child)
     except (Refusal, OSError) as error:
-        control.sendall(json.dumps({"error": str(error)}).encode())
+        task.control.sendall(json.dumps({"error": str(error)}).encode())
         return
-    socket.send_fds(control, [json.dumps({"is_new": process.is_new}).encode()], [process.connection.fileno()])
-    process.is_new = False
+    socket.send_fds(task.control, [json.dumps({"is_new": is_new}).encode()], [process.connection.fileno()])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import signal
 import socket
 import sys
 import traceback
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from math import isinf
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,22 @@ def run_task(task: dict[str, Any], folder: Path, control: socket.socket) -> int:
     return 0
 
 
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` in the main thread after so many seconds."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.0 if isinf(seconds) else seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _reason(policy: SitePolicy, kind: str, text: str) -> str:
     """Return what the server is told of an exception in an app. Its text may contain data."""
     return text[:500] if policy.error_text else f"{short_name(kind)}; its text is in the log of the site"
@@ -66,39 +83,38 @@ class _Apps:
 
     def run(self, policy: SitePolicy, bundle: Bundle, message: Message, context: Context) -> Message:
         """Run the app in `bundle` in the process of its run. Raises `AppFailed` if it does not return a reply."""
-        run = f"{context.run_id}/{bundle.names[-1]}"
         data = [str(path) for path in policy.data]
+        run = f"{context.run_id}/{bundle.names[-1]}/{policy.sandbox}/{data}"  # another sandbox is another process
         answer, connection = self._ask(what="process", run=run, sandbox=policy.sandbox, data=data)
         if connection is None:
             raise Refusal(answer["error"])
         pipe = Pipe(connection)
-        pipe.settimeout(None if isinf(policy.most_seconds) else policy.most_seconds)
         header = {"run": context.run_id, "node": context.node_id, "names": bundle.names}
         parts = {"message": to_pieces(message), "context": [context_to_bytes(context)]}
         if answer["is_new"]:
             parts["bundle"] = [bundle.content]
         try:
-            with closing(pipe):
+            with closing(pipe), _limit(policy.most_seconds):
                 pipe.send(header, **parts)
                 result, received = pipe.receive(policy.most_bytes)
         except TimeoutError:
-            self._forget(run)
+            self._forget()
             raise AppFailed(f"it took longer than the {policy.most_seconds:g} s that the site allows") from None
         except (EOFError, OSError, ValueError):  # it has ended, or sends what is no answer
-            ended = self._forget(run, has_ended=True)
+            ended = self._forget(has_ended=True)
             raise AppFailed(f"the process of the app has ended {ended or 'early'}") from None
         if not result["is_done"]:
             raise AppFailed(_reason(policy, result["kind"], result["error"]))
         if not policy.warm:
-            self._forget(run)
+            self._forget()
         context.state = context_from_bytes(received["context"]).state
         reply = from_bytes(received["reply"])
         if reply.has_error():
             raise AppFailed(_reason(policy, f"error {reply.error.code}", str(reply.error.reason)))
         return Message(reply.content, reply_to=message)
 
-    def _forget(self, run: str, has_ended: bool = False) -> str:
-        return str(self._ask(what="forget", run=run, has_ended=has_ended)[0]["ended"])
+    def _forget(self, has_ended: bool = False) -> str:
+        return str(self._ask(what="forget", has_ended=has_ended)[0]["ended"])
 
     def _ask(self, **question: Any) -> tuple[dict[str, Any], socket.socket | None]:
         self._control.sendall(json.dumps(question).encode() + b"\n")

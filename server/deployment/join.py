@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from corymb.server.deployment.processes import Node, site_processes
 from corymb.server.deployment.supervision import Supervisor
 from corymb.server.deployment.watch import Watchdog, server_view
 
+COPY_SECONDS = 2.0  # that a certificate may take to be copied
 KEY, NEXT_KEY, CERTIFICATE = "site.key", "site.key.next", "site.crt"
 
 
@@ -70,11 +72,14 @@ def join(folder: Path, kit: SiteKit, gate: Path, node: Node, say: Callable[[str]
     watchdog = Watchdog(partial(server_view, folder, kit))
 
     def attend(supervisor: Supervisor) -> None:
+        path = folder / f"{kit.name}.crt"
+        if path.exists() and time.time() - path.stat().st_mtime < COPY_SECONDS:
+            return  # it may still be copied
         try:
             changed = adopt_certificate(folder, kit)
         except ValueError as error:
             say(str(error))
-            (folder / f"{kit.name}.crt").rename(folder / f"{kit.name}.crt.refused")
+            path.rename(folder / f"{kit.name}.crt.refused")
             return
         if changed:
             say(f"The site has {changed}.")

@@ -34,6 +34,7 @@ class Monitor:
         self._folder, self._superlink = folder, superlink
         self._online: dict[str, bool] = {}
         self._warned: set[str] = set()
+        self._refused: set[str] = set()
 
     def look(self) -> None:
         """Make the SuperLink's nodes those of the roster, and write down who is online. Raises `ControlError`."""
@@ -41,14 +42,13 @@ class Monitor:
         keys = {name: key_bytes(public_key_of(certificate)) for name, certificate in roster.items()}
         nodes = [node for node in self._superlink.nodes() if node.status != "unregistered"]
         known = {node.public_key: node for node in nodes}
-        for name, key in keys.items():
-            if key not in known:
-                self._superlink.register(key, name)
-                log.info("Registered the key of the site %s.", name)
         for node in nodes:
             if keys.get(node.name) != node.public_key:
                 self._superlink.unregister(node.node_id)
                 log.info("Unregistered a key of %s, which is not on the roster.", node.name or "an unnamed node")
+        for name, key in keys.items():
+            if key not in known:
+                self._register(name, key)
         states = {name: known.get(key) for name, key in keys.items()}
         self._publish({name: fingerprint(public_key_of(roster[name])) for name in roster}, states)
         for name, certificate in roster.items():
@@ -56,6 +56,15 @@ class Monitor:
             if left < WARN_DAYS and name not in self._warned:
                 self._warned.add(name)
                 log.warning("The certificate of %s is valid for %.0f more days; renew it.", name, left)
+
+    def _register(self, name: str, key: bytes) -> None:
+        try:
+            self._superlink.register(key, name)
+            log.info("Registered the key of the site %s.", name)
+        except ControlError as error:  # such as a key that was unregistered before; other sites must not suffer
+            if name not in self._refused:
+                log.error("The SuperLink does not take the key of %s, which needs a new one: %s", name, error)
+            self._refused.add(name)
 
     def _publish(self, fingerprints: dict[str, str], states: dict[str, NodeState | None]) -> None:
         health = self._folder / "var" / HEALTH

@@ -85,11 +85,16 @@ class Federation:
             raise ValueError(
                 f"The key in the request of {name} is revoked; make a new one with `corymb join --new-key`."
             )
-        is_other = enrolled.exists() and fingerprint(public_key_of(read_certificate(enrolled))) != fingerprint(key)
+        is_other = enrolled.exists() and self._enrolled_key(name) != fingerprint(key)
         if is_other and not replaces:
             raise ValueError(
                 f"The site {name} is enrolled with another key; to replace it, use rotate instead of sign."
             )
+        others = [other for other in self.enrolled() if other != name and self._enrolled_key(other) == fingerprint(key)]
+        if others:
+            raise ValueError(f"The key in the request of {name} is that of {others[0]}; each site needs its own.")
+        if is_other:
+            self._add_revoked(self._enrolled_key(name))
         if replaces and not enrolled.exists():
             raise ValueError(f"The site {name} is not enrolled yet; use sign instead of rotate.")
         path = self.folder / f"{name}.crt"
@@ -105,8 +110,7 @@ class Federation:
             raise ValueError(
                 f"The site {name!r} is not enrolled; enrolled are: {', '.join(self.enrolled()) or 'none'}."
             )
-        revoked = [*self._revoked(), fingerprint(public_key_of(read_certificate(enrolled)))]
-        (self.server / REVOKED).write_text("\n".join(revoked) + "\n")
+        self._add_revoked(self._enrolled_key(name))
         enrolled.unlink()
 
     def renew(self) -> list[str]:
@@ -189,6 +193,12 @@ class Federation:
         days = AUTHORITY_DAYS if is_long else self.settings.days
         certificate = read_certificate(authority / "ca.crt")
         return pem(issue(name, role, key, certificate, signing_key, days, hosts or ()))
+
+    def _enrolled_key(self, name: str) -> str:
+        return fingerprint(public_key_of(read_certificate(self.server / ROSTER / f"{name}.crt")))
+
+    def _add_revoked(self, key: str) -> None:
+        (self.server / REVOKED).write_text("\n".join([*self._revoked(), key]) + "\n")
 
     def _revoked(self) -> list[str]:
         path = self.server / REVOKED

@@ -14,7 +14,7 @@ from corymb.client.gate.identity import Identity
 from corymb.protocol.certificates import SITE, issue, new_key, pem, read_certificate, read_key, write_site_key
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import set_message_id, set_reply_to, set_task_identity, unchecked_reply
-from corymb.protocol.signatures import FORGED, RECORD, ForgedMessage, digest
+from corymb.protocol.signatures import ALGORITHM, FORGED, RECORD, ForgedMessage, digest
 from corymb.protocol.signed_grid import Signer
 from corymb.server.deployment.federation import FederationSettings
 from corymb.server.deployment.provision import Federation
@@ -55,7 +55,7 @@ def test_a_signed_exchange_is_accepted(federation: Federation) -> None:
     site.check_task(asked)
     answer = reply(asked)
     site.sign(answer)
-    accepted = signer.check(answer, "north")
+    accepted = signer.check(answer, "north", 7, {"m-1"})
     assert not accepted.has_error()
     assert set(accepted.content) == {"arrays", "metrics"}
 
@@ -101,7 +101,7 @@ def test_a_reply_that_was_altered_or_repeated_is_refused(
     answer = reply(request())
     identity(federation).sign(answer)
     change(answer)
-    refused = Signer(federation.server).check(answer, "north")
+    refused = Signer(federation.server).check(answer, "north", 7, {"m-1", "m-2"})
     assert (refused.error.code, refused.error.reason) == (FORGED, problem)
 
 
@@ -110,14 +110,14 @@ def test_a_reply_is_refused_under_another_name_after_revocation_and_after_its_ti
 ) -> None:
     signer, answer = Signer(federation.server), reply(request())
     identity(federation).sign(answer)
-    assert signer.check(answer, "south").error.reason == "its signature was made with another key"
-    assert signer.check(answer, "../north").error.reason == "the site '../north' is not enrolled"
+    assert signer.check(answer, "south", 7, {"m-1"}).error.reason == "its signature was made with another key"
+    assert signer.check(answer, "../north", 7, {"m-1"}).error.reason == "the site '../north' is not enrolled"
     later = time.time() + 13 * 3600
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: later)
-        assert signer.check(answer, "north").error.reason == "its signature has expired"
+        assert signer.check(answer, "north", 7, {"m-1"}).error.reason == "its signature has expired"
     federation.revoke("north")
-    assert signer.check(answer, "north").error.reason == "the site 'north' is not enrolled"
+    assert signer.check(answer, "north", 7, {"m-1"}).error.reason == "the site 'north' is not enrolled"
 
 
 def test_a_task_of_somebody_else_is_refused(federation: Federation, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_an_expired_certificate_is_refused(federation: Federation) -> None:
     (federation.server / "roster" / "north.crt").write_bytes(pem(old))
     answer = reply(request())
     identity(federation).sign(answer)
-    assert "has expired" in str(Signer(federation.server).check(answer, "north").error.reason)
+    assert "has expired" in str(Signer(federation.server).check(answer, "north", 7, {"m-1", "m-2"}).error.reason)
 
 
 def test_a_digest_depends_on_names_types_shapes_and_values() -> None:
@@ -164,3 +164,19 @@ def test_a_key_of_a_site_has_the_format_that_flower_reads(tmp_path: Path) -> Non
     assert read_key(tmp_path / "key").private_numbers() == key.private_numbers()
     with pytest.raises(FileExistsError):
         write_site_key(tmp_path / "key", key)
+
+
+@pytest.mark.parametrize("claims", ["[]", "no json", '{"expires": "x"}', "{}", "null"])
+def test_hostile_claims_are_refused(claims: str, federation: Federation) -> None:
+    answer, site = reply(request()), identity(federation)
+    answer.content[RECORD] = ConfigRecord({"claims": claims, "signature": site.key.sign(claims.encode(), ALGORITHM)})
+    refused = Signer(federation.server).check(answer, "north", 7, {"m-1"})
+    assert (refused.error.code, refused.error.reason) == (FORGED, "its signature cannot be read")
+
+
+def test_a_reply_to_another_request_or_run_is_refused(federation: Federation) -> None:
+    answer = reply(request())
+    identity(federation).sign(answer)
+    signer = Signer(federation.server)
+    assert signer.check(answer, "north", 7, {"m-2"}).error.reason == "it refers to another message"
+    assert signer.check(answer, "north", 8, {"m-1"}).error.reason == "it was signed for the run 7, not 8"

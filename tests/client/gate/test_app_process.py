@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +17,14 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from corymb.client.gate.app_pool import AppPool
 from corymb.client.gate.policy import Refusal, SitePolicy
-from corymb.client.gate.service import _answer
+from corymb.client.gate.program import write_site
+from corymb.client.gate.sandbox import sandboxed
+from corymb.client.gate.service import Task, _answer
 from corymb.client.gate.task import AppFailed, _Apps
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.flower import set_message_id, set_task_identity
 from corymb.protocol.flower_tasks import Bundle, build_bundle
+from corymb.tests.e2e.processes import until
 
 CODE = """
 import os, socket, time
@@ -80,11 +85,15 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def apps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Apps]:
     """The processes of apps as a task sees them; a thread plays the gate's own process."""
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
-    pool, (ours, theirs) = AppPool(tmp_path / "log"), socket.socketpair()
+    pool, (ours, theirs) = AppPool(tmp_path / "kit", tmp_path / "log"), socket.socketpair()
+
+    task = Task(1, ours, ours)
 
     def answer() -> None:
         for line in ours.makefile():
-            _answer(json.loads(line), ours, pool)
+            if "forget" not in line:  # each question for a process is another task's
+                pool.release(task.child)
+            _answer(json.loads(line), task, pool)
 
     thread = threading.Thread(target=answer)
     thread.start()
@@ -155,6 +164,27 @@ def test_in_its_sandbox_an_app_sees_the_data_and_nothing_else(apps: _Apps, bundl
     assert found["interfaces"] == 1  # loopback
 
 
+@pytest.mark.skipif(not HAS_SANDBOX, reason="needs bubblewrap")
+def test_the_kit_is_hidden_even_inside_the_data_and_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = tmp_path / "kit"
+    kit.mkdir()
+    (kit / "site.key").write_text("a key")
+    (tmp_path / "data.csv").write_text("1,2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    script = f"ls -A {kit}; ls {tmp_path}; grep CapEff /proc/self/status; ls / | grep -c '^root$'; env"
+    monkeypatch.setenv("SECRET", "an access key")
+    said = subprocess.run(sandboxed(["sh", "-c", script], [tmp_path], kit), capture_output=True, text=True).stdout
+    assert "site.key" not in said
+    assert "data.csv" in said
+    assert "CapEff:\t0000000000000000" in said
+    assert "an access key" not in said
+    said = subprocess.run(sandboxed(["sh", "-c", script], [], kit), capture_output=True, text=True).stdout
+    assert "data.csv" not in said
+
+
 def test_without_bubblewrap_nothing_runs(
     apps: _Apps, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,3 +193,32 @@ def test_without_bubblewrap_nothing_runs(
         ask(apps, bundle, SitePolicy(), tmp_path)
     with pytest.raises(Refusal, match="bubblewrap"):
         ask(apps, bundle, SitePolicy(data=[tmp_path / "gone"]), tmp_path)
+
+
+def test_a_task_that_hangs_holds_up_no_other(tmp_path: Path) -> None:
+    """Flower starts a program for each task; each gets the exit code of its own, and a killed program ends its task."""
+    (tmp_path / "policy.toml").write_text("sandbox = false\n")
+    path = write_site(tmp_path, "")
+    listener = socket.create_server(("127.0.0.1", 0))  # a SuperNode that never answers
+    address = f"127.0.0.1:{listener.getsockname()[1]}"
+    service = subprocess.Popen([sys.executable, "-m", "corymb.client.gate.service", str(tmp_path)])
+    try:
+        until((tmp_path / "gate.socket").exists, 60, "the start of the gate")
+        hanging = subprocess.Popen([path, "--insecure", "--token", "t", "--runtime-api-address", address])
+        connection, _ = listener.accept()
+        with connection:
+            wrong = subprocess.run([path, "--no-such-option"], timeout=60)
+            assert wrong.returncode == 2  # that of Flower's command for a wrong option
+            assert hanging.poll() is None
+            before = children(service.pid)
+            hanging.kill()
+            hanging.wait()
+            until(lambda: len(children(service.pid)) < len(before), 10, "the end of the hanging task")
+    finally:
+        service.terminate()
+        service.wait()
+        listener.close()
+
+
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

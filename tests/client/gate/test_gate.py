@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -214,3 +214,41 @@ def test_a_line_that_was_taken_out_is_found(tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text("\n".join([lines[0], lines[2]]) + "\n")
     with pytest.raises(ValueError, match=r"Line 2 of .* does not follow the line before it; it was changed"):
         list(ledger.entries())
+
+
+def test_metrics_are_finite_numbers_and_arrays_leave_after_training_only(tmp_path: Path) -> None:
+    gate = gate_with(tmp_path, 'metrics = ["num-examples", "a", "b", "c"]\n' + APPROVED)
+    gate.admit(APP)
+
+    def app(message: Message, context: Context) -> Message:
+        numbers = {"num-examples": 10, "a": [1.0] * 100, "b": [1.0] * 101, "c": float("nan")}
+        content = RecordDict({"metrics": MetricRecord(numbers)})  # type: ignore[arg-type]
+        return Message(content, reply_to=message)
+
+    reply = gate.around(app)(request("evaluate"), context())
+    gate.release(reply)
+    assert set(reply.content["metrics"]) == {"num-examples", "a"}
+    reply = gate.around(honest)(request("evaluate"), Context(8, 5, {}, RecordDict(), {}))
+    with pytest.raises(Refusal, match="only replies to training may have arrays"):
+        gate.release(reply)
+
+
+def test_spare_bytes_of_an_array_stay_at_the_site(tmp_path: Path) -> None:
+    gate = gate_with(tmp_path, APPROVED)
+    gate.admit(APP)
+    gate.around(lambda message, context: Message(RecordDict(), reply_to=message))(request(), context())
+    (whole,) = model().values()
+    padded = whole.data.replace(b"      ", b" Smith", 1)  # in the header of the bytes
+    record = ArrayRecord({"w": Array(whole.dtype, whole.shape, whole.stype, padded)})
+    with pytest.raises(Refusal, match="the reply cannot be read"):
+        gate.release(Message(RecordDict({"arrays": record}), reply_to=request()))
+
+
+def test_a_line_that_was_cut_off_is_taken_out_and_noted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.add("ran", NOON, round=1)
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"at": "2026')
+    ledger.add("left", NOON, round=1)
+    assert [entry["event"] for entry in ledger.entries()] == ["ran", "mended", "left"]
+    assert list(ledger.entries())[1]["cut"] == '{"at": "2026'
