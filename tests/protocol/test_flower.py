@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import hashlib
 import sys
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 
+import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.proto import control_pb2
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from corymb.protocol.codec import to_arrays, to_state
@@ -24,7 +28,8 @@ from corymb.protocol.flower import (
     set_task_identity,
     unchecked_messages,
 )
-from corymb.protocol.flower_tasks import MODULE, describe_task
+from corymb.protocol.flower_control import ControlError, SuperLink
+from corymb.protocol.flower_tasks import MODULE, build_bundle, describe_task, load_app, look_often
 from corymb.protocol.message_file import from_bytes, to_pieces
 
 
@@ -89,3 +94,31 @@ def test_the_parts_of_flwr_serverapp_are_where_they_are_expected() -> None:
     assert (task["address"], task["token"], task["app"], task["node"]) == ("127.0.0.1:1", "t", "app", 1)
     assert not is_simulation(grid)
     assert InMemoryGrid.__name__ == "InMemoryGrid"
+
+
+def test_flower_looks_for_the_parts_of_a_message_as_often_as_it_is_told() -> None:
+    pull = import_module("flwr.supercore.inflatable.inflatable_utils").pull_objects
+    before = dict(pull.__kwdefaults__)
+    try:
+        look_often()
+        assert pull.__kwdefaults__ == {**before, "initial_backoff": 0.1}
+    finally:
+        pull.__kwdefaults__.update(before)
+
+
+def test_the_control_api_is_where_it_is_expected() -> None:
+    superlink = SuperLink("localhost:1", b"")
+    for name in ("ListNodes", "RegisterNode", "UnregisterNode", "ListRuns"):
+        assert hasattr(control_pb2, f"{name}Request")
+        assert callable(getattr(import_module("flwr.supercore.control").ControlHttpClient, name))
+    with pytest.raises(ControlError, match="The SuperLink at localhost:1 does not do ListNodes"):
+        superlink.nodes()
+
+
+def test_a_bundle_is_that_of_flower_and_its_app_can_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    quickstart = build_bundle(Path(__file__).parents[2] / "examples" / "quickstart")
+    assert quickstart.names[:2] == ("corymb/quickstart", "1.0.0")
+    assert quickstart.names[2] == hashlib.sha256(quickstart.content).hexdigest()
+    assert build_bundle(Path(__file__).parents[2] / "examples" / "quickstart") == quickstart
+    assert callable(load_app(quickstart))
