@@ -18,7 +18,7 @@ from corymb.server.deployment.federation import SiteKit
 
 POLL_SECONDS = 5.0
 LEAST_OFFLINE = 4.0  # seconds for which the server must see a site offline
-START_SECONDS = 25.0  # that a SuperNode has to connect
+START_SECONDS = 25.0  # that a SuperNode has to connect; twice as many after each restart
 
 
 def server_view(folder: Path, kit: SiteKit) -> bool | None:
@@ -47,6 +47,7 @@ class Watchdog:
     now: Callable[[], float] = time.monotonic
     offline_since: float | None = None
     next_look: float = 0.0
+    start_seconds: float = START_SECONDS
 
     def must_restart(self, seconds_running: float) -> bool:
         """Return whether the SuperNode, which has been running for `seconds_running`, is to be restarted."""
@@ -57,11 +58,11 @@ class Watchdog:
         if online is None:  # the server or the network is away; a restart would not help
             return False
         if online:
-            self.offline_since = None
+            self.offline_since, self.start_seconds = None, START_SECONDS
             return False
         if self.offline_since is None:
             self.offline_since = self.now()
-        is_stuck = self.now() - self.offline_since > LEAST_OFFLINE and seconds_running > START_SECONDS
-        if is_stuck:
-            self.offline_since = None
+        is_stuck = self.now() - self.offline_since > LEAST_OFFLINE and seconds_running > self.start_seconds
+        if is_stuck:  # on a busy machine, a start may take longer
+            self.offline_since, self.start_seconds = None, 2 * self.start_seconds
         return is_stuck

@@ -8,6 +8,7 @@ training examples.
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from corymb.simulations.data.sources import DataSettings
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.models import make_model
 
-KEY = "experiment"  # of the run config: the settings of one run, as JSON
+KEY = "experiment"  # of the run config: the settings of one run, as JSON in base64, as Flower takes no quotes
 PLACE = "corymb.simulations.experiments.federated"
 GUESSES = ("Labels became", "Dropped, as", "The label is")  # notes of a reader that must be the same everywhere
 
@@ -69,7 +70,13 @@ def runs_of(experiment: Experiment, sites: int) -> Iterator[tuple[str, str]]:
                 "min_available_nodes": sites,
             }  # fmt: skip
             settings = {"config": flatten(config), "model": model, "data": data, "guesses": _guesses(source)}
-            yield f"{rule.title}, seed {seed}", json.dumps(settings)
+            yield f"{rule.title}, seed {seed}", b64encode(json.dumps(settings).encode()).decode()
+
+
+def settings_in(text: str) -> dict[str, Any]:
+    """Return the settings of a run from the text that `runs_of` has made."""
+    settings: dict[str, Any] = json.loads(b64decode(text))
+    return settings
 
 
 def make_module(model: str) -> nn.Module:
@@ -85,7 +92,7 @@ client = ClientApp()
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
     """Run the experiment in the run config."""
-    context.run_config = dict(json.loads(str(context.run_config[KEY]))["config"])
+    context.run_config = dict(settings_in(str(context.run_config[KEY]))["config"])
     run_server(grid, context)
 
 
@@ -103,7 +110,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @cache
 def _client_of(text: str) -> ClientApp:
-    settings = json.loads(text)
+    settings = settings_in(text)
 
     def load_data(context: Context) -> tuple[TensorDataset, TensorDataset]:
         return _site_data(str(context.node_config.get("data", "")), json.dumps(settings))

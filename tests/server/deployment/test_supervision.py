@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ class Clock:
         return self.seconds
 
 
-def restarts(views: list[bool | None], running: float = 600.0) -> list[int]:
+def restarts(views: Sequence[bool | None], running: float = 600.0) -> list[int]:
     """At which of the server's views, one each few seconds, a watchdog restarts its SuperNode."""
     clock, remaining = Clock(), iter(views)
     watchdog, found = Watchdog(lambda: next(remaining), clock), []
@@ -109,3 +110,4 @@ def test_a_supernode_is_restarted_when_the_server_sees_it_offline_twice() -> Non
     assert restarts([False] * 5, running=START_SECONDS - 1) == []  # it is starting
     assert restarts([None] * 20) == []  # the server is away; a restart would not help
     assert restarts([True, False, None, False, True]) == [3]
+    assert restarts([True] + [False] * 6, running=START_SECONDS + 1) == [2]  # the next start gets longer

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from corymb.server import NoReplyAdmitted
-from corymb.simulations.experiments.federated import KEY, client, runs_of, serve
+from corymb.simulations.experiments.federated import KEY, client, runs_of, serve, settings_in
 from corymb.simulations.experiments.reader import read
 from corymb.simulations.grid.local_grid import LocalGrid
 
@@ -58,7 +58,7 @@ def run(text: str, folder: Path) -> Path:
 
 def test_each_rule_and_seed_is_a_run(settings: dict[str, str]) -> None:
     assert list(settings) == ["fedavg, seed 0", "fedavg, seed 1", "krum, seed 0", "krum, seed 1"]
-    krum = json.loads(settings["krum, seed 1"])
+    krum = settings_in(settings["krum, seed 1"])
     assert krum["model"] == {"kind": "mlp", "shape": [3], "classes": 2, "options": {"hidden": 4}}
     config = krum["config"]
     assert (config["rules.name"], config["rules.parameters.hostile"], config["rules.train.steps"]) == ("krum", 0, 3)
