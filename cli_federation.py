@@ -138,7 +138,7 @@ def doctor(
     corymb doctor north
     corymb doctor hearts/server
 
-    The exit code is that of the first fault; the guide for operators lists
+    The exit code is that of the first fault; docs/operate.md lists
     them.
     """
     import json

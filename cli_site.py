@@ -76,7 +76,10 @@ def approve(
     folder: Annotated[Path, typer.Argument(metavar="KIT", help="The kit of a site, or the folder of its gate.")],
     purpose: Annotated[str, typer.Option(help="The study, in words, for the ledger.")],
     until: Annotated[datetime, typer.Option(formats=["%Y-%m-%d"], help="The day on which the approval expires.")],
-    app: Annotated[str, typer.Option(help="The SHA-256 of the app (default: the app that was refused last).")] = "",
+    app: Annotated[
+        str,
+        typer.Option(help="The SHA-256 of the app (default: the last refused one without an entry)."),
+    ] = "",
 ) -> None:
     """Approve an app at a site, for a purpose and until a day.
 
@@ -87,10 +90,13 @@ def approve(
     out.
     """
     from corymb.client.gate.ledger import Ledger
+    from corymb.client.gate.policy import SitePolicy
     from corymb.client.gate.policy import approve as add
 
+    known = {approval.app for approval in SitePolicy.read(folder / "policy.toml").approved}
     refused = [entry["app"] for entry in Ledger(folder / "ledger.jsonl").entries() if entry["event"] == "refused"]
-    if not app and not refused:
-        raise ValueError(f"No app was refused in {folder} yet; name one with --app.")
-    add(folder / "policy.toml", app or refused[-1], purpose, until.date())
-    console.print(f"Approved the app {app or refused[-1]} until {until.date()}.", soft_wrap=True)
+    waiting = [each for each in refused if each not in known]
+    if not app and not waiting:
+        raise ValueError(f"No app was refused in {folder} that is not in the policy already; name one with --app.")
+    add(folder / "policy.toml", app or waiting[-1], purpose, until.date())
+    console.print(f"Approved the app {app or waiting[-1]} until {until.date()}.", soft_wrap=True)

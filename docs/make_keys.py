@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date, time
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -30,7 +31,16 @@ DEPLOYMENT = """
 A site overrides `train.*` in its node config: `flower-supernode --node-config 'train.batch_size=8'`.
 """
 SHARED = {"rules", "train"}  # tables of a deployment that are those of an experiment
-NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "table", Path: "path"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    dict: "table",
+    Path: "path",
+    date: "date",
+    time: "time of day",
+}
 
 
 def page() -> str:

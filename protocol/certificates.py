@@ -128,6 +128,8 @@ def read_request(path: Path) -> x509.CertificateSigningRequest:
     """Return the request in `path`. Raises `ValueError` if it is none, or is not signed with its own key."""
     try:
         request = x509.load_pem_x509_csr(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); give the .csr file of a site.") from None
     except ValueError:
         raise ValueError(f"{path} is not a request for a certificate; `corymb join` at the site writes one.") from None
     if not request.is_signature_valid:

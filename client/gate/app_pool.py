@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from corymb.client.gate.sandbox import sandboxed
 
 MOST_PROCESSES = 2  # that are kept
+IDLE_SECONDS = 600.0  # without a task, after which the process of a run is ended
 DYING_SECONDS = 2.0  # that a process may take from closing its connection to its end
 
 
@@ -21,7 +23,8 @@ DYING_SECONDS = 2.0  # that a process may take from closing its connection to it
 class AppProcess:
     """A process, the `writer` of its log, and the gate's end of the connection to it.
 
-    `run` names its run and app, "" while it has none. `user` is the task that uses it, 0 for none.
+    `run` names its run and app, "" while it has none. `user` is the task that uses it, 0 for none; `used` is when
+    the last one ended.
     """
 
     process: subprocess.Popen[bytes]
@@ -29,6 +32,7 @@ class AppProcess:
     connection: socket.socket
     run: str = ""
     user: int = 0
+    used: float = 0.0
 
     def end(self) -> None:
         """Kill the process, if it still lives."""
@@ -81,7 +85,7 @@ class AppPool:
         """Let other tasks of the run use the process of the task `user`, which has ended."""
         for app_process in self._processes:
             if app_process.user == user:
-                app_process.user = 0
+                app_process.user, app_process.used = 0, time.monotonic()
 
     def forget(self, user: int, has_ended: bool = False) -> str:
         """End the process of the task `user`. Returns how it has ended before, "" if it still lived.
@@ -95,6 +99,12 @@ class AppPool:
             self._end(app_process)
             return "" if code is None else f"with signal {-code}" if code < 0 else f"with exit code {code}"
         return ""
+
+    def end_idle(self) -> None:
+        """End the processes that no task has used for a while."""
+        for app_process in [each for each in self._processes if not each.user]:
+            if time.monotonic() - app_process.used > IDLE_SECONDS:
+                self._end(app_process)
 
     def close(self) -> None:
         """End all processes."""

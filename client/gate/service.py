@@ -79,6 +79,7 @@ class Service:
             events = self._selector.select(REST_SECONDS)
             idle = 0.0 if events else idle + REST_SECONDS
             if not events and not self._tasks:
+                self._pool.end_idle()
                 _prepare(self._pool, self._folder)
             for key, _ in events:
                 if key.fileobj is self._listener:

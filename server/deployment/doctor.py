@@ -62,6 +62,9 @@ def site_findings(folder: Path, kit: SiteKit) -> Iterator[Finding]:
 
 
 def _own_certificate(folder: Path, kit: SiteKit) -> Finding:
+    if not (folder / "site.crt").exists() and (folder / f"{kit.name}.crt").exists():
+        text = f"The certificate {kit.name}.crt is not in use yet; `corymb join {folder}` takes it into use."
+        return Finding(Fault.NO_CERTIFICATE, text)
     if not (folder / "site.crt").exists():
         return Finding(
             Fault.NO_CERTIFICATE, f"The site has no certificate; run `corymb join {folder}`, and send what it writes."

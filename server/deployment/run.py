@@ -20,7 +20,7 @@ from corymb.server.deployment.federation import ServerKit
 COMPLETED = "finished:completed"
 POLL_SECONDS = 1.0
 REMIND_SECONDS = 15.0  # between two lines that name the sites that a round waits for
-SHOWN_METRICS = 3
+SHOWN_METRICS, HIDDEN_METRICS = 3, ("seconds", "steps")
 
 
 def superlink_of(folder: Path, kit: ServerKit) -> SuperLink:
@@ -80,7 +80,8 @@ class Progress:
     ) -> Iterator[str]:
         verdicts = database.execute("SELECT code, reason FROM verdicts WHERE round = ?", (number,)).fetchall()
         counted = sum(code == "admitted" for code, _ in verdicts)
-        numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+        shown_metrics = {name: value for name, value in metrics.items() if name not in HIDDEN_METRICS}
+        numbers = [f"{name} {value:.4g}" for name, value in shown_metrics.items() if isinstance(value, float)]
         shown = ", ".join(["", *numbers[:SHOWN_METRICS]])
         yield f"round {number}: {counted} of {len(verdicts)} sites counted, {seconds:.1f} s{shown}"
         for code, reason in verdicts:
@@ -92,7 +93,8 @@ class Progress:
             "SELECT node, round, MIN(at), SUM(what IN ('replied', 'failed')) FROM events WHERE (round, phase) IN "
             "(SELECT round, phase FROM asks ORDER BY at DESC LIMIT 1) GROUP BY node, round"
         ).fetchall()
-        late = [(node, number, time.time() - at) for node, number, at, answers in rows if not answers]
+        waits = [(node, number, time.time() - at) for node, number, at, answers in rows if not answers]
+        late = [each for each in waits if each[2] > REMIND_SECONDS]
         if late:
             names = ", ".join(f"{node} ({seconds:.0f} s)" for node, _, seconds in late[:5])
             more = f" and {len(late) - 5} more" if len(late) > 5 else ""

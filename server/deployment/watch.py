@@ -18,7 +18,7 @@ from corymb.server.deployment.federation import SiteKit
 
 POLL_SECONDS = 5.0
 LEAST_OFFLINE = 4.0  # seconds for which the server must see a site offline
-START_SECONDS = 25.0  # that a SuperNode has to connect; twice as many after each restart
+START_SECONDS = 60.0  # that a SuperNode has to connect; twice as many after each restart
 
 
 def server_view(folder: Path, kit: SiteKit) -> bool | None:

@@ -135,6 +135,10 @@ def no_certificate(lab: Lab) -> None:
     (lab.kit / "site.crt").unlink()
 
 
+def unused_certificate(lab: Lab) -> None:
+    (lab.kit / "site.crt").rename(lab.kit / "north.crt")
+
+
 def anothers_certificate(lab: Lab) -> None:
     shutil.copy(lab.federation.site("south") / "site.crt", lab.kit / "site.crt")
 
@@ -186,6 +190,7 @@ def slow(lab: Lab) -> None:
         (other_host, Fault.SERVER_NAME, "The server's certificate is not for localhost; its operator adds the name"),
         (expired, Fault.SERVER_EXPIRED, "The server's certificate has expired; its operator renews it."),
         (no_certificate, Fault.NO_CERTIFICATE, "The site has no certificate; run `corymb join"),
+        (unused_certificate, Fault.NO_CERTIFICATE, "The certificate north.crt is not in use yet; `corymb join"),
         (anothers_certificate, Fault.NO_CERTIFICATE, "The site's certificate is not for its key; ask for a new one."),
         (unknown_key, Fault.NOT_ENROLLED, "The server does not know this site's key; it is not enrolled, or revoked."),
         (old_server, Fault.VERSION, "newer than the server's 1.20.0; install that one."),
