@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 FIRST = "0" * 64
 
 
 class Ledger:
-    """The file `path`, one JSON object per line. One process at a time writes to it."""
+    """The file `path`, one JSON object per line. Several processes may write to it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def add(self, event: str, at: datetime, **details: Any) -> None:
-        """Add an entry, and return once it is on the disk."""
-        self._mend(at)
-        entry = {"at": at.isoformat(timespec="seconds"), "event": event, **details, "before": self.head()}
+        """Add an entry, and return once it is on the disk. Other processes that add one wait."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _mend(self, at: datetime) -> None:
-        """Take out a last line that was cut off, as by a power cut, and note that."""
-        data = self._path.read_bytes() if self._path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
-            with self._path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            data = self._path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):  # a line was cut off, as by a power cut
                 file.truncate(len(whole))
-            self.add("mended", at, cut=data[len(whole) :].decode(errors="replace"))
+                self._write(file, "mended", at, {"cut": data[len(whole) :].decode(errors="replace")})
+            self._write(file, event, at, details)
+
+    def _write(self, file: TextIO, event: str, at: datetime, details: dict[str, Any]) -> None:
+        entry = {"at": at.isoformat(timespec="seconds"), "event": event, **details, "before": self.head()}
+        file.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Yield all entries. Raises `ValueError`, which names the line, if one was changed, added or taken out."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import subprocess
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -252,3 +254,14 @@ def test_a_line_that_was_cut_off_is_taken_out_and_noted(tmp_path: Path) -> None:
     ledger.add("left", NOON, round=1)
     assert [entry["event"] for entry in ledger.entries()] == ["ran", "mended", "left"]
     assert list(ledger.entries())[1]["cut"] == '{"at": "2026'
+
+
+def test_processes_that_write_at_once_leave_the_ledger_whole(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    code = f"""
+from datetime import datetime; from pathlib import Path; from corymb.client.gate.ledger import Ledger
+for number in range(50): Ledger(Path({str(path)!r})).add("ran", datetime(2026, 11, 28), round=number)
+"""
+    writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert len(list(Ledger(path).entries())) == 150
