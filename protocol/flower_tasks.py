@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+import time
 import tomllib
 from base64 import b64decode, b64encode
 from collections.abc import Callable
@@ -31,11 +32,29 @@ RunApp = Callable[..., Context]  # (grid, context, server_app_dir, server_app_at
 App = Callable[[Message, Context], Message]
 MODULE = "flwr.superlink.runtime.run_serverapp"
 RAISED = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>", re.DOTALL)  # Flower's text for an exception
+POLLING = ("flwr.supernode.start_client_internal", "flwr.superlink.grid.http_grid")
+LONGEST_SLEEP = 1.0  # seconds
 CLIENT_MODULE = "flwr.supernode.runtime.run_clientapp"
 
 
+class _Impatient:
+    """The module `time`, whose `sleep` ends after `LONGEST_SLEEP` at the latest."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        time.sleep(min(seconds, LONGEST_SLEEP))
+
+
 def look_often() -> None:
-    """Let Flower look first after 0.1 s, instead of 1 s, whether a part of a message has arrived."""
+    """Let Flower look each second for messages and replies, instead of every three.
+
+    And first after 0.1 s, instead of 1 s, whether a part of a message has arrived.
+    """
+    for name in POLLING:
+        import_module(name).__dict__["time"] = _Impatient()
     defaults = import_module("flwr.supercore.inflatable.inflatable_utils").pull_objects.__kwdefaults__
     defaults["initial_backoff"] = 0.1
 

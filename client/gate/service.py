@@ -26,6 +26,7 @@ from corymb.client.gate.app_pool import AppPool
 from corymb.client.gate.policy import Refusal, SitePolicy
 from corymb.client.gate.program import LOG, POLICY, SOCKET
 from corymb.client.gate.task import run_task
+from corymb.protocol.flower_tasks import look_often
 
 LOCK = "gate.lock"  # in the site's folder
 REST_SECONDS = 20.0  # without a task, after which a process for the next run is started
@@ -44,6 +45,7 @@ def serve(folder: Path) -> None:
     _prepare(pool, folder)
     for name in ("flwr.supernode.cli", "flwr.supernode.runtime.run_clientapp", "httpcore", "corymb.protocol.codec"):
         import_module(name)  # here, not in each task's process
+    look_often()
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))

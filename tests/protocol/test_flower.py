@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -29,7 +30,7 @@ from corymb.protocol.flower import (
     unchecked_messages,
 )
 from corymb.protocol.flower_control import ControlError, SuperLink
-from corymb.protocol.flower_tasks import MODULE, build_bundle, describe_task, load_app, look_often
+from corymb.protocol.flower_tasks import MODULE, POLLING, build_bundle, describe_task, load_app, look_often
 from corymb.protocol.message_file import from_bytes, to_pieces
 
 
@@ -99,11 +100,19 @@ def test_the_parts_of_flwr_serverapp_are_where_they_are_expected() -> None:
 def test_flower_looks_for_the_parts_of_a_message_as_often_as_it_is_told() -> None:
     pull = import_module("flwr.supercore.inflatable.inflatable_utils").pull_objects
     before = dict(pull.__kwdefaults__)
+    modules = [import_module(name) for name in POLLING]
+    assert all(module.time is time for module in modules)
     try:
         look_often()
+        began = time.monotonic()
+        modules[0].time.sleep(3)
+        assert time.monotonic() - began < 2
+        assert modules[1].time.monotonic() >= began
         assert pull.__kwdefaults__ == {**before, "initial_backoff": 0.1}
     finally:
         pull.__kwdefaults__.update(before)
+        for module in modules:
+            module.time = time  # type: ignore[attr-defined]
 
 
 def test_the_control_api_is_where_it_is_expected() -> None:
