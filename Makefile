@@ -65,7 +65,7 @@ reliability: $(VENV)/installed  ## inject faults and hostile replies, and count 
 	.peers/fedjax/bin/python -m pip install --quiet jax==0.10.2 jaxlib==0.10.2 fedjax==0.0.17
 	@touch $@
 
-BENCHMARKS := simulators rules population aggregation codec deployment
+BENCHMARKS := simulators rules population aggregation codec deployment deployment_round
 bench: $(VENV)/installed .peers/installed  ## race the peers, in environments of their own (.peers); fails where a bar is missed
 	@missed=; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || missed="$$missed $$name"; done; \
 	if [ -n "$$missed" ]; then echo "Missed bars in:$$missed" >&2; exit 1; fi

@@ -55,6 +55,7 @@ def provision(
     sites = ["north", "south", "east"]
     """
     from corymb.client.gate.policy import template
+    from corymb.protocol.certificates import WARN_DAYS
     from corymb.server.deployment.federation import FederationSettings, read
     from corymb.server.deployment.provision import Federation
     from corymb.server.deployment.site_list import with_site
@@ -85,7 +86,7 @@ def provision(
         console.print(f"Wrote the kits of the server and of {', '.join(new)} into {federation.folder}.")
         console.print(f"Give each site its folder in {federation.folder / 'sites'}, and keep authority/ offline.")
     for name, days in federation.days_left().items():
-        if days < 30:
+        if days < WARN_DAYS:
             console.print(f"warning: the certificate of {name} is valid for {days:.0f} more days; renew it.")
 
 

@@ -24,6 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 AUTHORITY, TLS, TASKS, SITE = "authority", "server", "tasks", "site"  # the roles, as organisational units
 Key = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
+WARN_DAYS = 30  # before a certificate expires
 LEEWAY = timedelta(minutes=10)  # for clocks that are behind
 
 
@@ -34,14 +35,12 @@ def new_key() -> Key:
 
 def write_key(path: Path, key: Key) -> None:
     """Write `key`, readable for this user only. Raises `FileExistsError` if the file exists."""
-    path.touch(mode=0o600, exist_ok=False)
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    _write_secret(path, key, PrivateFormat.PKCS8)
 
 
 def write_site_key(path: Path, key: Key) -> None:
     """Write `key` in the format of OpenSSH, which Flower's SuperNode reads. Raises `FileExistsError` if it exists."""
-    path.touch(mode=0o600, exist_ok=False)
-    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    _write_secret(path, key, PrivateFormat.OpenSSH)
 
 
 def read_key(path: Path) -> Key:
@@ -160,6 +159,11 @@ def _builder(subject: x509.Name, key: ec.EllipticCurvePublicKey, days: int) -> x
 def _subject(name: str, role: str) -> x509.Name:
     unit = x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role)
     return x509.Name([unit, x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _write_secret(path: Path, key: Key, form: PrivateFormat) -> None:
+    path.touch(mode=0o600, exist_ok=False)
+    path.write_bytes(key.private_bytes(Encoding.PEM, form, NoEncryption()))
 
 
 def _host(host: str) -> x509.GeneralName:

@@ -19,7 +19,6 @@ class NodeState:
     name: str
     status: str
     public_key: bytes
-    online_until: float
     last_activated_at: str
     last_deactivated_at: str
 
@@ -40,7 +39,7 @@ class SuperLink:
         answer = self._call("ListNodes", control_pb2.ListNodesRequest())
         return [
             NodeState(
-                node.node_id, node.name, node.status, node.public_key, node.online_until,
+                node.node_id, node.name, node.status, node.public_key,
                 node.last_activated_at or "", node.last_deactivated_at or "",
             )
             for node in answer.nodes_info

@@ -16,10 +16,18 @@ from http.client import HTTPException, HTTPSConnection
 from importlib.metadata import version
 from pathlib import Path
 
-from corymb.protocol.certificates import days_left, fingerprint, name_of, public_key_of, read_certificate, read_key
+from corymb.protocol.certificates import (
+    WARN_DAYS,
+    days_left,
+    fingerprint,
+    name_of,
+    public_key_of,
+    read_certificate,
+    read_key,
+)
 from corymb.protocol.findings import Fault, Finding, good
 from corymb.protocol.flower_control import ControlError
-from corymb.server.deployment.edge import write_edge
+from corymb.server.deployment.edge import nginx_program, write_edge
 from corymb.server.deployment.federation import ServerKit, SiteKit
 from corymb.server.deployment.run import superlink_of
 from corymb.server.deployment.status import status
@@ -29,7 +37,6 @@ LEAST_FREE = 1 << 30  # bytes, for three models of 100 MB and the SuperLink's co
 LEAST_UPLINK = 200_000  # bytes per second: below it, Flower gives up on its pieces of 5 MB
 PROBE = 2_000_000  # bytes that are sent to measure the uplink
 STALE_SECONDS = 60.0
-WARN_DAYS = 30
 
 
 def site_findings(folder: Path, kit: SiteKit) -> Iterator[Finding]:
@@ -197,7 +204,7 @@ def server_findings(folder: Path, kit: ServerKit) -> Iterator[Finding]:
 
 
 def _nginx(folder: Path, kit: ServerKit) -> Finding:
-    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    nginx = nginx_program()
     if nginx is None:
         return Finding(Fault.NGINX, "nginx is not installed; install it.")
     (folder / "var" / "log").mkdir(parents=True, exist_ok=True)

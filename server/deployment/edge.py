@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shutil
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,6 +13,11 @@ from corymb.server.deployment.federation import ServerKit
 
 HEALTH = "health"  # in var: for each site a file that says whether the SuperLink sees it online
 templates = Environment(loader=PackageLoader("corymb.server.deployment"), undefined=StrictUndefined, trim_blocks=True)
+
+
+def nginx_program() -> str | None:
+    """Return the path of nginx, which Debian puts where only root looks; None if it is not installed."""
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 
 def write_edge(folder: Path, kit: ServerKit) -> Path:

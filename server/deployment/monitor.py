@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from corymb.protocol.certificates import days_left, fingerprint, public_key_of, read_certificate
+from corymb.protocol.certificates import WARN_DAYS, days_left, fingerprint, public_key_of, read_certificate
 from corymb.protocol.flower_control import ControlError, NodeState, SuperLink, key_bytes
 from corymb.server.deployment.edge import HEALTH
 from corymb.server.deployment.federation import ServerKit, read_kit
@@ -24,7 +24,6 @@ from corymb.server.deployment.status import SITES
 
 log = logging.getLogger("corymb")
 POLL_SECONDS = 5.0
-WARN_DAYS = 30
 
 
 class Monitor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corymb.server.deployment.edge import write_edge
+from corymb.server.deployment.edge import nginx_program, write_edge
 from corymb.server.deployment.federation import ServerKit, SiteKit
 from corymb.server.deployment.status import SITES
 from corymb.server.supervisor_program import write_program
@@ -62,7 +61,7 @@ def server_processes(folder: Path, kit: ServerKit) -> list[Process]:
         Process("monitor", [sys.executable, "-m", "corymb.server.deployment.monitor", str(folder)], QUIET | ours),
     ]
     if kit.edge:
-        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+        nginx = nginx_program()
         if nginx is None:
             raise ValueError(
                 "nginx is not installed, which lets sites reach Flower's fleet API only; install it. For a trial in a "
