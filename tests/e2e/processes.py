@@ -11,21 +11,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from corymb.protocol.certificates import TLS, issue, make_authority, new_key, pem, write_key, write_site_key
 from corymb.simulations.grid.flower_simulation import terminate_all
 
 BIN = Path(sys.executable).parent
-PEM = serialization.Encoding.PEM
-NO_PASSWORD = serialization.NoEncryption()
 
 
 class Processes:
@@ -137,45 +131,17 @@ def until(condition: Any, seconds: float, what: str) -> Any:
 
 def write_certificates(folder: Path) -> None:
     """`ca.crt`, and `server.pem` with `server.key` for 127.0.0.1."""
-    ca_key, server_key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
-    server_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    usage = x509.KeyUsage(True, False, False, False, False, True, True, False, False)
-    ca = (
-        _certificate(ca_name, ca_name, ca_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .sign(ca_key, hashes.SHA256())
-    )
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))])
-    server = (
-        _certificate(server_name, ca_name, server_key.public_key())
-        .add_extension(names, critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    (folder / "ca.crt").write_bytes(ca.public_bytes(PEM))
-    (folder / "server.pem").write_bytes(server.public_bytes(PEM))
-    key = server_key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, NO_PASSWORD)
-    (folder / "server.key").write_bytes(key)
+    authority_key, server_key = new_key(), new_key()
+    authority = make_authority("test", authority_key, days=1)
+    hosts = ["localhost", "127.0.0.1"]
+    server = issue("server", TLS, server_key.public_key(), authority, authority_key, days=1, hosts=hosts)
+    (folder / "ca.crt").write_bytes(pem(authority))
+    (folder / "server.pem").write_bytes(pem(server))
+    write_key(folder / "server.key", server_key)
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + timedelta(days=1))
-    )
-
-
-def write_site_key(path: Path) -> None:
+def write_site_keys(path: Path) -> None:
     """A SuperNode's key pair, `path` and `path.pub`, as ssh-keygen writes one."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    path.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, NO_PASSWORD))
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.with_suffix(".pub").write_bytes(public)
+    key = new_key()
+    write_site_key(path, key)
+    path.with_suffix(".pub").write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))

@@ -13,7 +13,7 @@ from corymb.tests.e2e.processes import (
     processes,
     until,
     write_certificates,
-    write_site_key,
+    write_site_keys,
 )
 
 APP = str(Path(__file__).parent.parent.parent / "examples" / "quickstart")
@@ -77,7 +77,7 @@ def test_in_a_deployment_with_tls_and_node_keys(tmp_path: Path) -> None:
         until(lambda: started.succeeds("flwr", "list", "deployment"), 120, "the start of the SuperLink")
         for site in range(SITES):
             key = tmp_path / f"site-{site}"
-            write_site_key(key)
+            write_site_keys(key)
             register = ("flwr", "supernode", "register", f"{key}.pub", "deployment", "--name", f"site-{site}")
             until(lambda register=register: started.succeeds(*register), 120, f"the registration of site-{site}")
             started.start(
