@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from math import inf
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -16,30 +14,36 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from corymb.client.batches import Batch, Examples, count, evaluation_batches, size, training_batches
+from corymb.client.algorithms.memory_files import folder_of
+from corymb.client.batches import Batch, Examples, count, evaluation_batches, training_batches
 from corymb.client.device import choose_device
+from corymb.client.local_work import LocalWork
 from corymb.client.memory import answer_from_memory
-from corymb.client.trainer import Loss, evaluate, train
+from corymb.client.seen import Seen, completed_share, seconds_left, used_examples
+from corymb.client.tasks.task import Loss, Task, make_task, task_of_loss
+from corymb.client.trainer import evaluate
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.records import ARRAYS, DEADLINE, EXAMPLES, METRICS, ROUND, STEPS, of_kind
+from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, ROUND, STEPS, of_kind
+from corymb.protocol.task_settings import TaskSettings
 from corymb.protocol.train_settings import TrainSettings
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 
-TRAINING_SHARE = 0.8  # of the time until the deadline; the rest is for the upload
 Data = Callable[[Context], tuple[Examples, Examples | None]]
 
 
-def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.functional.cross_entropy) -> ClientApp:
+def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | None = None) -> ClientApp:
     """Return a ClientApp that trains and evaluates `model()` on the examples that `data(context)` returns.
 
     `data` returns the client's training and evaluation examples; the latter may be None. Both are datasets of
     (input, target), or DataLoaders. The app calls `data` for each message, so `data` should cache slow work.
-    `loss(outputs, targets)` returns a scalar. Examples may also be (input, input, ..., target), for a module with
+    `loss(outputs, targets)` returns a scalar; without it, the keys `task.*` of the run config decide (see
+    `TaskSettings`), by default classification. Examples may also be (input, input, ..., target), for a module with
     several inputs, or dicts: the module then gets the entries as keyword arguments, and the loss is called with the
     outputs and the dict. Outputs may be anything that the loss takes.
 
-    The app reads its settings from the keys `train.*` of the run config, the client's node config and the message's
-    config; a later one overrides an earlier one (see `TrainSettings`). The order of the batches and torch's random
+    The app reads its settings from the keys `train.*` and `task.*` of the run config, the client's node config and the
+    message's config; a later one overrides an earlier one (see `TrainSettings`). What `train.algorithm` and
+    `train.personal` keep at the client lies in files; see `memory_files`. The order of the batches and torch's random
     numbers depend on the seed, the client and the round only. The client is identified by `name` or `partition-id` in
     its node config, else by Flower's node id.
 
@@ -63,22 +67,33 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
         except Exception:  # some modules cannot be copied
             return _make_seeded(model, seed)
 
-    def prepare(message: Message, context: Context) -> tuple[nn.Module, TrainSettings, int]:
+    def prepare(message: Message, context: Context) -> _Prepared:
         configs = of_kind(message.content, ConfigRecord)
         settings = TrainSettings.read(context.run_config, context.node_config, *configs)
-        server_round = round_of(configs)
+        server_round, identity = round_of(configs), client_identity(context)
         device = choose_device(settings.device)
-        module = fresh_module(settings.seed)
-        module.load_state_dict(to_state(model_record(message.content)))
-        _seed_torch(derive_seed(settings.seed, client_identity(context), server_round), device)
-        return module.to(device), settings, server_round
+        task = (
+            task_of_loss(loss)
+            if loss is not None
+            else make_task(TaskSettings.read(context.run_config, context.node_config, *configs))
+        )
+        module = fresh_module(settings.seed).to(device)
+        extra = message.content.get(EXTRA)
+        work = LocalWork(
+            module, to_state(model_record(message.content)), to_state(extra) if isinstance(extra, ArrayRecord) else {},
+            settings, server_round, task, lambda: fresh_module(settings.seed), folder_of(context, identity),
+        )  # fmt: skip
+
+        def seeded() -> None:
+            _seed_torch(derive_seed(settings.seed, identity, server_round), device)
+
+        seeded()
+        return _Prepared(work, module, settings, server_round, task, seeded)
 
     @app.train()
     def _train(message: Message, context: Context) -> Message:
-        module, settings, server_round = prepare(message, context)
+        work, module, settings, server_round, _, seeded = prepare(message, context)
         examples, _ = data(context)
-        generator = batch_generator(settings.seed, client_identity(context), server_round)
-        batches = training_batches(examples, settings, generator, has_batch_norm(module))
         parameters = dict(module.named_parameters())
         states: list[dict[str, Tensor]] = []  # with batch_updates: the parameters at the start and after each batch
 
@@ -87,74 +102,56 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss = nn.
                 states.append(_on_cpu(parameters, copy=True))
 
         record_state()
-        seen = _Seen(batches, seconds_left(message))
-        metrics = train(module, seen, settings, loss, server_round, record_state)
+        drawn: list[Seen] = []
+        ends = time.monotonic() + seconds_left(message)
+
+        def batches(used: TrainSettings) -> Seen:
+            generator = batch_generator(settings.seed, client_identity(context), server_round)
+            own = training_batches(examples, used, generator, has_batch_norm(module))
+            drawn.append(Seen(own, ends - time.monotonic()))
+            return drawn[-1]
+
+        metrics, state, sent = work.train(batches, seeded, record_state)
+        seen = drawn[-1]  # of the shared model, which is trained last
         if seen.was_cut:
             metrics |= completed_share(examples, seen, settings)
         metrics |= _class_counts(examples) if settings.report_classes else {}
         metrics |= participation_metric(context)
-        used = _used(examples, seen, settings)
-        content = RecordDict({ARRAYS: to_arrays(_on_cpu(module.state_dict())), METRICS: _metrics(used, metrics)})
+        used = used_examples(examples, seen, settings)
+        content = RecordDict({ARRAYS: to_arrays(state), METRICS: _metrics(used, metrics)})
+        if sent:
+            content[EXTRA] = to_arrays(_on_cpu(sent))
         if settings.batch_updates:
             content[STEPS] = to_arrays({name: _differences([state[name] for state in states]) for name in parameters})
         return Message(content, reply_to=message)
 
     @app.evaluate()
     def _evaluate(message: Message, context: Context) -> Message:
-        module, settings, _ = prepare(message, context)
-        _, examples = data(context)
-        if examples is None:
+        work, module, settings, server_round, task, seeded = prepare(message, context)
+        own, examples = data(context)
+        if examples is None or not count(examples):
             return Message(RecordDict({METRICS: _metrics(0, {})}), reply_to=message)
-        seen = _Seen(evaluation_batches(examples))
-        metrics = evaluate(module, seen, settings, loss)
+
+        def batches(used: TrainSettings) -> Iterable[Batch]:
+            generator = batch_generator(settings.seed, client_identity(context), server_round)
+            return training_batches(own, used, generator, has_batch_norm(module))
+
+        seen = Seen(evaluation_batches(examples))
+        metrics = evaluate(work.evaluated(batches, seeded), seen, settings, task)
         return Message(RecordDict({METRICS: _metrics(seen.examples, metrics)}), reply_to=message)
 
     return app
 
 
-@dataclass
-class _Seen:
-    """Batches until `seconds` have passed, but at least one; and the number of batches and examples that were read."""
+class _Prepared(NamedTuple):
+    """A message with what it takes to answer it; `seeded()` seeds torch's generators."""
 
-    batches: Iterable[Batch]
-    seconds: float = inf
-    number: int = 0
-    examples: int = 0
-    was_cut: bool = False
-
-    def __iter__(self) -> Iterator[Batch]:
-        ends = time.monotonic() + self.seconds
-        for batch in self.batches:
-            if self.number and time.monotonic() > ends:
-                self.was_cut = True
-                return
-            self.number += 1
-            self.examples += size(batch)
-            yield batch
-
-
-def seconds_left(message: Message) -> float:
-    """Return for how many seconds a client may train: until `TRAINING_SHARE` of the time to the deadline has passed."""
-    deadlines = [record[DEADLINE] for record in of_kind(message.content, ConfigRecord) if DEADLINE in record]
-    if not deadlines or not isinstance(deadlines[0], (int, float)):
-        return inf
-    return TRAINING_SHARE * deadlines[0] - max(0.0, time.time() - message.metadata.created_at)
-
-
-def completed_share(examples: Examples, seen: _Seen, settings: TrainSettings) -> dict[str, float]:
-    """Return how much of its training a client has done, from 0 to 1, as the metric `completed`; nothing if unknown."""
-    known = count(examples)
-    if settings.steps is not None:
-        return {"completed": seen.number / settings.steps}
-    return {"completed": seen.examples / (known * (settings.epochs or 1))} if known else {}
-
-
-def _used(examples: Examples, seen: _Seen, settings: TrainSettings) -> int:
-    """Return the number of examples that the client trained on, each counted once."""
-    known = count(examples)
-    if known is not None:
-        return min(known, seen.examples) if seen.was_cut else known
-    return seen.examples if settings.steps is not None else seen.examples // (settings.epochs or 1)
+    work: LocalWork
+    module: nn.Module
+    settings: TrainSettings
+    server_round: int
+    task: Task
+    seeded: Callable[[], None]
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -195,7 +192,7 @@ def participation_metric(context: Context) -> dict[str, float]:
 
 def model_record(content: RecordDict) -> ArrayRecord:
     """Return the model in a message. Raises `ValueError` unless the message has exactly one ArrayRecord."""
-    records = of_kind(content, ArrayRecord)
+    records = [record for name, record in content.items() if isinstance(record, ArrayRecord) and name != EXTRA]
     if len(records) != 1:
         raise ValueError(f"The message has {len(records)} ArrayRecords; send exactly one, with the model.")
     return records[0]

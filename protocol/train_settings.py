@@ -13,6 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 from corymb.protocol.run_config import Scalar, flatten, nest
 from corymb.protocol.settings import Settings, problems
 
+# Methods that are all in what the clients do, so the rule is FedAvg.
+CLIENT_METHODS = ("moon", "ditto", "apfl", "fedper", "fedrep", "fedbn", "fine_tuning")
 PREFIX = "train."  # of all keys of these settings in a run config
 
 
@@ -50,6 +52,13 @@ class TrainSettings(Settings):
     """"auto" takes the best device of the machine; otherwise "cpu", "cuda", "cuda:0", "mps"."""
     seed: int = 0
     """Seeds the training of a deployment. An experiment uses `seeds` instead."""
+    algorithm: str = ""
+    """What a client does besides plain local training: "scaffold", "feddyn", "fednova", "moon", "ditto", "apfl",
+    "fedper", "fedrep", "fedbn", "fine_tuning", or "module:Class". Default: nothing."""
+    algorithm_options: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the algorithm, such as `pull` of "ditto"."""
+    personal: list[str] = Field(default_factory=list)
+    """Patterns of entries of the state dict that stay at the client, such as "head.*". ["*"] shares nothing."""
     batch_updates: bool = False
     """Also send the update of each batch, which FedDA and FedGP need from their target client."""
     report_classes: bool = False

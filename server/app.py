@@ -27,6 +27,7 @@ from torch import nn
 
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.run_config import flatten
+from corymb.protocol.shared_state import shared_state
 from corymb.server.journal import Journal
 from corymb.server.journal.models import APP, unfinished_run
 from corymb.server.settings import ServerSettings, runs_folder
@@ -74,9 +75,9 @@ def main(grid: Grid, context: Context) -> None:
         journal=journal,
         resume=resume,
     )
-    train = ConfigRecord({**flatten({"train": rule.train})})  # settings in a message override the run config
+    train = ConfigRecord({**flatten({"train": rule.train_table()})})  # settings in a message override the run config
     try:
-        arrays = to_arrays(module.state_dict())
+        arrays = to_arrays(shared_state(module, rule.train_under(settings.train)))
         strategy.start(grid, arrays, settings.rounds, settings.deadline, train_config=train)
     finally:
         if journal is not None:

@@ -3,97 +3,24 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError
 
 from corymb.protocol.home import home
 from corymb.protocol.run_config import nest
 from corymb.protocol.settings import Settings, problems
 from corymb.protocol.train_settings import TrainSettings
 from corymb.server.rounds.backup_workers import DynamicBackupWorkers
-from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.server.rounds.policy import Policy
 from corymb.server.rounds.round_size import RoundSize, WaitForShare
-from corymb.strategies import Rule, ServerOptimizer, make_rule
+from corymb.server.rule_settings import RuleSettings, rule_tables
 
 log = logging.getLogger("flwr.corymb")
-
-
-class ServerOptimizerSettings(Settings):
-    """The settings of a server optimiser; see `strategies.ServerOptimizer`."""
-
-    optimizer: str = "SGD"
-    """A class of `torch.optim`, or "Yogi"."""
-    learning_rate: float = 1.0
-    """The server's learning rate."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the optimiser, such as `momentum`."""
-
-    def make(self) -> ServerOptimizer:
-        """Return the server optimiser."""
-        return ServerOptimizer(self.optimizer, self.learning_rate, self.options)
-
-
-class RuleSettings(Settings):
-    """A rule, and the components that act after it. In place of the table, a name alone selects a rule."""
-
-    name: str
-    """A rule that `corymb rules` lists, or "module:name"."""
-    label: str = ""
-    """Replaces the name in tables and plots."""
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    """Parameters of the rule. A parameter that is itself a rule is a name, or a table with a name."""
-    train: dict[str, Any] = Field(default_factory=dict)
-    """Settings of `[train]` that differ under this rule."""
-    server_optimizer: ServerOptimizerSettings | None = None
-    """Applied to the rule's model."""
-    candidate_election: list[str | dict[str, Any]] | None = None
-    """Further rules, by name or as tables. In each round, the clients elect a model on their own data: the model of
-    this rule, that of a listed rule, or the model before the round."""
-
-    @model_validator(mode="after")
-    def _check(self) -> RuleSettings:
-        self.make()
-        self.make_server_optimizer()
-        self.make_election()
-        return self
-
-    def make(self) -> Rule[Any]:
-        """Return the rule."""
-        return make_rule(self.name, **self.parameters)
-
-    def make_server_optimizer(self) -> ServerOptimizer | None:
-        """Return the server optimiser, or None."""
-        return self.server_optimizer.make() if self.server_optimizer else None
-
-    def make_election(self) -> CandidateElection | None:
-        """Return the candidate election, or None."""
-        if self.candidate_election is None:
-            return None
-        tables = [{"name": rule} if isinstance(rule, str) else dict(rule) for rule in self.candidate_election]
-        return CandidateElection(tuple(make_rule(table.pop("name", ""), **table) for table in tables))
-
-    @property
-    def slug(self) -> str:
-        """The title in a form that is safe for a folder's name."""
-        return re.sub(r"[^A-Za-z0-9.=]+", "-", self.title)
-
-    @property
-    def title(self) -> str:
-        """The name of the rule in tables and plots."""
-        return self.label or self.name
-
-
-def rule_tables(rules: Any) -> Any:
-    """Convert a rule or a list of rules, each given by name or as a table, to a list of tables."""
-    listed = rules if isinstance(rules, (list, tuple)) else [rules]
-    return [{"name": rule} if isinstance(rule, str) else rule for rule in listed]
 
 
 class ShareSettings(Settings):

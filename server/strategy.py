@@ -50,6 +50,8 @@ class FlowerStrategy(RoundLoop):
     reply may do. Of the models that a rule sees together, at most `spill_bytes` are in memory, the rest in files. A
     round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
 
+    With `shares_nothing`, the model may be empty, as each client trains a model of its own.
+
     Five arguments have an effect only under this class's own `start()`: `max_abandoned` such rounds in a row end the
     run with `QuorumMissed`, with growing pauses between them. `round_size` decides how many replies a round waits for,
     `journal` stores each finished round, `resume` goes on after the last round in the journal, and `on_round` is called
@@ -86,6 +88,7 @@ class FlowerStrategy(RoundLoop):
         quorum: int = 0,
         policy: Policy | None = None,
         spill_bytes: float = SPILL_BYTES,
+        shares_nothing: bool = False,
         max_abandoned: int = 5,
         journal: Journal | None = None,
         resume: bool = False,
@@ -95,7 +98,7 @@ class FlowerStrategy(RoundLoop):
             raise TypeError(f"rule is {rule!r}; pass an instance of a rule, such as FedAU().")
         self.method = Method(
             rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed, quorum, policy,
-            spill_bytes,
+            spill_bytes, shares_nothing,
         )  # fmt: skip
         self.sampling = Sampling(
             fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed, min_train_nodes,
@@ -147,8 +150,10 @@ class FlowerStrategy(RoundLoop):
         out = self.state.guard.quarantined(server_round)
         connected, chosen = self.sampling.for_training(grid, server_round, out, self.busy, self.connected_before)
         self.connected_before = len(connected)
+        second = self.rule.second_vector(self.state.model.parameters, self.state.memory)
+        extra = None if second is None else to_arrays(self.state.model.layers.split(second))
         return self._phase.begin(
-            MessageType.TRAIN, server_round, config, connected, chosen, self._model_for, self._arrays
+            MessageType.TRAIN, server_round, config, connected, chosen, self._model_for, self._arrays, extra
         )
 
     def aggregate_train(

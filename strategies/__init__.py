@@ -13,6 +13,9 @@ from corymb.strategies.core.reply import Reply, Report
 from corymb.strategies.core.rule import Outcome, Rule
 from corymb.strategies.core.server_optimizer import ServerOptimizer
 from corymb.strategies.core.sighted import Mix, SightedRule
+from corymb.strategies.drift.feddyn import FedDyn
+from corymb.strategies.drift.fednova import FedNova
+from corymb.strategies.drift.scaffold import Scaffold
 from corymb.strategies.merging.fisher import FisherMerging
 from corymb.strategies.merging.greedy_soup import GreedySoup
 from corymb.strategies.merging.isotropic import IsoC, IsoCTS
@@ -57,8 +60,10 @@ __all__ = [
     "FedAU",
     "FedAvg",
     "FedDA",
+    "FedDyn",
     "FedGP",
     "FedLAW",
+    "FedNova",
     "FedVARP",
     "FisherMerging",
     "FoolsGold",
@@ -84,6 +89,7 @@ __all__ = [
     "Rule",
     "RunOff",
     "RunOffDistillation",
+    "Scaffold",
     "ServerOptimizer",
     "SightedRule",
     "TrimmedMean",

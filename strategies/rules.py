@@ -11,6 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from corymb.strategies.core.registry import Registry, unknown
 from corymb.strategies.core.rule import Rule
+from corymb.strategies.drift.feddyn import FedDyn
+from corymb.strategies.drift.fednova import FedNova
+from corymb.strategies.drift.scaffold import Scaffold
 from corymb.strategies.merging.fisher import FisherMerging
 from corymb.strategies.merging.greedy_soup import GreedySoup
 from corymb.strategies.merging.isotropic import IsoC, IsoCTS
@@ -47,6 +50,10 @@ RULES: dict[str, type[Rule[Any]]] = {
     "known_participation": KnownParticipation,
     "mifa": MIFA,
     "fedvarp": FedVARP,
+    # drift/: clients drift apart in their local steps
+    "scaffold": Scaffold,
+    "feddyn": FedDyn,
+    "fednova": FedNova,
     # weighting/: clients' data differ in quality or relevance
     "ida": IDA,
     "fedlaw": FedLAW,

@@ -28,6 +28,7 @@ REQUIRED_PARAMETERS: dict[str, dict[str, Any]] = {  # parameters without default
     "fedgp": {"target": "site-00"},
     "layerwise": {"rule": "median"},
 }
+NEEDED = {"rate-sum": 0.3, "step-weight": 3.0}  # metrics without which some rules' doors reject a reply
 RULES_WITHOUT_PROXY = {
     name: make_rule(name, **REQUIRED_PARAMETERS.get(name, {})) for name, kind in RULES.items() if not kind.needs_proxy
 }
@@ -51,7 +52,7 @@ def after(rule: Rule[Any], origin: Tensor, replies: list[Reply], memory: Any = N
 
 def content(state: State, examples: Any = 1, **metrics: float) -> RecordDict:
     """Return the content of a client's reply to a training message."""
-    record = MetricRecord({"num-examples": examples, **metrics})
+    record = MetricRecord({"num-examples": examples, **NEEDED, **metrics})
     return RecordDict({"arrays": to_arrays(state), "metrics": record})
 
 

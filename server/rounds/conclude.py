@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from flwr.app import Message
@@ -21,7 +22,7 @@ from corymb.server.rounds.rejections import Rejection, not_connected, quarantine
 from corymb.server.rounds.round import Round
 from corymb.server.rounds.spill import Spill
 from corymb.server.rounds.state import Cost, Method, RunState
-from corymb.strategies import Model, Reply, Report
+from corymb.strategies import Model, Outcome, Reply, Report
 from corymb.strategies.core.allocation import allocating
 from corymb.strategies.core.random_state import seeded_generators
 
@@ -57,7 +58,8 @@ def conclude(
     """
     method, requests = round.method, round.requests
     state = state.with_known_nodes(requests.nodes).with_known_nodes(requests.connected.values())
-    door = Door(state.model.layers, method.examples_key, method.rule.wants_batch_updates)
+    rule = method.rule
+    door = Door(state.model.layers, method.examples_key, rule.wants_batch_updates, rule.needs_metrics)
     checked = _Checked()
     admitted = _admitted(door, round, state, replies, checked)
     if method.policy is not None and method.policy.max_share < 1:
@@ -73,7 +75,7 @@ def conclude(
     if elects:  # its rules read them again
         admitted = iter(stored := list(admitted))
     with allocating(spill.matrix), seeded_generators(method.seed, round.number):  # a rule's draws can be repeated
-        outcome = method.rule.aggregate(state.model, admitted, state.memory, state.known_nodes, method.proxy)
+        outcome = _outcome(method, state, admitted)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | {name: float(count) for name, count in checked.unread.items()}
     absent = state.known_nodes.difference(requests.nodes, requests.connected.values())
@@ -96,6 +98,15 @@ def conclude(
     if outcome.model is state.model:
         return concluded, record
     return _after_rule(method, concluded, record, outcome.model, stored, door, evaluate)
+
+
+def _outcome(method: Method, state: RunState, replies: Iterator[Reply]) -> Outcome[Any]:
+    """Return what the rule makes of `replies`; the same model and memory if the clients share nothing."""
+    if method.shares_nothing and not state.model.layers.entries:
+        for _ in replies:
+            pass
+        return Outcome(state.model, state.memory)
+    return method.rule.aggregate(state.model, replies, state.memory, state.known_nodes, method.proxy)
 
 
 def conclude_evaluation(

@@ -32,12 +32,14 @@ class Door:
     """The check of replies that hold a model of the given `layout`.
 
     `examples_key` is the metric with a client's number of examples. `wants_batch_updates(node)` decides whether the
-    door reads the updates of single batches in this node's reply.
+    door reads the updates of single batches in this node's reply. `needs_metrics` are positive numbers that the rule
+    needs in every reply.
     """
 
     layout: Layout
     examples_key: str = EXAMPLES
     wants_batch_updates: Callable[[str], bool] = lambda node: False
+    needs_metrics: tuple[str, ...] = ()
 
     def admit(self, node: str, message: Message) -> Reply | Rejection:
         """Return the admitted reply to a training message, or its rejection. Cheap checks come first."""
@@ -46,6 +48,9 @@ class Door:
                 return rejection_of_error(node, message)
             records = list(message.content.items())
             report = self._report(node, records)
+            if lacking := [name for name in self.needs_metrics if not report.metrics.get(name, 0.0) > 0]:
+                reason = f"it lacks the metric {lacking[0]!r}, a positive number; set train.algorithm to the rule's"
+                raise Refused(Code.METRICS, reason)
             arrays = _only(records, ArrayRecord, ignored=STEPS)
             row = row_in(arrays, self.layout)
             if row is not None and row.bound <= LARGEST_NUMBER:  # the block of the row has computed this bound

@@ -21,6 +21,7 @@ class Code(StrEnum):
     ERROR = "error"  # the client replied with an error
     RECORDS = "records"  # not exactly one ArrayRecord and one MetricRecord, or the content is unreadable
     EXAMPLES = "examples"  # the metric with the number of examples is not a whole number in its range
+    METRICS = "metrics"  # a metric that the rule needs is missing
     NAMES = "names"  # a tensor is missing, or is not in the model
     SHAPE = "shape"
     DTYPE = "dtype"

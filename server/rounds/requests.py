@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from corymb.protocol.flower import unchecked_messages
-from corymb.protocol.records import ARRAYS, CONFIG, NONCE, ROUND
+from corymb.protocol.records import ARRAYS, CONFIG, EXTRA, NONCE, ROUND
 from corymb.server.rounds.arrivals import arrivals
 from corymb.server.rounds.round import Requests
 from corymb.strategies import Model
@@ -46,16 +46,17 @@ class Phase:
 
     def begin(
         self, kind: str, server_round: int, config: ConfigRecord, connected: Nodes, nodes: Nodes,
-        model_for: Callable[[str], Model], arrays_of: ArraysOf,
+        model_for: Callable[[str], Model], arrays_of: ArraysOf, extra: ArrayRecord | None = None,
     ) -> list[Message]:  # fmt: skip
         """Begin a phase: return a message for each of `nodes`, to be pushed by the caller.
 
-        Each message has the arrays of the model `model_for(name)`, and a copy of `config` with the round's number.
+        Each message has the arrays of the model `model_for(name)`, a copy of `config` with the round's number, and the
+        rule's second vector `extra`, if there is one.
         """
         self.connected = {node_id: name for name, node_id in connected.items()}
         self.config, self.server_round = config.copy(), server_round
         self.config[ROUND] = server_round
-        self._messages = self._create(nodes, model_for, arrays_of, kind, str(server_round))
+        self._messages = self._create(nodes, model_for, arrays_of, kind, str(server_round), extra)
         return list(self._messages)
 
     @property
@@ -84,7 +85,13 @@ class Phase:
         yield from Requests.of(messages, self.connected).named(arrivals(grid, sent, timeout))
 
     def _create(
-        self, nodes: Nodes, model_for: Callable[[str], Model], arrays_of: ArraysOf, kind: str, group: str
+        self,
+        nodes: Nodes,
+        model_for: Callable[[str], Model],
+        arrays_of: ArraysOf,
+        kind: str,
+        group: str,
+        extra: ArrayRecord | None = None,
     ) -> list[Message]:
         """Return one message per node. Nodes that receive the same model share one content.
 
@@ -97,6 +104,8 @@ class Phase:
         messages: dict[str, Message] = {}
         for model, names in models.values():
             content = RecordDict({self.keys.arrays: arrays_of(model), self.keys.config: self.config})
+            if extra is not None:
+                content[EXTRA] = extra
             messages |= zip(names, unchecked_messages(content, [nodes[n] for n in names], kind, group), strict=True)
         return [messages[name] for name in nodes]
 

@@ -59,8 +59,8 @@ class Method:
     A round with fewer than `quorum` admitted replies leaves the state as it was.
     `examples_key` is the metric with a client's number of examples. While a rule aggregates, the global random
     generators of Python, numpy and torch are seeded with `seed` and the round's number. A rule that sees all models has
-    at most `spill_bytes` of them in memory, and the rest in files. Raises `ValueError` if a rule
-    needs a proxy and there is none.
+    at most `spill_bytes` of them in memory, and the rest in files. With `shares_nothing`, the model may be empty.
+    Raises `ValueError` if a rule needs a proxy and there is none.
     """
 
     rule: Rule[Any]
@@ -73,6 +73,7 @@ class Method:
     quorum: int = 0
     policy: Policy | None = None
     spill_bytes: float = inf
+    shares_nothing: bool = False
 
     def __post_init__(self) -> None:
         others = self.candidate_election.rules if self.candidate_election else ()
@@ -92,6 +93,8 @@ class Method:
 
     def check(self, model: Model) -> None:
         """Raise `ValueError` if `model` has no parameters, or not those of the proxy's module."""
+        if self.shares_nothing and not model.layers.entries:
+            return
         if not model.parameters.numel():
             raise ValueError(
                 "The model has no tensor of floating-point numbers, and rules aggregate no others; send float tensors."

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from corymb.client import TrainSettings
 from corymb.protocol.settings import Settings, problems
-from corymb.server.settings import RuleSettings, rule_tables
+from corymb.server.rule_settings import RuleSettings, rule_tables
 from corymb.simulations.data.attacks import AttackSettings
 from corymb.simulations.data.data_attacks import ShuffledLabels
 from corymb.simulations.data.participation_settings import AlwaysSettings, ParticipationSettings
@@ -109,12 +109,7 @@ class Experiment(Settings):
 
     def train_for(self, rule: RuleSettings) -> TrainSettings:
         """Return the settings of local training under `rule`."""
-        if not rule.train:
-            return self.train
-        base = self.train.model_dump(exclude_defaults=True)
-        if rule.train.keys() & {"epochs", "steps"}:  # these two exclude each other
-            base = {key: value for key, value in base.items() if key not in ("epochs", "steps")}
-        return TrainSettings(**{**base, **rule.train})
+        return rule.train_under(self.train)
 
     def honest(self) -> Experiment:
         """Return this experiment without hostile clients."""

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 from corymb.client import make_client_app
 from corymb.protocol.run_config import flatten
 from corymb.server.app import main as run_server
-from corymb.server.settings import RuleSettings
+from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.sources import DataSettings
 from corymb.simulations.experiments.experiment import Experiment

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from corymb.client.device import choose_device
-from corymb.server.settings import RuleSettings
+from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Source
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer
 from corymb.simulations.experiments.experiment import Experiment

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from corymb.protocol.settings import Settings
-from corymb.server.settings import RuleSettings
+from corymb.server.rule_settings import RuleSettings
 
 
 class ExperimentRule(RuleSettings):

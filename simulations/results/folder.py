@@ -18,7 +18,7 @@ import tomli_w
 
 from corymb.server import Journal, RoundRecord
 from corymb.server.journal.rows import committed
-from corymb.server.settings import RuleSettings
+from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.experiments.experiment import Experiment
 
 CONFIG, SUMMARY = "config.toml", "summary.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from corymb.server.settings import RuleSettings
+from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.experiments.resolved import Resolved
 from corymb.simulations.results.folder import FinishedRun, scores
 from corymb.simulations.results.never_counted import never_counted

@@ -22,6 +22,7 @@ from corymb.simulations.scaffold.fixtures import (
     make_proxy,
     one_round,
     replies_to,
+    with_needed_metrics,
     with_parts,
 )  # fmt: skip
 from corymb.strategies import Layout, Outcome, Rule, SightedRule
@@ -201,7 +202,8 @@ def check_proxy_unchanged(rule: Rule[Any]) -> None:
     values = [proxy.inputs, proxy.labels, *proxy.module.state_dict().values()]
     before = [value.clone() for value in values]
     modes = [module.training for module in proxy.module.modules()]
-    rule.aggregate(origin, replies_to(origin), rule.initial(), (), proxy)
+    replies = [with_needed_metrics(reply, rule) for reply in replies_to(origin)]
+    rule.aggregate(origin, replies, rule.initial(), (), proxy)
     require(all(map(torch.equal, before, values)), f"{rule}: it modifies the proxy data or the proxy module.")
     require(
         modes == [m.training for m in proxy.module.modules()],

@@ -63,7 +63,14 @@ def one_round(rule: Rule[Any], origin: Model, replies: list[Reply], memory: Any 
     known = [f"site-{i:02d}" for i in range(CLIENTS)]
     proxy = make_proxy(origin.parameters.dtype)
     memory = rule.initial() if memory is None else memory
+    replies = [with_needed_metrics(reply, rule) for reply in replies]
     return rule.aggregate(origin, replies, memory, options.get("known", known), proxy)
+
+
+def with_needed_metrics(reply: Reply, rule: Rule[Any]) -> Reply:
+    """Return `reply` with the metrics without which the door rejects it."""
+    needed = {name: abs(reply.report.metrics.get("steps", 1.0)) for name in rule.needs_metrics}
+    return replace(reply, report=replace(reply.report, metrics={**needed, **reply.report.metrics}))
 
 
 def learnt_vector(rule: Rule[Any], outcome: Outcome[Any]) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar, final
+from typing import Any, ClassVar, Generic, TypeVar, final
+
+from torch import Tensor
 
 from corymb.strategies.core.layout import Model
 from corymb.strategies.core.proxy import Proxy
@@ -40,6 +42,8 @@ class Rule(ABC, Generic[M]):
     kind: ClassVar[str]
     privacy_modes: ClassVar[tuple[str, ...]] = ("clear",)
     needs_proxy: ClassVar[bool] = False  # the rule needs proxy data at the server
+    client_algorithm: ClassVar[str] = ""  # the algorithm that the clients must run; see `corymb.client`
+    needs_metrics: ClassVar[tuple[str, ...]] = ()  # positive numbers without which the door rejects a reply
     preserves_consensus: ClassVar[bool] = True  # if all replies are the same model, it is the next model
     shift_equivariant: ClassVar[bool] = True  # a shift of the origin and all replies shifts the next model equally
     scale_equivariant: ClassVar[bool] = True  # scaling the origin and all replies scales the next model equally
@@ -55,6 +59,14 @@ class Rule(ABC, Generic[M]):
     def wants_batch_updates(self, node: str) -> bool:
         """Return whether the rule uses the updates of single batches from `node`."""
         return False
+
+    def client_options(self) -> dict[str, Any]:
+        """Return the settings that the clients' algorithm shares with the rule."""
+        return {}
+
+    def second_vector(self, origin: Tensor, memory: M) -> Tensor | None:
+        """Return a vector `[P]` that goes to every client beside the model; by default none."""
+        return None
 
     def model_for(self, node: str, origin: Model, memory: M) -> Model:
         """Return the model that `node` trains from: the global model, unless the rule keeps several models."""
@@ -79,7 +91,17 @@ class Rule(ABC, Generic[M]):
             raise ValueError(f"{type(self).__name__} needs proxy data, but the server has none; set `proxy`.")
         if not origin.parameters.numel():
             raise ValueError("The model has no parameters, so there is nothing to aggregate.")
+        if self.needs_metrics:
+            replies = self._with_metrics(replies)
         return self._aggregate(origin, replies, memory, frozenset(known), proxy)
+
+    def _with_metrics(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        """Yield `replies`. Raises `ValueError` for one that lacks a metric; in a run, the door has rejected it."""
+        for reply in replies:
+            if lacking := [name for name in self.needs_metrics if not reply.report.metrics.get(name, 0.0) > 0]:
+                raise ValueError(f"{self} needs the metric {lacking[0]!r}, and {reply.report.node} reports none.")
+            yield reply
+            del reply
 
     @abstractmethod
     def _aggregate(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from corymb.client import make_client_app
-from corymb.client.trainer import correct_share
+from corymb.client.tasks.task import correct_share
 from corymb.server import FlowerStrategy
 from corymb.simulations import LocalGrid
 from corymb.strategies import FedAvg

@@ -20,7 +20,7 @@ from corymb.server import FlowerStrategy, Journal, NoReplyAdmitted, RoundRecord
 from corymb.server.journal.files import sha256
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import IDA, FedAU, FedAvg, Median, Rule, TrimmedMean
-from corymb.tests.support import RULES_WITHOUT_PROXY, State, content, reply
+from corymb.tests.support import NEEDED, RULES_WITHOUT_PROXY, State, content, reply
 
 numbers = st.floats(-1e3, 1e3, width=32)
 
@@ -262,7 +262,7 @@ def test_a_model_that_overflows_is_discarded() -> None:
     )
     assert arrays is not None
     assert torch.equal(to_state(arrays)["w"], origin["w"])
-    assert metrics == {"loss": 1.0}
+    assert metrics == {"loss": 1.0, **NEEDED}
 
 
 def test_aggregating_before_configuring_raises_an_error() -> None:

@@ -30,7 +30,7 @@ from corymb.strategies.core.proxy import Loss
 from corymb.strategies.participation.fedau import Attendance
 from corymb.strategies.robust.foolsgold import dissimilarity_weights
 from corymb.testing import check_rule
-from corymb.tests.support import REQUIRED_PARAMETERS
+from corymb.tests.support import NEEDED, REQUIRED_PARAMETERS
 
 
 def replies(**values: list[float]) -> list[Reply]:
@@ -174,7 +174,7 @@ def one_round(
     torch.manual_seed(0)
     origin = Layout.of_module(module).flatten(module.state_dict())
     size = origin.parameters.numel()
-    clients = [Reply.of(f"site-{i:02d}", origin.parameters + 0.1 * torch.randn(size), 5) for i in range(8)]
+    clients = [Reply.of(f"site-{i:02d}", origin.parameters + 0.1 * torch.randn(size), 5, NEEDED) for i in range(8)]
     rule = make_rule(name, **REQUIRED_PARAMETERS.get(name, {}))
     proxy = Proxy(module, torch.randn(40, 3), targets, loss)
     return rule.aggregate(origin, clients, rule.initial(), proxy=proxy).model

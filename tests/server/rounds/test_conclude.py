@@ -33,7 +33,7 @@ from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.simulations.scaffold.fixtures import make_module, make_proxy
 from corymb.strategies import RULES, FedAvg, Layout, Median, Rule, ServerOptimizer, make_rule
 from corymb.strategies.core.serialization import pack_memory
-from corymb.tests.support import REQUIRED_PARAMETERS
+from corymb.tests.support import NEEDED, REQUIRED_PARAMETERS
 
 NAMES = [f"site-{i:02d}" for i in range(5)]  # the target of FedDA and FedGP is one of them
 LAYOUT = Layout.of_module(make_module())
@@ -68,7 +68,7 @@ def reply_to(message: Message, planned_reply: PlannedReply) -> Message:
         sent["0.bias"] = torch.full_like(sent["0.bias"], torch.nan)
     if wrong == "shape":
         sent["0.bias"] = torch.zeros(99)
-    metrics: dict[str, Any] = {"num-examples": examples, "loss": 1.0 + seed, "accuracy": 0.5, "steps": 3}
+    metrics: dict[str, Any] = {"num-examples": examples, "loss": 1.0 + seed, "accuracy": 0.5, "steps": 3, **NEEDED}
     return Message(RecordDict({"arrays": to_arrays(sent), "metrics": MetricRecord(metrics)}), reply_to=message)
 
 

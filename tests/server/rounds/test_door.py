@@ -21,7 +21,7 @@ from corymb.server.rounds.door import Door
 from corymb.server.rounds.rejections import Rejection
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg, Layout, Reply
-from corymb.tests.support import RULES_WITHOUT_PROXY, content, reply
+from corymb.tests.support import NEEDED, RULES_WITHOUT_PROXY, content, reply
 
 SIZE = 1_000_000  # 4 MB of float32, so that an extra copy is visible in the memory use
 HOSTILE = 3
@@ -179,7 +179,7 @@ def test_a_good_reply_is_admitted_without_a_copy() -> None:
     assert isinstance(admitted, Reply)
     assert admitted.parts[0].data_ptr() == state["w"].data_ptr()
     assert admitted.report.examples == 5
-    assert admitted.report.metrics == {"accuracy": 0.5}  # a bad metric drops the metric, not the update
+    assert admitted.report.metrics == {"accuracy": 0.5, **NEEDED}  # a bad metric drops the metric, not the update
 
 
 STEPS = {"w": torch.full((2, SIZE), 0.5), "b": torch.ones(2, 3)}
@@ -234,11 +234,11 @@ def test_the_number_and_names_of_metrics_are_bounded() -> None:
     report = Door(Layout.of({})).admit_metrics("a", reply(1000, content({}, 1, **names)))
     assert not isinstance(report, Rejection)
     assert len(report.metrics) == 100
-    assert all(name.startswith("metric-") for name in report.metrics)
+    assert all(name.startswith("metric-") for name in report.metrics.keys() - NEEDED.keys())
     classes = {f"examples-of-class-{c}": 1.0 for c in range(5000)}
     report = Door(Layout.of({})).admit_metrics("a", reply(1000, content({}, 1, **classes, participation=0.5)))
     assert not isinstance(report, Rejection)
-    assert len(report.metrics) == 1001
+    assert len(report.metrics) == 1001 + len(NEEDED)
     assert report.metrics["participation"] == 0.5
 
 

@@ -1,0 +1,1 @@
+"""What a client does besides plain local training: one file per method."""

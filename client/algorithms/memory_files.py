@@ -1,0 +1,63 @@
+"""What a client keeps between rounds: one safetensors file per round, of which the last two stay.
+
+A file names the round after which it was written, so a round that is repeated, after a crash or when a run is resumed,
+starts from the memory before it. Flower's Context is not used: a SuperNode keeps it in memory and cuts a large one off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from flwr.app import Context
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from corymb.protocol.home import home
+
+FOLDER = "clients"  # in `home()`
+PLACE = "client-memory"  # key of the run config with the folder for all clients of a run
+KEPT_FILES = 2
+
+
+def folder_of(context: Context, client: object) -> Path:
+    """Return the folder of what `client` keeps in the run of `context`.
+
+    It lies in the folder that the run config names as `client-memory`, by default `~/.corymb/clients/RUN-ID`.
+    """
+    place = context.run_config.get(PLACE)
+    root = Path(str(place)) if place else home() / FOLDER / str(context.run_id)
+    return root / hashlib.sha256(str(client).encode()).hexdigest()[:16]
+
+
+def recall(folder: Path, server_round: int) -> dict[str, Tensor]:
+    """Return what the client kept after a round up to `server_round`; nothing if there is none."""
+    for number, path in reversed(_files(folder)):
+        if number <= server_round:
+            with suppress(SafetensorError, OSError):  # a file that a crash has torn
+                loaded: dict[str, Tensor] = load_file(path)
+                return loaded
+    return {}
+
+
+def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor]) -> None:
+    """Keep `memory` after round `server_round`."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{server_round:06d}.safetensors"
+    part = path.with_suffix(".part")
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in memory.items()}, part)
+    os.replace(part, path)
+    before = [old for number, old in _files(folder) if number <= server_round]
+    for old in before[:-KEPT_FILES]:
+        old.unlink()
+
+
+def _files(folder: Path) -> list[tuple[int, Path]]:
+    try:
+        return sorted((int(path.stem), path) for path in folder.iterdir() if path.suffix == ".safetensors")
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,149 @@
+"""A client's work on one message: the module, what stays at the client, and the client algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corymb.client.algorithms.algorithm import ClientAlgorithm, Correction, Local, Memory, Term, inside
+from corymb.client.algorithms.known import make_algorithm
+from corymb.client.algorithms.memory_files import keep, recall
+from corymb.client.batches import Batch, outputs_and_targets
+from corymb.client.tasks.task import Task
+from corymb.client.trainer import precision, train
+from corymb.protocol.shared_state import fixed_names, personal_names
+from corymb.protocol.train_settings import TrainSettings
+
+PERSONAL = "personal"  # prefix of personal entries in a client's memory
+
+
+def algorithm_of(settings: TrainSettings) -> ClientAlgorithm:
+    """Return the client algorithm of `settings`."""
+    return make_algorithm(settings.algorithm, settings.algorithm_options)
+
+
+class LocalWork:
+    """The work of one client with `settings` in a round.
+
+    `module` is a new module, `received` the entries that travel, `extra` the rule's second vector by parameter name,
+    and `folder` holds what the client keeps. Raises `ValueError` if the received entries are not those that the
+    settings share.
+    """
+
+    def __init__(
+        self, module: nn.Module, received: Mapping[str, Tensor], extra: Mapping[str, Tensor], settings: TrainSettings,
+        server_round: int, task: Task, new_module: Callable[[], nn.Module], folder: Path,
+    ) -> None:  # fmt: skip
+        self._settings, self._round, self._task, self._folder = settings, server_round, task, folder
+        self._module, self._received, self._extra, self._new_module = module, received, extra, new_module
+        self.algorithm = algorithm_of(settings)
+        self._personal = personal_names(module, settings)
+        self._check(self._personal | fixed_names(module))
+
+    def _check(self, home: Collection[str]) -> None:
+        expected = set(self._module.state_dict()) - set(home)
+        if missing := expected - self._received.keys():
+            raise ValueError(f"The received model lacks {min(missing)!r}; send all that is not personal.")
+        if unknown := self._received.keys() - expected:
+            reason = "which stays at the client" if min(unknown) in home else "which the client's model does not have"
+            raise ValueError(f"The received model has {min(unknown)!r}, {reason}; begin with client.shared_state().")
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether the client keeps something between rounds."""
+        return bool(self._personal or self._settings.algorithm)
+
+    def _local(self, server_round: int, fit: Any) -> Local:
+        memory = recall(self._folder, server_round) if self.keeps_memory else {}
+        self._module.load_state_dict({**self._module.state_dict(), **self._received, **inside(PERSONAL, memory)})
+        start = {name: t.detach().clone() for name, t in self._received.items() if t.is_floating_point()}
+        return Local(
+            self._module, self._settings, self._round, fit, self._new_module, self._loss, start, memory, self._extra
+        )
+
+    def _loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        with precision(self._settings, next(module.parameters()).device):
+            return self._task.loss(*outputs_and_targets(module, batch))
+
+    def train(
+        self, batches: Callable[[TrainSettings], Any], seeded: Callable[[], None], after_step: Callable[[], None]
+    ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
+        """Train, keep what the algorithm keeps, and return the metrics, the entries that travel, and the second vector.
+
+        `batches(settings)` draws the batches of the round, the same in every call; `seeded()` seeds torch's generators.
+        `after_step` is called after each step of the shared model.
+        """
+        local = self._local(self._round - 1, self._fit(batches, seeded, after_step))
+        offset, pull = self._correction(local)
+        if offset or pull:
+            correction = Correction(offset, pull, local.start)
+            metrics = local.fit(local.module, correction)
+        else:
+            metrics = self.algorithm.train(local)
+        metrics |= self.algorithm.reports(self._settings, self._round, int(metrics["steps"]))
+        state = {name: tensor.detach() for name, tensor in local.module.state_dict().items()}
+        if self.keeps_memory:
+            kept = {**self._remembered(local, metrics), **local.kept}
+            kept |= {f"{PERSONAL}.{name}": state[name] for name in self._personal}
+            if kept:
+                keep(self._folder, self._round, kept)
+        return metrics, {name: state[name].cpu() for name in self._received}, local.sent
+
+    def evaluated(self, batches: Callable[[TrainSettings], Any], seeded: Callable[[], None]) -> nn.Module:
+        """Return the module that the client evaluates."""
+        return self.algorithm.evaluated(self._local(self._round, self._fit(batches, seeded, lambda: None)))
+
+    def _fit(
+        self, batches: Callable[[TrainSettings], Any], seeded: Callable[[], None], after_shared: Callable[[], None]
+    ) -> Any:
+        def fit(
+            module: nn.Module, correction: Correction | None = None, term: Term | None = None,
+            settings: TrainSettings | None = None, after_step: Callable[[Batch], None] = lambda batch: None,
+        ) -> dict[str, float]:  # fmt: skip
+            used = settings or self._settings
+
+            def stepped(batch: Batch) -> None:
+                after_step(batch)
+                if module is self._module:
+                    after_shared()
+
+            seeded()
+            return train(module, batches(used), used, self._task, self._round, stepped, correction, term)
+
+        return fit
+
+    def _correction(self, local: Local) -> tuple[dict[str, Tensor], float]:
+        """Return the correction of an algorithm that trains in blocks, by parameter name."""
+        if not self.algorithm.trains_in_blocks:
+            return {}, 0.0
+        offset, pull = self.algorithm.correction(local.memory, self._vector(self._extra))
+        return {} if offset is None else self._by_name(offset), pull
+
+    def _remembered(self, local: Local, metrics: Mapping[str, float]) -> Memory:
+        if not self.algorithm.trains_in_blocks or not self._received:
+            return {}
+        start, end = self._vector(local.start), self._vector(dict(local.module.named_parameters()))
+        assert start is not None
+        assert end is not None
+        path = self._settings.rate(self._round) * metrics["steps"]
+        return self.algorithm.remember(local.memory, self._vector(self._extra), start, end, path)
+
+    def _shared(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self._module.named_parameters() if name in self._received]
+
+    def _vector(self, values: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the shared parameters in `values` as one vector on the CPU; None if there are no values."""
+        if not values:
+            return None
+        if not self._received:
+            return torch.zeros(0)
+        return torch.cat([values[name].detach().flatten().float().cpu() for name, _ in self._shared()])
+
+    def _by_name(self, vector: Tensor) -> dict[str, Tensor]:
+        shared = self._shared()
+        pieces = vector.split([p.numel() for _, p in shared])
+        return {name: piece.view_as(p) for (name, p), piece in zip(shared, pieces, strict=True)}

@@ -1,0 +1,1 @@
+"""What a model predicts: losses, metrics, and their sums over batches."""

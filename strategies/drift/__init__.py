@@ -1,0 +1,1 @@
+"""Rules for clients that drift apart during their local steps; each has an algorithm at the clients."""
