@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def check_rule(rule: Rule[Any]) -> None:
     The requirements are those on all rules (order of replies, empty rounds, stored memory, dtypes, ...) and the
     properties that the rule declares: `preserves_consensus`, `shift_equivariant`, `scale_equivariant`, `tolerates`. The
     test clients are "site-00" to "site-10" and report the metrics "loss", "accuracy" and "steps", with a different
-    value each. The rule gets proxy data with a small classifier.
+    value each; and positive numbers for `needs_metrics`. The rule gets proxy data with a small classifier.
     """
     for check in CHECKS:
         check(rule)
@@ -34,7 +34,7 @@ def check_flower_start(rule: Rule[Any]) -> None:
     """Flower's own `Strategy.start` gives the same model and memory as `FlowerStrategy.start`."""
     results = []
     for start in (FlowerStrategy.start, Strategy.start):
-        grid = LocalGrid(_noisy_app(), [f"site-{i:02d}" for i in range(CLIENTS)])
+        grid = LocalGrid(_noisy_app(rule.needs_metrics), [f"site-{i:02d}" for i in range(CLIENTS)])
         layout = Layout.of_module(make_module())
         strategy = FlowerStrategy(
             rule, fraction_evaluate=0, proxy=make_proxy(), buffers=[entry.name for entry in layout.buffers]
@@ -48,8 +48,8 @@ def check_flower_start(rule: Rule[Any]) -> None:
     checks.require(same, f"{rule}: Flower's own Strategy.start gives a different model or memory.")
 
 
-def _noisy_app() -> ClientApp:
-    """Return an app whose clients add their own random numbers to the model that they receive."""
+def _noisy_app(needed: Iterable[str]) -> ClientApp:
+    """Return an app whose clients add their own random numbers to the model, and report the `needed` metrics."""
     app = ClientApp()
 
     @app.train()
@@ -64,6 +64,7 @@ def _noisy_app() -> ClientApp:
         }
         metrics = MetricRecord(
             {"num-examples": 3 + client, "accuracy": 0.5, "loss": float(len(rounds)), "steps": 1.0 + client}
+            | dict.fromkeys(needed, 1.0 + client)
         )
         return Message(RecordDict({"arrays": to_arrays(state), "metrics": metrics}), reply_to=message)
 

@@ -205,10 +205,8 @@ def check_proxy_unchanged(rule: Rule[Any]) -> None:
     replies = [with_needed_metrics(reply, rule) for reply in replies_to(origin)]
     rule.aggregate(origin, replies, rule.initial(), (), proxy)
     require(all(map(torch.equal, before, values)), f"{rule}: it modifies the proxy data or the proxy module.")
-    require(
-        modes == [m.training for m in proxy.module.modules()],
-        f"{rule}: it changes the training mode of the proxy module.",
-    )
+    same_modes = modes == [m.training for m in proxy.module.modules()]
+    require(same_modes, f"{rule}: it changes the training mode of the proxy module.")
 
 
 def check_resumed_run(rule: Rule[Any]) -> None:
