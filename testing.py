@@ -62,10 +62,8 @@ def _noisy_app(needed: Iterable[str]) -> ClientApp:
             name: t + 0.1 * torch.rand(t.shape, generator=generator) if t.is_floating_point() else t
             for name, t in to_state(arrays).items()
         }
-        metrics = MetricRecord(
-            {"num-examples": 3 + client, "accuracy": 0.5, "loss": float(len(rounds)), "steps": 1.0 + client}
-            | dict.fromkeys(needed, 1.0 + client)
-        )
+        own = {"num-examples": 3 + client, "accuracy": 0.5, "loss": float(len(rounds)), "steps": 1.0 + client}
+        metrics = MetricRecord({**own, **dict.fromkeys(needed, 1.0 + client)})
         return Message(RecordDict({"arrays": to_arrays(state), "metrics": metrics}), reply_to=message)
 
     return app

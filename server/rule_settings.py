@@ -12,6 +12,8 @@ from corymb.protocol.train_settings import CLIENT_METHODS, TrainSettings
 from corymb.server.rounds.candidate_election import CandidateElection
 from corymb.strategies import Rule, ServerOptimizer, make_rule
 
+LOCAL = "local"
+
 
 class ServerOptimizerSettings(Settings):
     """The settings of a server optimiser; see `strategies.ServerOptimizer`."""
@@ -99,13 +101,15 @@ def rule_tables(rules: Any) -> Any:
     """Convert a rule or a list of rules, each given by name or as a table, to a list of tables.
 
     The name of a client algorithm, such as "ditto", stands for FedAvg with this algorithm at the clients; the
-    parameters are then the algorithm's.
+    parameters are then the algorithm's. "local" is the baseline in which clients share nothing.
     """
     listed = rules if isinstance(rules, (list, tuple)) else [rules]
     return [_with_algorithm({"name": rule} if isinstance(rule, str) else rule) for rule in listed]
 
 
 def _with_algorithm(table: Any) -> Any:
+    if isinstance(table, dict) and table.get("name") == LOCAL:
+        return {"label": LOCAL, **table, "name": "fedavg", "train": {"personal": ["*"], **table.get("train", {})}}
     if not isinstance(table, dict) or table.get("name") not in CLIENT_METHODS:
         return table
     name, options = table["name"], table.get("parameters", {})

@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.parquet import read_parquet
 from corymb.simulations.data.tables import TABLES, Rows, read_table
+from corymb.simulations.data.targets import CLASSES, as_targets, strata_of
 
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that readers use; see `DataSettings`."""
+    """The settings that readers use; see `DataSettings`, and `TaskSettings` for `kind`."""
 
-    label: str | None = None
+    label: str | list[str] | None = None
     site: str | None = None
+    kind: str = "classification"  # of the task
+    integers: bool = False
     positive_above: float | None = None
     test_fraction: float = 0.2
     split_seed: int | None = None
@@ -61,6 +64,19 @@ def _kind(file: Path) -> str:
     return "idx" if file.name.removesuffix(".gz").endswith("-ubyte") else file.suffix
 
 
+def made(inputs: NDArray[Any], targets: NDArray[Any], options: Options, **more: Any) -> Examples:
+    """Return examples of raw arrays: bytes are pixels and scaled, unless inputs stay integers."""
+    made_targets = as_targets(targets, options.kind)
+    strata = strata_of(made_targets, options.kind)
+    return Examples(_inputs(inputs, options), made_targets, strata=strata, **more)
+
+
+def _inputs(inputs: NDArray[Any], options: Options) -> torch.Tensor:
+    if options.integers and inputs.dtype.kind in "iu":
+        return torch.from_numpy(inputs.astype(np.int64))
+    return scaled_pixels(inputs) if inputs.dtype == np.uint8 else torch.tensor(inputs, dtype=torch.float32)
+
+
 def digits() -> Examples:
     """Return the 1,797 digits of scikit-learn as 8x8 pixels from 0 to 1, `[n, 1, 8, 8]`."""
     from sklearn.datasets import load_digits
@@ -92,12 +108,7 @@ def _npz(path: Path, options: Options) -> Source:
     with np.load(path, allow_pickle=False) as arrays:
 
         def examples(suffix: str) -> Examples:
-            inputs, targets = arrays[f"x{suffix}"], class_numbers(arrays[f"y{suffix}"])
-            is_pixels = inputs.dtype == np.uint8
-            return Examples(
-                scaled_pixels(inputs) if is_pixels else torch.tensor(inputs, dtype=torch.float32),
-                torch.from_numpy(targets),
-            )
+            return made(arrays[f"x{suffix}"], arrays[f"y{suffix}"], options)
 
         if "x_train" in arrays:
             offsets = arrays.get("offsets")
@@ -114,16 +125,17 @@ def _npy(path: Path, options: Options) -> Source:
     def array(name: str, mapped: bool = False) -> Any:
         return np.load(path / f"{name}.npy", mmap_mode="c" if mapped else None, allow_pickle=False)
 
-    inputs, test = channels_first(array("x_train", mapped=True)), array("x_test")
-    if inputs.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"the array x_train is {inputs.dtype}; save it as uint8 or float32")
+    inputs = array("x_train", mapped=True)
+    inputs = inputs if options.integers else channels_first(inputs)
+    fitting = (np.dtype(np.int64),) if options.integers else (np.dtype(np.uint8), np.dtype(np.float32))
+    if inputs.dtype not in fitting:
+        raise ValueError(f"the array x_train is {inputs.dtype}; save it as {' or '.join(map(str, fitting))}")
     offsets = array("offsets").astype(np.int64) if (path / "offsets.npy").is_file() else None
-    test_inputs = scaled_pixels(test) if test.dtype == np.uint8 else torch.tensor(test, dtype=torch.float32)
+    targets = as_targets(array("y_train"), options.kind)
+    strata = strata_of(targets, options.kind)
     return Source(
-        Examples(
-            torch.from_numpy(inputs), torch.from_numpy(class_numbers(array("y_train"))), offsets=offsets, is_mapped=True
-        ),
-        Examples(test_inputs, torch.from_numpy(class_numbers(array("y_test")))),
+        Examples(torch.from_numpy(inputs), targets, offsets=offsets, is_mapped=True, strata=strata),
+        made(array("x_test"), array("y_test"), options),
     )
 
 
@@ -146,22 +158,12 @@ def scaled_pixels(inputs: NDArray[Any]) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(channels_first(inputs)).astype(np.float32) / 255)
 
 
-def class_numbers(labels: NDArray[Any]) -> NDArray[np.int64]:
-    """Return `labels [n]` or `[n, 1]` as int64, `[n]`. Raises `ValueError` for fractions and other shapes."""
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iufb" or (labels != np.floor(labels)).any():
-        raise ValueError(
-            f"the labels are {labels.dtype}{[*labels.shape]}; give one class number, a whole number, per input"
-        )
-    return labels.astype(np.int64)
-
-
 def _parquet(path: Path, options: Options) -> Source:
     def examples(files: list[Path]) -> tuple[Examples, str]:
+        if isinstance(options.label, list):
+            raise ValueError("parquet files have one label column; name one in data.label")
         inputs, targets, label = read_parquet(files, options.label)
-        pixels = scaled_pixels(inputs) if inputs.dtype == np.uint8 else torch.from_numpy(inputs)
-        return Examples(pixels, torch.from_numpy(targets)), f"The label is the column {label!r}."
+        return made(inputs, targets, options), f"The label is the column {label!r}."
 
     if path.is_file():
         table, note = examples([path])
@@ -177,10 +179,16 @@ def _table(path: Path, options: Options) -> Source:
     """Read one table, or one table per site."""
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in TABLES)
     rows = Rows.of([read_table(file, options.label, options.site) for file in files]).complete()
-    targets, notes = rows.classes(options.positive_above)
+    return source_of_rows(rows, options)
+
+
+def source_of_rows(rows: Rows, options: Options) -> Source:
+    """Split the rows of tables, and standardise their columns."""
+    labels, notes = rows.classes(options.positive_above) if options.kind in CLASSES else (rows.labels, ())
+    targets = as_targets(labels, options.kind)
     inputs = torch.tensor(rows.inputs, dtype=torch.float64)
-    source = split(Examples(inputs, torch.from_numpy(targets), rows.sites), options)
-    return replace(standardised(source), notes=(*rows.notes, *notes))
+    examples = Examples(inputs, targets, rows.sites, strata=strata_of(targets, options.kind))
+    return replace(standardised(split(examples, options)), notes=(*rows.notes, *notes))
 
 
 def standardised(source: Source) -> Source:
@@ -203,7 +211,7 @@ def split(examples: Examples, options: Options) -> Source:
     order: list[int] = list(range(len(examples)))
     if options.split_seed is not None:
         order = np.random.default_rng(options.split_seed).permutation(len(examples)).tolist()
-    targets = examples.targets.tolist()
+    targets = examples.labels.tolist() if options.kind != "tokens" else [0] * len(examples)
     strata: dict[object, list[int]] = {}
     for row in order:
         strata.setdefault((examples.sites and examples.sites[row], targets[row]), []).append(row)

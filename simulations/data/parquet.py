@@ -17,7 +17,7 @@ IMAGES = ("image", "img")  # names of the column of encoded images
 LABELS = ("fine_label",)  # of CIFAR-100, which also has a coarse one
 
 
-def read_parquet(files: Sequence[Path], label: str | None) -> tuple[NDArray[Any], NDArray[np.int64], str]:
+def read_parquet(files: Sequence[Path], label: str | None) -> tuple[NDArray[Any], NDArray[Any], str]:
     """Return the inputs, the labels `[n]` and the label column's name of parquet `files`, read as one table.
 
     Inputs are the number columns, `[n, d]` float32, or, if there is a column of encoded images called `image` or
@@ -43,7 +43,7 @@ def read_parquet(files: Sequence[Path], label: str | None) -> tuple[NDArray[Any]
     image = next((name for name in IMAGES if name in names), None)
     columns = read([name for name in names if name != image])
     target = list(columns)[column_of(files[0], list(columns), label, "label")]
-    labels = np.array(columns.pop(target), dtype=np.int64)
+    labels = np.array(columns.pop(target))
     if image is None:
         try:
             return np.array(list(columns.values()), dtype=np.float32).T, labels, target

@@ -53,7 +53,7 @@ class DirichletSettings(_Disjoint):
 
     def parts(self, train: Examples, rng: np.random.Generator) -> list[Rows]:
         """See `partition.dirichlet`."""
-        return dirichlet(train.targets.numpy(), self.clients, rng, self.alpha)
+        return dirichlet(train.labels.numpy(), self.clients, rng, self.alpha)
 
 
 class ShardsSettings(_Disjoint):
@@ -70,7 +70,7 @@ class ShardsSettings(_Disjoint):
 
     def parts(self, train: Examples, rng: np.random.Generator) -> list[Rows]:
         """See `partition.shards`."""
-        return shards(train.targets.numpy(), self.clients, rng, self.shards_per_client)
+        return shards(train.labels.numpy(), self.clients, rng, self.shards_per_client)
 
 
 class IidSettings(_Disjoint):
@@ -80,7 +80,7 @@ class IidSettings(_Disjoint):
 
     def parts(self, train: Examples, rng: np.random.Generator) -> list[Rows]:
         """See `partition.iid`."""
-        return iid(train.targets.numpy(), self.clients, rng)
+        return iid(np.zeros(len(train), dtype=np.int64), self.clients, rng)
 
 
 class SiteSettings(Settings):
@@ -120,7 +120,7 @@ class DrawnSettings(Settings):
 
     def populate(self, train: Examples, rng: np.random.Generator) -> NamedPopulation:
         """Return the clients' names and examples."""
-        rows, offsets = drawn(train.targets.numpy(), self.clients, rng, self.examples, self.sigma, self.alpha)
+        rows, offsets = drawn(train.labels.numpy(), self.clients, rng, self.examples, self.sigma, self.alpha)
         return client_names(self.clients), Population(train, offsets, torch.from_numpy(rows))
 
 

@@ -50,7 +50,9 @@ class Population:
 
     def labels(self, classes: int) -> NDArray[np.float64]:
         """Return the share of each class in each client's examples, `[N, C]`."""
-        targets = self.store.targets if self.rows is None else self.store.targets[self.rows]
+        if classes == 1:
+            return np.ones((len(self), 1))
+        targets = self.store.labels if self.rows is None else self.store.labels[self.rows]
         clients = np.repeat(np.arange(len(self)), self.sizes)
         counts = np.bincount(clients * classes + targets.numpy(), minlength=len(self) * classes).reshape(-1, classes)
         shares: NDArray[np.float64] = counts / counts.sum(axis=1, keepdims=True)
@@ -59,11 +61,18 @@ class Population:
     def with_client(self, examples: Examples) -> Population:
         """Return this population with one more client, which has `examples`."""
         rows = self.rows if self.rows is not None else torch.arange(int(self.offsets[-1]))
-        store = Examples(
-            torch.cat([self.store.inputs, examples.inputs]), torch.cat([self.store.targets, examples.targets])
-        )
+        both = [self.store, examples]
+        strata = None if self.store.strata is None else torch.cat([each.labels for each in both])
+        inputs, targets = (torch.cat([getattr(each, part) for each in both]) for part in ("inputs", "targets"))
+        store = Examples(inputs, targets, strata=strata)
         new_rows = torch.arange(len(self.store), len(store))
         return Population(store, np.append(self.offsets, self.offsets[-1] + len(examples)), torch.cat([rows, new_rows]))
+
+    def with_pool(self, clients: Sequence[int]) -> Population:
+        """Return this population with one more client, which has the examples of all `clients`."""
+        rows = self.rows if self.rows is not None else torch.arange(int(self.offsets[-1]))
+        pool = torch.cat([rows[int(self.offsets[k]) : int(self.offsets[k + 1])] for k in clients])
+        return Population(self.store, np.append(self.offsets, self.offsets[-1] + len(pool)), torch.cat([rows, pool]))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -73,7 +82,7 @@ class Population:
         return int(self.offsets[client + 1] - self.offsets[client])
 
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
-        """Return a client's inputs `[n, ...]` and targets `[n]`, as views of the store where possible."""
+        """Return a client's inputs `[n, ...]` and targets `[n, ...]`, as views of the store where possible."""
         span = slice(int(self.offsets[client]), int(self.offsets[client + 1]))
         places = span if self.rows is None else self.rows[span].to(self.store.targets.device)
         return self.store.inputs_at(places), self.store.targets[places]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 
 from corymb.protocol.settings import Settings
-from corymb.simulations.data.examples import Examples, Source
+from corymb.simulations.data.conversion import as_source
+from corymb.simulations.data.examples import Source
 from corymb.simulations.data.formats import SPLIT, Options, digits, format_at, split
 from corymb.strategies.core.registry import Registry
 
@@ -29,10 +29,13 @@ class DataSettings(Settings):
     """"digits", the path of a file or folder, a function "module:name", or a name that a package registers in the
     entry-point group `corymb.data`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the function, which returns a `Source` or `(x_train, y_train, x_test, y_test)`."""
-    label: str | None = None
-    """The column of a table that holds the label. Default: the column called label, target, y or class, else the
-    last."""
+    """Arguments of the function, which returns a `Source`, arrays `(x_train, y_train, x_test, y_test)` or `(x, y)`, one
+    torch dataset or two, a pandas frame, or a dataset of Hugging Face."""
+    label: str | list[str] | None = None
+    """The column of a table that holds the label, or a list of columns, such as time and event for survival. Default:
+    the column called label, target, y or class, else the last."""
+    integers: bool = False
+    """Integer inputs stay integers, as an embedding needs them; always so for tokens."""
     site: str | None = None
     """The column of a table that holds each row's site, for `partition.kind = "site"`. It is not an input."""
     positive_above: float | None = None
@@ -43,12 +46,12 @@ class DataSettings(Settings):
     """Draws the test set by this seed. Default: every k-th example of each site and class."""
     examples: int | None = Field(None, ge=1)
     """The number of training examples, drawn by the seed. Default: all."""
-    mean: float = 0.0
-    """Inputs become `(input - mean) / deviation`."""
-    deviation: float = Field(1.0, gt=0)
+    mean: float | tuple[float, ...] = 0.0
+    """Inputs become `(input - mean) / deviation`; a list has one number per channel."""
+    deviation: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = 1.0
     """See `data.mean`."""
 
-    def load(self) -> Source:
+    def load(self, kind: str = "classification") -> Source:
         """Read the source. Runs with the same data settings share one copy in memory.
 
         A folder contains idx files (with MNIST's names, gzipped or not), train*.parquet and test*.parquet, the arrays
@@ -61,14 +64,15 @@ class DataSettings(Settings):
         Pixels of bytes are scaled to 0 to 1, in every format. For partition.kind = "site", arrays may have `offsets
         [N + 1]` from 0 beside `y_train`: the contiguous ranges of examples of N sites.
 
-        Raises `ValueError` for data that do not exist or cannot be read, and for settings that do not apply to them.
+        `kind` is that of the task. Raises `ValueError` for data that do not exist or cannot be read, and for settings
+        that do not apply to them.
         """
         settings = self.model_copy(update={"examples": None}).model_dump_json(exclude_defaults=True)
-        return _load_cached(settings, _file_versions(Path(self.source).expanduser()))
+        return _load_cached(settings, kind, _file_versions(Path(self.source).expanduser()))
 
-    def _load(self) -> Source:
+    def _load(self, kind: str) -> Source:
         try:
-            source = self._read()
+            source = self._read(kind)
         except UnknownData:
             raise
         except Exception as error:  # readers and user functions may raise anything
@@ -81,24 +85,25 @@ class DataSettings(Settings):
         train, test = (part.normalised(self.mean, self.deviation) for part in (source.train, source.test))
         return Source(train, test, source.notes)
 
-    def _read(self) -> Source:
+    def _read(self, kind: str) -> Source:
         path = Path(self.source).expanduser()
         if self.source == DIGITS:
             self._reject_settings("the digits", SPLIT)
-            return split(digits(), self._options())
+            return split(digits(), self._options(kind))
         if path.exists():
             file_format = format_at(path)
             self._reject_settings(file_format.name, file_format.options)
-            return file_format.read(path, self._options())
+            return file_format.read(path, self._options(kind))
         if ":" in self.source or self.source in SOURCES.names():
-            self._reject_settings("a function", {"options"})
-            return _as_source(SOURCES.find(self.source)(**self.options))
+            self._reject_settings("a function", {"options", "label", "site"} | SPLIT)
+            return as_source(SOURCES.find(self.source)(**self.options), self._options(kind))
         raise UnknownData(
             f"There is no data at {self.source!r}; give the path of a file or folder, {DIGITS!r}, or 'module:function'."
         )
 
-    def _options(self) -> Options:
-        return Options(self.label, self.site, self.positive_above, self.test_fraction, self.split_seed)
+    def _options(self, kind: str) -> Options:
+        integers = self.integers or kind == "tokens"
+        return Options(self.label, self.site, kind, integers, self.positive_above, self.test_fraction, self.split_seed)
 
     def _reject_settings(self, kind: str, applicable: set[str] | frozenset[str]) -> None:
         """Raise `UnknownData` if a setting is given that is not `applicable` to this `kind` of source."""
@@ -109,27 +114,12 @@ class DataSettings(Settings):
 
 
 @lru_cache(maxsize=2)
-def _load_cached(settings: str, versions: tuple[tuple[str, int, int], ...]) -> Source:
+def _load_cached(settings: str, kind: str, versions: tuple[tuple[str, int, int], ...]) -> Source:
     """Load the data of `settings`, given as JSON; `versions` invalidate the cache when a file changes."""
-    return DataSettings.model_validate_json(settings)._load()
+    return DataSettings.model_validate_json(settings)._load(kind)
 
 
 def _file_versions(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Return the name, modification time (ns) and size (bytes) of every file at `path`."""
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
     return tuple((file.name, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
-
-
-def _as_source(result: Any) -> Source:
-    """Convert the `result` of a user's function to a `Source`."""
-    if isinstance(result, Source):
-        return result
-    try:
-        train_inputs, train_targets, test_inputs, test_targets = map(torch.as_tensor, result)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"the function returned a {type(result).__name__}; return a Source or (x_train, y_train, x_test, y_test)"
-        ) from None
-    return Source(
-        Examples(train_inputs.float(), train_targets.long()), Examples(test_inputs.float(), test_targets.long())
-    )

@@ -21,7 +21,8 @@ MISSING = ("", "?", "nan", "na", "n/a", "null")  # in any case
 
 @dataclass(frozen=True)
 class Table:
-    """One file: `inputs [n, d]` with NaN for missing cells, `labels [n]`, and the names of the columns, if it has any.
+    """One file: `inputs [n, d]` with NaN for missing cells, `labels [n]` or `[n, L]`, and the names of the columns,
+    if it has any.
 
     `label` names the label's column, or says where it is. `sites [n]` are the values of the site column, if any.
     """
@@ -67,7 +68,8 @@ class Rows:
         """Drop columns with too many missing cells, then rows with any. Raises `ValueError` if no row is left."""
         columns = np.isnan(self.inputs).mean(axis=0) <= MAX_MISSING
         inputs = self.inputs[:, columns]
-        complete = ~(np.isnan(inputs).any(axis=1) | np.isnan(self.labels))
+        missing = np.isnan(np.column_stack([inputs, self.labels])).any(axis=1)
+        complete: NDArray[np.bool_] = np.asarray(~missing)
         if not complete.any():
             raise ValueError(f"none of the {len(inputs)} rows is complete; fill in the missing cells")
         notes = list(self.notes)
@@ -118,8 +120,10 @@ def _in_order(table: Table, first: Table) -> Floats:
     return table.inputs[:, [table.names.index(name) for name in first.names]]
 
 
-def read_table(path: Path, label: str | None, site: str | None = None) -> Table:
+def read_table(path: Path, label: str | list[str] | None, site: str | None = None) -> Table:
     """Read a comma-separated file, with or without a header line; `site` names a column with each row's site.
+
+    Several columns in `label` give several labels per row.
 
     Raises `ValueError` for an empty or ragged table, a cell that is not a number, and an unknown column.
     """
@@ -129,8 +133,9 @@ def read_table(path: Path, label: str | None, site: str | None = None) -> Table:
         raise ValueError(f"the table {path} is empty; give rows of numbers")
     names = None if all(_is_number(cell) for cell in numbered[0][1]) else [cell.strip() for cell in numbered.pop(0)[1]]
     _check_shape(path, names, [line for _, line in numbered])
-    target = column_of(path, names, label, "label")
-    places = {target % len(numbered[0][1])}
+    labels = label if isinstance(label, list) else [label]
+    targets = [column_of(path, names, each, "label") for each in labels]
+    places = {each % len(numbered[0][1]) for each in targets}
     notes, sites = [], None
     if site is not None:
         place = column_of(path, names, site, "site")
@@ -142,13 +147,14 @@ def read_table(path: Path, label: str | None, site: str | None = None) -> Table:
         places.add(0)
         notes.append(f"Dropped the first column of {path.name}, the row numbers that pandas writes.")
     kept = [place for place in range(len(numbered[0][1])) if place not in places]
-    cells = np.array([[_number(path, names, n, line, place) for place in (*kept, target)] for n, line in numbered])
+    cells = np.array([[_number(path, names, n, line, place) for place in (*kept, *targets)] for n, line in numbered])
+    columns = " and ".join(repr(names[each]) for each in targets) if names else ""
     return Table(
         path,
-        cells[:, :-1],
-        cells[:, -1],
+        cells[:, : -len(targets)],
+        cells[:, -1] if len(targets) == 1 else cells[:, -len(targets) :],
         tuple(names[place] for place in kept) if names else None,
-        f"the column {names[target]!r}" if names else "the last column",
+        f"the column {columns}" if names else "the last column",
         sites,
         tuple(notes),
     )

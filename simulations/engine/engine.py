@@ -63,6 +63,8 @@ def obstacle(settings: TrainSettings, device: torch.device) -> str | None:
 
     bfloat16 on a CPU is an obstacle because it is slower than float32 there.
     """
+    if settings.algorithm or settings.personal:
+        return "blocks support no client algorithm and no personal layers"
     if settings.batch_updates or settings.report_classes:
         return "blocks do not support batch_updates and report_classes"
     if settings.precision not in (("float32",) if device.type == "cpu" else ("float32", "bfloat16")):

@@ -7,8 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from corymb.client import TrainSettings
+from corymb.client.local_work import algorithm_of
+from corymb.client.tasks.task import make_task
 from corymb.protocol.settings import Settings, problems
-from corymb.server.rule_settings import RuleSettings, rule_tables
+from corymb.protocol.task_settings import TaskSettings
+from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.attacks import AttackSettings
 from corymb.simulations.data.data_attacks import ShuffledLabels
 from corymb.simulations.data.participation_settings import AlwaysSettings, ParticipationSettings
@@ -23,6 +26,7 @@ from corymb.simulations.experiments.settings import (
     ProxySettings,
     RaySettings,
     TargetSettings,
+    experiment_rules,
 )
 
 
@@ -56,7 +60,7 @@ class Experiment(Settings):
     results."""
     setting: str = ""
     """One line that describes the experiment in tables of results."""
-    rules: Annotated[list[ExperimentRule], BeforeValidator(rule_tables), Field(min_length=1)]
+    rules: Annotated[list[ExperimentRule], BeforeValidator(experiment_rules), Field(min_length=1)]
     """The rules to compare, by name or as tables."""
     data: DataSettings = DataSettings()
     """Where the examples come from."""
@@ -66,8 +70,10 @@ class Experiment(Settings):
     """Which clients are online in each round."""
     model: ModelSettings = ModelSettings()
     """The model."""
+    task: TaskSettings = TaskSettings()
+    """What the model predicts."""
     train: TrainSettings = TrainSettings()
-    """Local training, with cross-entropy as the loss."""
+    """Local training."""
     proxy: ProxySettings = ProxySettings()
     """The server's own data."""
     attack: AttackSettings = ShuffledLabels()
@@ -95,12 +101,18 @@ class Experiment(Settings):
         for rule in self.rules:
             if rule.make().needs_proxy and not self.proxy.examples:
                 raise ValueError(f"the rule {rule.title!r} needs proxy data; set proxy.examples")
+        if self.evaluate.new_clients and not self.evaluate.clients:
+            raise ValueError(f"evaluate.new_clients = {self.evaluate.new_clients} needs evaluate.clients = true")
+        if self.engine == "ray" and (self.evaluate.clients or any(rule.pooled for rule in self.rules)):
+            raise ValueError("engine = 'ray' has no evaluate.clients and no rule 'central'; use another engine")
         if self.train.seed:
             raise ValueError(f"train.seed = {self.train.seed} has no effect in an experiment; set seeds")
         if self.target.examples:
             _check_train(self.target_train, "target.train.")
+        make_task(self.task)
         for index, rule in enumerate(self.rules):
             _check_train(lambda rule=rule: self.train_for(rule), f"rules.{index}.train.")
+            algorithm_of(self.train_for(rule))
         return self
 
     def target_train(self) -> TrainSettings:

@@ -10,8 +10,12 @@ import torch
 from torch import nn
 
 from corymb.client.device import choose_device
+from corymb.client.tasks.task import Task, make_task
+from corymb.protocol.shared_state import personal_names
+from corymb.protocol.task_settings import TaskSettings
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Source
+from corymb.simulations.data.targets import outputs_of
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.models import make_model
@@ -19,16 +23,16 @@ from corymb.simulations.experiments.scenario import Scenario, participation_of, 
 from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.strategies import Layout
 
-Key = tuple[int, bool]  # a seed, and whether the hostile clients attack
+Key = tuple[int, bool, bool]  # a seed, whether the hostile clients attack, and whether the data are pooled
 
 
 @dataclass(frozen=True)
 class Resolved:
     """What all runs of an experiment share.
 
-    `scenarios` has the clients of each seed and, for rules with `attacked = false`, the same clients without hostile
-    ones. `model()` returns a new module with this `layout`. `trainer` makes the trainer of an engine; it is None if
-    the engine trains clients one by one.
+    `scenarios` has the clients of each seed; for rules with `attacked = false`, also without hostile ones, and for
+    rules with `pooled`, also with one client that has all examples. `model()` returns a new module with this `layout`.
+    `trainer` makes the trainer of an engine; it is None if the engine trains clients one by one.
     """
 
     experiment: Experiment
@@ -37,11 +41,12 @@ class Resolved:
     model: Callable[[], nn.Module]
     layout: Layout
     device: torch.device
+    task: Task
     trainer: TrainerMaker | None
 
     def key(self, rule: RuleSettings, seed: int) -> Key:
         """Return the key of the scenario that `rule` runs on with `seed`."""
-        return seed, is_attacked(self.experiment, rule)
+        return seed, is_attacked(self.experiment, rule), is_pooled(rule)
 
     def scenario(self, rule: RuleSettings, seed: int) -> Scenario:
         """Return the scenario that `rule` runs on with `seed`."""
@@ -61,7 +66,7 @@ class Resolved:
 
     def hostile_names(self, seed: int) -> set[str]:
         """Return the names of the hostile clients of `seed`; an empty set if no rule is attacked."""
-        scenario = self.scenarios.get((seed, True))
+        scenario = self.scenarios.get((seed, True, False))
         return set(scenario.hostile_names) if scenario else set()
 
 
@@ -70,31 +75,52 @@ def is_attacked(experiment: Experiment, rule: RuleSettings) -> bool:
     return not (experiment.attack.clients and isinstance(rule, ExperimentRule) and not rule.attacked)
 
 
+def is_pooled(rule: RuleSettings) -> bool:
+    """Return whether `rule` trains one client that has all examples."""
+    return isinstance(rule, ExperimentRule) and rule.pooled
+
+
 def resolve(experiment: Experiment) -> Resolved:
     """Read the data, draw the clients of each seed, and check the model, the devices and the training engine.
 
     Raises `ValueError` if any of these is missing, invalid or does not fit the others.
     """
-    source = experiment.data.load()
+    source = experiment.data.load(experiment.task.kind)
     shape = tuple(source.train.inputs.shape[1:])
-    model = partial(make_model, experiment.model.kind, shape, source.classes, **experiment.model.options)
+    parts = (source.train, source.test)
+    outputs = max(outputs_of(part.targets, part.inputs, experiment.task) for part in parts)
+    model = partial(make_model, experiment.model.kind, shape, outputs, **experiment.model.options)
+    task = make_task(experiment.task)
     with torch.random.fork_rng(devices=[]):
         module = model().eval()
     try:
         with torch.no_grad():
-            nn.functional.cross_entropy(module(source.test.inputs[:2]), torch.zeros(2).long())
+            task.loss(module(source.test.inputs_at(slice(0, 2))), source.test.targets[:2])
     except Exception as error:
         raise ValueError(f"The model {experiment.model.kind!r} does not fit the data: {error}.") from error
     for rule in experiment.rules:
         choose_device(experiment.train_for(rule).device)
     device = choose_device(experiment.train.device)
-    attacked = sorted({is_attacked(experiment, rule) for rule in experiment.rules})
+    kinds = sorted({(is_attacked(experiment, rule), is_pooled(rule)) for rule in experiment.rules})
     scenarios = {
-        (seed, attacks): scenario_of(experiment if attacks else experiment.honest(), source, seed)
+        (seed, attacks, pooled): scenario_of(experiment if attacks else experiment.honest(), source, seed, pooled)
         for seed in experiment.seeds
-        for attacks in attacked
+        for attacks, pooled in kinds
     }
-    for (seed, _), scenario in scenarios.items():
+    for (seed, *_), scenario in scenarios.items():
         participation_of(experiment, scenario, seed)
-    trainer = find_trainer(experiment.engine, model, source.train, device)
-    return Resolved(experiment, source, scenarios, model, Layout.of_module(module), device, trainer)
+    for rule in experiment.rules:
+        _check_personal(rule, module, experiment)
+    trainer = None
+    if experiment.task == TaskSettings():
+        trainer = find_trainer(experiment.engine, model, source.train, device)
+    return Resolved(experiment, source, scenarios, model, Layout.of_module(module), device, task, trainer)
+
+
+def _check_personal(rule: ExperimentRule, module: nn.Module, experiment: Experiment) -> None:
+    """Raise `ValueError` for a pattern that matches nothing, and if personal layers would never be tested."""
+    if personal_names(module, experiment.train_for(rule)) and not experiment.evaluate.clients:
+        raise ValueError(
+            f"Under the rule {rule.title!r}, layers stay at the clients, so the server cannot test its model; set "
+            "evaluate.clients = true."
+        )

@@ -9,14 +9,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from corymb.simulations.data.client_tests import with_tests
 from corymb.simulations.data.data_attacks import DataAttack
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.participation import Participation, Probabilities
+from corymb.simulations.data.participation_settings import AlwaysSettings
 from corymb.simulations.data.partition_settings import DrawnSettings
 from corymb.simulations.data.population import Population
 from corymb.simulations.experiments.experiment import Experiment
 
 TARGET = "target"
+POOLED = "central"  # the client that has all training examples
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Scenario:
 
     Client `k` has the name `names[k]`, examples in `population` and the label distribution `labels[k]` of
     `labels [N, C]`. `hostile` are the numbers of the hostile clients. `proxy` are the server's own examples; they are
-    taken out of the original test set, and `test` is the rest.
+    taken out of the original test set, and `test` is the rest. `tests` are the clients' own test examples, if they are
+    tested. The clients `training` may train; `new` are those that only test.
     """
 
     names: list[str]
@@ -34,6 +38,19 @@ class Scenario:
     test: Examples
     proxy: Examples | None
     hostile: tuple[int, ...] = ()
+    tests: Population | None = None
+    training: tuple[int, ...] = ()
+    new: tuple[int, ...] = ()
+
+    @property
+    def new_names(self) -> list[str]:
+        """The names of the clients that take no part in the training."""
+        return [self.names[row] for row in self.new]
+
+    @property
+    def training_names(self) -> list[str]:
+        """The names of the clients that may train."""
+        return [self.names[row] for row in self.training]
 
     @property
     def hostile_names(self) -> list[str]:
@@ -48,18 +65,21 @@ def participation_of(
 
     Raises `ValueError` if the process does not fit the clients.
     """
-    return experiment.participation.make(scenario.labels, np.random.default_rng([seed, 2]))
+    labels = scenario.labels[list(scenario.training)]
+    if len(labels) == 1 and scenario.names[scenario.training[0]] == POOLED:
+        return AlwaysSettings().make(labels, np.random.default_rng([seed, 2]))
+    return experiment.participation.make(labels, np.random.default_rng([seed, 2]))
 
 
-def scenario_of(experiment: Experiment, source: Source, seed: int) -> Scenario:
-    """Draw the scenario of `seed` from the data of `source`.
+def scenario_of(experiment: Experiment, source: Source, seed: int, pooled: bool = False) -> Scenario:
+    """Draw the scenario of `seed` from the data of `source`; `pooled` gives all training examples to one client.
 
     Raises `ValueError` if the settings need more clients, sites or examples than the data have.
     """
     train, test, proxy = source.train, source.test, None
     rng = np.random.default_rng([seed, 3])
     if experiment.proxy.examples:
-        rows = _sample_balanced(test.targets, experiment.proxy.examples, rng)
+        rows = _sample_balanced(test.labels, experiment.proxy.examples, rng)
         proxy, test = test.rows(rows), test.rows(_others(len(test), rows))
     if experiment.data.examples is not None:
         train = train.rows(_sample(len(train), experiment.data.examples, "data.examples", rng))
@@ -72,6 +92,10 @@ def scenario_of(experiment: Experiment, source: Source, seed: int) -> Scenario:
         target_data, train = _noisy(train.rows(rows), target.noise, seed), train.rows(_others(len(train), rows))
         test = _noisy(test, target.noise, seed + 1)
     names, population = experiment.partition.populate(train, np.random.default_rng([seed, 1]))
+    tests = None
+    if experiment.evaluate.clients:
+        share = experiment.evaluate.client_test
+        population, tests = with_tests(population, names, test, share, np.random.default_rng([seed, 4]))
     hostile: tuple[int, ...] = ()
     if experiment.attack.clients:
         if experiment.attack.clients > len(names):
@@ -83,7 +107,20 @@ def scenario_of(experiment: Experiment, source: Source, seed: int) -> Scenario:
         population = _poisoned(population, hostile, experiment, experiment.attack, source.classes, rng)
     if target_data is not None:
         names, population = [*names, TARGET], population.with_client(target_data)
-    return Scenario(names, population, population.labels(source.classes), test, proxy, hostile)
+        tests = tests and tests.with_client(test)
+    training = tuple(range(len(names)))
+    new: tuple[int, ...] = ()
+    if number := experiment.evaluate.new_clients:
+        honest = [k for k in training if k not in hostile and names[k] != TARGET]
+        if number >= len(honest):
+            raise ValueError(f"evaluate.new_clients = {number} leaves none of {len(honest)} clients; use fewer.")
+        new = tuple(sorted(np.random.default_rng([seed, 5]).choice(honest, number, replace=False).tolist()))
+        training = tuple(k for k in training if k not in new)
+    if pooled:
+        names, population = [*names, POOLED], population.with_pool(training)
+        training = (len(names) - 1,)
+    labels = population.labels(source.classes)
+    return Scenario(names, population, labels, test, proxy, hostile, tests, training, new)
 
 
 def _poisoned(

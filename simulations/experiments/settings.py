@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from corymb.protocol.settings import Settings
-from corymb.server.rule_settings import RuleSettings
+from corymb.server.rule_settings import RuleSettings, rule_tables
 
 
 class ExperimentRule(RuleSettings):
@@ -15,6 +15,8 @@ class ExperimentRule(RuleSettings):
 
     attacked: bool = True
     """False runs the rule without hostile clients."""
+    pooled: bool = False
+    """True trains one client that has the examples of all. The rule name "central" sets it."""
 
 
 class ModelSettings(Settings):
@@ -47,13 +49,30 @@ class TargetSettings(Settings):
     """Settings of `[train]` that differ for the target."""
 
 
+def experiment_rules(rules: Any) -> Any:
+    """See `rule_tables`. "central" is the baseline of pooled data: FedAvg with one client that has all examples."""
+    tables = rule_tables(rules)
+    return [
+        {"label": "central", **table, "name": "fedavg", "pooled": True}
+        if isinstance(table, dict) and table.get("name") == "central"
+        else table
+        for table in tables
+    ]
+
+
 class EvaluateSettings(Settings):
-    """The tests of the model on the test set."""
+    """The tests of the model on the test set, and at the clients."""
 
     every: int = Field(1, ge=1)
     """The number of rounds from one test to the next."""
     last: int = Field(1, ge=1)
     """The final accuracy is the mean over the tests of this many last rounds."""
+    clients: bool = False
+    """Also test at every client, on a test part of its own. The mean over the clients then ranks the rules."""
+    client_test: float = Field(0.2, gt=0, lt=1)
+    """The share of a client's examples in its test part, unless the test set names the clients' sites."""
+    new_clients: int = Field(0, ge=0)
+    """The number of clients that take no part in the training, and are tested like the others."""
     budgets: list[int] = Field(default_factory=list)
     """Numbers of hostile voters for which voting rules report their certified accuracy."""
 

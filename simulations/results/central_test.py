@@ -10,8 +10,10 @@ from queue import SimpleQueue
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from corymb.client import evaluate
 from corymb.client.batches import evaluation_batches
+from corymb.client.tasks.tally import Tally
+from corymb.client.tasks.task import CLASSIFICATION, Task
+from corymb.client.trainer import tested
 from corymb.simulations.data.examples import Examples
 
 PART = 1024  # examples that a thread tests at a time
@@ -20,7 +22,8 @@ PART = 1024  # examples that a thread tests at a time
 class CentralTest:
     """Tests `module` on `examples` in parts of 1024, in `threads` threads. Their number does not change the result."""
 
-    def __init__(self, module: nn.Module, examples: Examples, threads: int) -> None:
+    def __init__(self, module: nn.Module, examples: Examples, threads: int, task: Task = CLASSIFICATION) -> None:
+        self._task = task
         inputs, targets = examples.inputs.split(PART), examples.targets.split(PART)
         self._parts = [TensorDataset(*part) for part in zip(inputs, targets, strict=True)]
         self._threads = min(threads, len(self._parts))
@@ -32,21 +35,19 @@ class CentralTest:
             self._modules.put(deepcopy(module, dict(shared)))
 
     def metrics(self) -> dict[str, float]:
-        """Return the mean loss and the accuracy of the module's present parameters."""
+        """Return the mean loss and the task's metrics of the module's present parameters."""
         if self._threads > 1:
             with ThreadPoolExecutor(self._threads) as pool:
                 found = list(pool.map(self._test, self._parts))
         else:
             found = list(map(self._test, self._parts))
-        counts = [len(part) for part in self._parts]
-        names = found[0] if found else {}
-        return {name: sum(f[name] * n for f, n in zip(found, counts, strict=True)) / sum(counts) for name in names}
+        total = Tally(self._task, keeps_outputs=True)
+        total.add_all(found)
+        return total.metrics()
 
-    def _test(self, part: TensorDataset) -> dict[str, float]:
+    def _test(self, part: TensorDataset) -> Tally:
         module = self._modules.get()
         try:
-            metrics = evaluate(module, evaluation_batches(part))
+            return tested(module, evaluation_batches(part), None, self._task)
         finally:
             self._modules.put(module)
-        del metrics["seconds"]
-        return metrics

@@ -59,7 +59,7 @@ def measured(measure: str, run: FinishedRun, experiment: Experiment, hostile: se
     `ValueError` for a measure that no round recorded.
     """
     if measure == "accuracy":
-        return 100 * run.final_accuracy
+        return run.score.shown(run.final)
     if measure == "seconds":
         return run.wall_seconds
     if measure == "hostile":

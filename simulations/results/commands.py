@@ -107,15 +107,16 @@ def _how_far(resolved: Resolved, folder: Path) -> str:
 def _ranking(runs: list[FinishedRun]) -> Table:
     """Return a table of the rules of an experiment, best first."""
     results = scores(runs)
-    best = max(results, key=lambda rule: results[rule][0])
+    score = runs[0].score
+    best = max(results, key=lambda rule: score.rank(results[rule][0]))
     has_deviation = len({run.seed for run in runs}) > 1
     ranking = Table(box=None, pad_edge=False, header_style="bold")
     ranking.add_column("rule")
-    ranking.add_column("test accuracy %", justify="right")
-    for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -item[1][0]):
+    ranking.add_column(score.title, justify="right")
+    for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -score.rank(item[1][0])):
         style = "bold" if rule == best else ""
-        accuracy = f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if has_deviation else "")
-        ranking.add_row(escape(rule), accuracy, style=style)
+        shown = score.text(mean) + (f" ± {score.text(deviation)}" if has_deviation else "")
+        ranking.add_row(escape(rule), shown, style=style)
     return ranking
 
 

@@ -20,6 +20,7 @@ from corymb.server import Journal, RoundRecord
 from corymb.server.journal.rows import committed
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.experiments.experiment import Experiment
+from corymb.simulations.results.score import ACCURACY, Score
 
 CONFIG, SUMMARY = "config.toml", "summary.json"
 FILES = {
@@ -32,21 +33,24 @@ FILES = {
 class FinishedRun:
     """A finished run of one rule with one seed.
 
-    `final_accuracy` is the mean test accuracy in the last `evaluate.last` rounds; `wall_seconds` is the total time.
+    `score` ranks rules, and `final` is its mean over the tests in the last `evaluate.last` rounds. `wall_seconds` is
+    the total time.
     """
 
     rule: str
     seed: int
     records: list[RoundRecord]
-    final_accuracy: float
+    final: float
     wall_seconds: float
     model_sha256: str
+    score: Score = ACCURACY
 
     @property
     def curve(self) -> tuple[list[int], list[float]]:
-        """The rounds with a test, and the test accuracy after each."""
-        tested = [record for record in self.records if "accuracy" in record.server]
-        return [record.round for record in tested], [record.server["accuracy"] for record in tested]
+        """The rounds with a test, and the score after each."""
+        key = self.score.key
+        tested = [record for record in self.records if key in record.server]
+        return [record.round for record in tested], [record.server[key] for record in tested]
 
 
 def journal_folder(folder: Path, rule: RuleSettings, seed: int) -> Path:
@@ -65,10 +69,16 @@ def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: 
         records = list(journal.rounds())
         digest = journal.model_sha256()
     skipped = experiment.rounds - experiment.evaluate.last
-    tested = [r.server["accuracy"] for r in records if "accuracy" in r.server]
-    last = [r.server["accuracy"] for r in records if "accuracy" in r.server and r.round > skipped]
+    score = Score.of(experiment)
+    tested = [r.server[score.key] for r in records if score.key in r.server]
+    last = [r.server[score.key] for r in records if score.key in r.server and r.round > skipped]
+    if not tested:
+        raise ValueError(
+            f"No test of {rule.title!r} measured {score.name!r}: it is not defined for these examples. Choose another "
+            "first metric with task.metrics."
+        )
     final = float(np.mean(last or tested[-1:]))
-    return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest)
+    return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest, score)
 
 
 def rounds_in(journal: Path) -> int:
@@ -126,7 +136,7 @@ def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None
             if verdict.code != "offline"
         ),
     )
-    best = max(runs, key=lambda run: run.final_accuracy)
+    best = max(runs, key=lambda run: run.score.rank(run.final))
     rule = next(rule for rule in experiment.rules if rule.title == best.rule)
     journal = journal_folder(folder, rule, best.seed)
     model = journal / f"model-{experiment.rounds:06d}.safetensors"
@@ -139,7 +149,7 @@ def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None
                 "rule": run.rule,
                 "seed": run.seed,
                 "rounds": len(run.records),
-                "final_accuracy": run.final_accuracy,
+                f"final_{run.score.key.replace('-', '_')}": run.final,
                 "wall_seconds": run.wall_seconds,
                 "model_sha256": run.model_sha256,
             }
@@ -192,10 +202,10 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def scores(runs: list[FinishedRun]) -> dict[str, tuple[float, float]]:
-    """Return each rule's mean final accuracy over seeds, and its standard deviation (0 for one seed)."""
+    """Return each rule's mean final score over seeds, and its standard deviation (0 for one seed)."""
     by_rule: dict[str, list[float]] = {}
     for run in runs:
-        by_rule.setdefault(run.rule, []).append(run.final_accuracy)
+        by_rule.setdefault(run.rule, []).append(run.final)
     return {
         rule: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
         for rule, values in by_rule.items()

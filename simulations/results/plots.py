@@ -36,7 +36,7 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
     first_runs = [run for run in runs if run.seed == seed]
     plots: dict[str, tuple[str, Callable[[], Figure]]] = {
         "accuracy.png": (
-            "Test accuracy per round: mean over seeds, band from minimum to maximum",
+            f"{_capitalised(runs[0].score.title)} per round: mean over seeds, band from minimum to maximum",
             lambda: accuracy(runs),
         ),
         "participation.png": (
@@ -56,21 +56,25 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
 
 
 def accuracy(runs: list[FinishedRun]) -> Figure:
-    """Plot the accuracy of each rule: the mean over seeds, and a band from minimum to maximum."""
+    """Plot the score of each rule: the mean over seeds, and a band from minimum to maximum."""
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for rule in dict.fromkeys(run.rule for run in runs):
         curves = [run.curve for run in runs if run.rule == rule]
-        rounds, values = curves[0][0], 100 * np.array([curve for _, curve in curves])
+        rounds, values = curves[0][0], runs[0].score.shown(1) * np.array([curve for _, curve in curves])
         (line,) = axes.plot(rounds, _smooth(values.mean(axis=0)), label=rule, linewidth=1.6)
         low, high = _smooth(values.min(axis=0)), _smooth(values.max(axis=0))
         axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     points = len(runs[0].curve[0])
     smoothed = f", moving mean of {_window(points)} tests" if _window(points) > 1 else ""
-    axes.set(xlabel="round", ylabel=f"test accuracy in %{smoothed}", xlim=(1, None))
+    axes.set(xlabel="round", ylabel=f"{runs[0].score.title}{smoothed}", xlim=(1, None))
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right" if runs[0].score.lower_is_better else "lower right")
     return figure
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def participation(run: FinishedRun, scenario: Scenario) -> Figure:

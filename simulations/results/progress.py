@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from corymb.server import RoundRecord
 
 SECONDS_BETWEEN_LINES = 60.0
+Title = tuple[str, int, str]  # of a run, its number of rounds, and the metric that is shown
 
 
 class Board:
@@ -25,22 +26,25 @@ class Board:
 
     def __init__(self, runs: int, context: Any = multiprocessing) -> None:
         self._rounds = context.RawArray("i", runs)
-        self._accuracy = context.RawArray("d", [nan] * runs)  # of the last test, and its number of clients
+        self._score = context.RawArray("d", [nan] * runs)  # of the last test, and its number of clients
         self._clients = context.RawArray("i", runs)
         self._stopped = context.RawValue("b", 0)
         self._process = os.getpid()
 
-    def update(self, number: int, record: RoundRecord) -> None:
-        """Record a round of run `number`. Raises `CancelledError` after `stop`."""
+    def update(self, number: int, key: str, record: RoundRecord) -> None:
+        """Record a round of run `number`, whose tests are shown by the metric `key`.
+
+        Raises `CancelledError` after `stop`.
+        """
         self.check_running()
         self._rounds[number] = record.round
-        if "accuracy" in record.server:
-            self._accuracy[number], self._clients[number] = record.server["accuracy"], len(record.admitted)
+        if key in record.server:
+            self._score[number], self._clients[number] = record.server[key], len(record.admitted)
 
-    def read(self, number: int) -> tuple[int, str]:
-        """Return the rounds that run `number` has finished, and a text on its last test."""
-        accuracy = self._accuracy[number]
-        measured = "" if isnan(accuracy) else f"accuracy {accuracy:.3f}, {self._clients[number]} clients"
+    def read(self, number: int, key: str) -> tuple[int, str]:
+        """Return the rounds that run `number` has finished, and a text on its last test by the metric `key`."""
+        value = self._score[number]
+        measured = "" if isnan(value) else f"{key} {value:.3f}, {self._clients[number]} clients"
         return self._rounds[number], measured
 
     def stop(self) -> None:
@@ -55,8 +59,8 @@ class Board:
 
 
 @contextmanager
-def progress(titles: Sequence[tuple[str, int]], board: Board, console: Console) -> Iterator[Callable[[int], None]]:
-    """Show a bar for each of `titles` (title, number of rounds); yield a function that updates the bar of a run.
+def progress(titles: Sequence[Title], board: Board, console: Console) -> Iterator[Callable[[int], None]]:
+    """Show a bar for each of `titles` (title, number of rounds, metric); yield a function that updates a bar.
 
     Without a terminal, each run prints a line a minute, and one when it ends.
     """
@@ -72,10 +76,10 @@ def progress(titles: Sequence[tuple[str, int]], board: Board, console: Console) 
         console=console,
         refresh_per_second=4,
     ) as bars:
-        tasks = [bars.add_task(escape(title), total=rounds, measured="", start=False) for title, rounds in titles]
+        tasks = [bars.add_task(escape(title), total=rounds, measured="", start=False) for title, rounds, _ in titles]
 
         def show(number: int) -> None:
-            rounds, measured = board.read(number)
+            rounds, measured = board.read(number, titles[number][2])
             if rounds:
                 bars.start_task(tasks[number])
                 bars.update(tasks[number], completed=rounds, measured=measured)
@@ -86,14 +90,14 @@ def progress(titles: Sequence[tuple[str, int]], board: Board, console: Console) 
 class _Lines:
     """Lines of progress, for output that is not a terminal."""
 
-    def __init__(self, titles: Sequence[tuple[str, int]], board: Board, console: Console) -> None:
+    def __init__(self, titles: Sequence[Title], board: Board, console: Console) -> None:
         self._titles, self._board, self._console = titles, board, console
         self._printed = dict.fromkeys(range(len(titles)), (0, time.monotonic()))  # the round and time of the last line
 
     def show(self, number: int) -> None:
         """Print a line about run `number`, if it is time for one."""
-        rounds, measured = self._board.read(number)
-        (title, total), (printed, when) = self._titles[number], self._printed[number]
+        rounds, measured = self._board.read(number, self._titles[number][2])
+        (title, total, _), (printed, when) = self._titles[number], self._printed[number]
         if rounds > printed and (rounds == total or time.monotonic() - when > SECONDS_BETWEEN_LINES):
             self._printed[number] = (rounds, time.monotonic())
             self._console.print(f"{title}  round {rounds}/{total}  {measured}", markup=False, soft_wrap=True)

@@ -92,5 +92,11 @@ def _reply(message: Message, context: Context) -> Message:
     key = _run_key(context)
     run, _ = _run(*key)
     extra = run.node_config(int(context.node_config["partition-id"]))
-    local = Context(context.run_id, context.node_id, context.node_config | extra, context.state, run.settings.flat())
+    local = Context(
+        context.run_id,
+        context.node_id,
+        context.node_config | extra,
+        context.state,
+        run.config(Path(str(context.run_config["journal"]))),
+    )
     return _clients(*key)(message, local)

@@ -26,12 +26,14 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
     experiment, scenario = resolved.experiment, resolved.first
     plots = draw_all(runs, scenario, folder)
     results = scores(runs)
-    best = max(results, key=lambda rule: results[rule][0])
+    score = runs[0].score
+    best = max(results, key=lambda rule: score.rank(results[rule][0]))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("report.html.j2").render(
         experiment=experiment,
+        score=score,
         clients=len(scenario.names),
         notes=resolved.notes,
         never_counted=never_counted(runs, scenario.names),
@@ -39,13 +41,13 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
         rows=[
             {
                 "title": rule.title,
-                "mean": results[rule.title][0],
-                "deviation": results[rule.title][1],
+                "mean": score.text(results[rule.title][0]),
+                "deviation": score.text(results[rule.title][1]),
                 "seconds": np.mean([run.wall_seconds for run in runs if run.rule == rule.title]),
                 "settings": _settings(rule),
                 "best": rule.title == best,
             }
-            for rule in sorted(experiment.rules, key=lambda rule: -results[rule.title][0])
+            for rule in sorted(experiment.rules, key=lambda rule: -score.rank(results[rule.title][0]))
         ],
         plots=[
             {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}

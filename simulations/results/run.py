@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,36 +17,35 @@ from flwr.serverapp import Grid
 from torch.utils.data import TensorDataset
 
 from corymb.client import make_client_app
-from corymb.protocol.codec import to_arrays, to_state
+from corymb.client.algorithms.memory_files import PLACE
+from corymb.protocol.codec import to_arrays
+from corymb.protocol.shared_state import shared_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.server.rounds.record import ADMITTED
 from corymb.server.rounds.rejections import Code
 from corymb.simulations.data.clients import Client
-from corymb.simulations.data.data_attacks import Backdoor
-from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.random_start import with_random_start
 from corymb.simulations.engine.cohort_app import CohortApp
+from corymb.simulations.engine.engine import obstacle
 from corymb.simulations.engine.factory import make_engine
 from corymb.simulations.experiments.resolved import Key, Resolved
 from corymb.simulations.experiments.scenario import TARGET, participation_of
 from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.simulations.grid.availability import with_availability
 from corymb.simulations.grid.local_grid import LocalGrid
-from corymb.simulations.results.central_test import CentralTest
-from corymb.strategies import Proxy, VotingRule
-from corymb.strategies.voting.election import certified_accuracy
+from corymb.simulations.results.model_tests import ModelTests, proxy_of
 
 log = logging.getLogger("flwr.corymb")
 OnRound = Callable[[RoundRecord], None]
 
 
 @contextmanager
-def clients_of(resolved: Resolved, key: Key, workers: int = 1) -> Iterator[Client]:
+def clients_of(resolved: Resolved, key: Key, workers: int = 1, together: bool = True) -> Iterator[Client]:
     """Yield the client app of one scenario, with its hostile clients; the training engine closes with the context.
 
-    The engine may use up to `workers` processes.
+    The engine may use up to `workers` processes. Without `together` there is no engine, and clients train one by one.
     """
-    experiment, scenario, (seed, attacks) = resolved.experiment, resolved.scenarios[key], key
+    experiment, scenario, (seed, attacks, _) = resolved.experiment, resolved.scenarios[key], key
     population = scenario.population.in_order()
 
     def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
@@ -54,7 +54,7 @@ def clients_of(resolved: Resolved, key: Key, workers: int = 1) -> Iterator[Clien
 
     app: Client = make_client_app(resolved.model, data)
     engine = None
-    if resolved.trainer is not None:
+    if resolved.trainer is not None and together:
         layout = resolved.layout
         engine = make_engine(experiment.engine, resolved.trainer, population, layout, workers, resolved.device)
         app = CohortApp(engine, population, layout, app, experiment.blocks)
@@ -81,17 +81,32 @@ class Run:
         self.participation, self._probabilities = participation_of(resolved.experiment, self.scenario, seed)
         self.settings = resolved.experiment.train_for(rule).model_copy(update={"seed": seed})
 
-    def node_config(self, client: int) -> dict[str, Any]:
-        """Return the entries of a client's node config besides its partition."""
-        config = {} if self._probabilities is None else {"participation": float(self._probabilities[client])}
+    @property
+    def obstacle(self) -> str | None:
+        """Why the clients cannot train together, or None."""
+        return obstacle(self.settings, self._resolved.device)
+
+    def config(self, folder: Path) -> dict[str, Any]:
+        """Return the run config of the clients; `folder` is that of the journal, where they keep what they need."""
+        task = self._resolved.experiment.task.flat()
+        return {**self.settings.flat(), **task, PLACE: str((folder / "clients").resolve())}
+
+    def node_config(self, row: int) -> dict[str, Any]:
+        """Return entries of the node config of the training client number `row`."""
+        client = self.scenario.training[row]
+        config: dict[str, Any] = {} if client == row else {"partition-id": client}
+        if self._probabilities is not None:
+            config["participation"] = float(self._probabilities[row])
         experiment = self._resolved.experiment
         is_target = experiment.target.examples and self.scenario.names[client] == TARGET
         return config | (experiment.target_train().flat() if is_target else {})
 
     def run_locally(self, clients: Client, folder: Path, on_round: OnRound | None = None, workers: int = 1) -> None:
         """Run all rounds with `clients` on a `LocalGrid` with this many `workers`; write the journal to `folder`."""
-        config = self.settings.flat()
-        grid = LocalGrid(clients, self.scenario.names, run_config=config, node_config=self.node_config, workers=workers)
+        grid = LocalGrid(
+            clients, self.scenario.training_names, run_config=self.config(folder), workers=workers,
+            node_config=self.node_config,
+        )  # fmt: skip
         with closing(grid):
             self.serve(grid, folder, on_round, workers)
 
@@ -99,28 +114,21 @@ class Run:
         """Run the rounds that are not yet in the journal in `folder`, over the nodes of `grid` that are online.
 
         Writes the journal and calls `on_round` after each round.
-        The server's metrics are the test accuracy and loss, measured in `threads` threads.
+        The server's metrics are those of the tests, in `threads` threads or processes.
         """
         experiment, scenario = self._resolved.experiment, self.scenario
         torch.manual_seed(self._seed)
         module = self._resolved.model()
-        central_test = CentralTest(module, scenario.test, threads)
-        attack = experiment.attack
-        backdoor_test = None
-        if isinstance(attack, Backdoor) and scenario.hostile:
-            backdoor_test = CentralTest(module, attack.test_set(scenario.test), threads)
         rule = self._rule.make()
-        voting_test = self._proxy(scenario.test) if isinstance(rule, VotingRule) else None
+        config = self.config(folder)
+        tests = ModelTests(self._resolved, scenario, rule, module, self.settings, config, threads)
 
         def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            if server_round % experiment.evaluate.every and server_round != experiment.rounds:
+            measured = tests.measure(server_round, arrays, strategy.state.memory)
+            if measured is None:
                 return None
-            if voting_test is not None and isinstance(rule, VotingRule):
-                return _voting_metrics(rule, strategy.state.memory, voting_test, experiment.evaluate.budgets)
-            module.load_state_dict(to_state(arrays))
-            metrics = central_test.metrics()
-            if backdoor_test is not None:
-                metrics["backdoor"] = backdoor_test.metrics()["accuracy"]
+            metrics, verdicts = measured
+            strategy.record = replace(strategy.record, evaluations=verdicts)
             return MetricRecord(dict(metrics))
 
         def after_round(record: RoundRecord) -> None:
@@ -128,13 +136,13 @@ class Run:
             if on_round is not None:
                 on_round(record)
 
-        failures = _FailureCheck()
-        with closing(Journal(folder, durable=False)) as journal:
+        failures, shared = _FailureCheck(), shared_state(module, self.settings)
+        with closing(tests), closing(Journal(folder, durable=False)) as journal:
             strategy = FlowerStrategy(
                 rule,
                 server_optimizer=self._rule.make_server_optimizer(),
                 candidate_election=self._rule.make_election(),
-                proxy=self._proxy(scenario.proxy) if scenario.proxy else None,
+                proxy=proxy_of(self._resolved, scenario.proxy) if scenario.proxy else None,
                 fraction_train=experiment.fraction,
                 fraction_evaluate=0,
                 min_train_nodes=1,
@@ -144,16 +152,12 @@ class Run:
                 resume=True,  # a run that begins anew has an empty folder
                 on_round=after_round,
                 buffers=[entry.name for entry in self._resolved.layout.buffers],
+                shares_nothing=not shared,
             )
-            initial = to_arrays({name: tensor.clone() for name, tensor in module.state_dict().items()})
+            initial = to_arrays({name: tensor.clone() for name, tensor in shared.items()})
             # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
             online = with_availability(grid, self.participation, journal.last_whole_round())
             strategy.start(online, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
-
-    def _proxy(self, examples: Examples) -> Proxy:
-        """Return `examples` with a new module, without drawing from the random numbers of the run."""
-        with torch.random.fork_rng(devices=[]):
-            return Proxy(self._resolved.model().eval(), examples.inputs, examples.targets)
 
 
 class _FailureCheck:
@@ -171,13 +175,3 @@ class _FailureCheck:
         if self._codes.keys() == {Code.ERROR}:
             reason, times = self._reasons.most_common(1)[0]
             raise ValueError(f"Every client failed; the most frequent error ({times} times): {reason}")
-
-
-def _voting_metrics(rule: VotingRule, memory: Any, test: Proxy, budgets: list[int]) -> MetricRecord | None:
-    """Return the accuracy of the elected classes, and the certified accuracy per budget; None without voters."""
-    if memory.models is None:
-        return None
-    election = rule.vote(memory, test)
-    accuracy = float((election.classes == test.labels).double().mean())
-    certified = {f"certified-{budget}": certified_accuracy(election, test.labels, budget) for budget in budgets}
-    return MetricRecord({"accuracy": accuracy, **certified})

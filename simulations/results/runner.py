@@ -24,9 +24,10 @@ from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import Key, Resolved, resolve
 from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.simulations.results.folder import FinishedRun, collect_run, journal_folder, rounds_in
-from corymb.simulations.results.progress import Board, progress
+from corymb.simulations.results.progress import Board, Title, progress
 from corymb.simulations.results.ray import run_with_ray
 from corymb.simulations.results.run import OnRound, Run, clients_of
+from corymb.simulations.results.score import Score
 
 POLL_SECONDS = 0.2  # between two updates of the progress bars of other processes
 
@@ -56,15 +57,17 @@ class Schedule:
             ]
             for plan, (resolved, _) in enumerate(plans)
         ]
+        self.keys = [key for _, _, key in self.titles()]
 
-    def titles(self) -> list[tuple[str, int]]:
-        """Return the title of each run's progress bar, and its number of rounds."""
+    def titles(self) -> list[Title]:
+        """Return the title of each run's progress bar, its number of rounds, and the metric that it shows."""
         with_name = len(self.plans) > 1
         experiments = [resolved.experiment for resolved, _ in self.plans]
         return [
             (
                 f"{experiments[run.plan].name} " * with_name + f"{run.rule.title} seed {run.seed}",
                 experiments[run.plan].rounds,
+                Score.of(experiments[run.plan]).key,
             )
             for runs in self.shown
             for run in runs
@@ -90,7 +93,7 @@ def run_all(plans: Sequence[Plan], console: Console, jobs: int = 1) -> Generator
     with progress(schedule.titles(), board, console) as show, _quiet_single_thread(), Clients(cores()) as clients:
 
         def on_round(number: int, record: RoundRecord) -> None:
-            board.update(number, record)
+            board.update(number, schedule.keys[number], record)
             show(number)
 
         for plan, runs in enumerate(schedule.shown):
@@ -109,15 +112,17 @@ class Clients:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._cached: tuple[int, Key, Client] | None = None  # the index of the plan, the scenario, the app
+        # The index of the plan, the scenario, whether the clients train together; and the app.
+        self._cached: tuple[tuple[int, Key, bool], Client] | None = None
         self._stack = ExitStack()
 
-    def of(self, plan: int, resolved: Resolved, key: Key) -> Client:
-        """Return the client app of the scenario `key` of a plan."""
-        if self._cached is None or self._cached[:2] != (plan, key):
+    def of(self, plan: int, resolved: Resolved, key: Key, together: bool) -> Client:
+        """Return the client app of the scenario `key` of a plan, whose clients train `together` or one by one."""
+        wanted = (plan, key, together)
+        if self._cached is None or self._cached[0] != wanted:
             self.close()
-            self._cached = (plan, key, self._stack.enter_context(clients_of(resolved, key, self.workers)))
-        return self._cached[2]
+            self._cached = (wanted, self._stack.enter_context(clients_of(resolved, key, self.workers, together)))
+        return self._cached[1]
 
     def close(self) -> None:
         """Close the training engine."""
@@ -140,9 +145,10 @@ def _run(plan: Plan, run: PlannedRun, clients: Clients, on_round: OnRound) -> Fi
     if experiment.engine == "ray":
         run_with_ray(resolved, experiment.rules.index(rule), seed, journal, on_round)
     else:
-        app = clients.of(run.plan, resolved, resolved.key(rule, seed))
+        one_run = Run(resolved, rule, seed)
+        app = clients.of(run.plan, resolved, resolved.key(rule, seed), one_run.obstacle is None)
         workers = clients.workers if experiment.engine == "auto" else 1
-        Run(resolved, rule, seed).run_locally(app, journal, on_round, workers)
+        one_run.run_locally(app, journal, on_round, workers)
     return collect_run(experiment, folder, rule, seed)
 
 
@@ -218,4 +224,5 @@ def _run_in_worker(run: PlannedRun) -> FinishedRun:
         experiment = resolve(experiment)
         _plans[run.plan] = (experiment, folder)
     with _quiet_single_thread():
-        return _run((experiment, folder), run, _clients, partial(_board.update, run.number))
+        key = Score.of(experiment.experiment).key
+        return _run((experiment, folder), run, _clients, partial(_board.update, run.number, key))

@@ -182,8 +182,8 @@ def test_the_report_is_one_self_contained_file(finished: Path) -> None:
 
 def test_scores() -> None:
     class Fake:
-        def __init__(self, rule: str, final_accuracy: float) -> None:
-            self.rule, self.final_accuracy = rule, final_accuracy
+        def __init__(self, rule: str, final: float) -> None:
+            self.rule, self.final = rule, final
 
     runs: Any = [Fake("a", 0.5), Fake("a", 0.7), Fake("b", 0.9)]
     assert scores(runs)["a"] == pytest.approx((0.6, 0.1414), abs=1e-4)

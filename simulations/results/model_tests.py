@@ -1,0 +1,93 @@
+"""The tests of a run's models: at the server, of a backdoor, of an election, and at every client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord
+from torch import nn
+
+from corymb.protocol.codec import to_state
+from corymb.protocol.shared_state import personal_names
+from corymb.protocol.train_settings import TrainSettings
+from corymb.server.rounds.record import Verdict
+from corymb.simulations.data.data_attacks import Backdoor
+from corymb.simulations.data.examples import Examples
+from corymb.simulations.experiments.resolved import Resolved
+from corymb.simulations.experiments.scenario import Scenario
+from corymb.simulations.results.central_test import CentralTest
+from corymb.simulations.results.client_tests import ClientTests
+from corymb.strategies import Proxy, Rule, VotingRule
+from corymb.strategies.voting.election import certified_accuracy
+
+
+class ModelTests:
+    """Tests the models of a run of `rule` in `threads` threads or processes.
+
+    `module` is the run's module; `config` is the clients' run config. The server does not test a model of which layers
+    stay at the clients.
+    """
+
+    def __init__(
+        self, resolved: Resolved, scenario: Scenario, rule: Rule[Any], module: nn.Module, settings: TrainSettings,
+        config: Mapping[str, Any], threads: int,
+    ) -> None:  # fmt: skip
+        self._resolved, self._rule, self._module = resolved, rule, module
+        experiment, attack = resolved.experiment, resolved.experiment.attack
+        self._has_personal = bool(personal_names(module, settings))
+        self._central = CentralTest(module, scenario.test, threads, resolved.task)
+        self._backdoor = None
+        if isinstance(attack, Backdoor) and scenario.hostile:
+            self._backdoor = CentralTest(module, attack.test_set(scenario.test), threads, resolved.task)
+        self._voting = proxy_of(resolved, scenario.test) if isinstance(rule, VotingRule) else None
+        self._clients = None
+        if experiment.evaluate.clients:
+            self._clients = ClientTests(resolved.model, scenario, config, threads)
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._clients is not None:
+            self._clients.close()
+
+    def measure(
+        self, server_round: int, arrays: ArrayRecord, memory: Any
+    ) -> tuple[dict[str, float], tuple[Verdict, ...]] | None:
+        """Return the metrics after a round and the verdicts on the clients' tests; None in rounds without a test.
+
+        `memory` is that of the rule.
+        """
+        experiment = self._resolved.experiment
+        if server_round % experiment.evaluate.every and server_round != experiment.rounds:
+            return None
+        if self._voting is not None and isinstance(self._rule, VotingRule):
+            metrics = _voting_metrics(self._rule, memory, self._voting, experiment.evaluate.budgets)
+            return None if metrics is None else (metrics, ())
+        metrics = {}
+        if not self._has_personal:
+            self._module.load_state_dict({**self._module.state_dict(), **to_state(arrays)})
+            metrics = self._central.metrics()
+            if self._backdoor is not None:
+                metrics["backdoor"] = self._backdoor.metrics()["accuracy"]
+        verdicts: tuple[Verdict, ...] = ()
+        if self._clients is not None and server_round:
+            verdicts = self._clients.verdicts(arrays, server_round)
+            metrics |= self._clients.summary(verdicts)
+        return metrics, verdicts
+
+
+def proxy_of(resolved: Resolved, examples: Examples) -> Proxy:
+    """Return `examples` with a new module, without drawing from the random numbers of the run."""
+    with torch.random.fork_rng(devices=[]):
+        return Proxy(resolved.model().eval(), examples.inputs, examples.targets, resolved.task.loss)
+
+
+def _voting_metrics(rule: VotingRule, memory: Any, test: Proxy, budgets: list[int]) -> dict[str, float] | None:
+    """Return the accuracy of the elected classes, and the certified accuracy per budget; None without voters."""
+    if memory.models is None:
+        return None
+    election = rule.vote(memory, test)
+    accuracy = float((election.classes == test.labels).double().mean())
+    certified = {f"certified-{budget}": certified_accuracy(election, test.labels, budget) for budget in budgets}
+    return {"accuracy": accuracy, **certified}

@@ -1,0 +1,56 @@
+"""The number that ranks the rules of an experiment: a metric of the task, at the server or at the clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from corymb.protocol.task_settings import LOWER_IS_BETTER
+from corymb.simulations.experiments.experiment import Experiment
+
+AT_CLIENTS = "clients-"  # before the name of a metric: its mean over the clients' own tests
+NEW = "new-clients-"  # the same over clients that took no part in the training
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric by `name`; `key` is its name in the records of rounds."""
+
+    name: str
+    key: str
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Score:
+        """Return the score of `experiment`: its task's first metric."""
+        name = experiment.task.metric_names[0]
+        return cls(name, AT_CLIENTS + name if experiment.evaluate.clients else name)
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a lower value is better, as of an error."""
+        return self.name in LOWER_IS_BETTER
+
+    @property
+    def is_percent(self) -> bool:
+        """Whether the metric is shown in percent."""
+        return self.name.endswith("accuracy")
+
+    @property
+    def title(self) -> str:
+        """The metric in words, for tables and axes."""
+        place = "clients' mean test" if self.key.startswith(AT_CLIENTS) else "test"
+        return f"{place} {self.name}{' %' if self.is_percent else ''}"
+
+    def shown(self, value: float) -> float:
+        """Return `value` in the unit of tables."""
+        return 100 * value if self.is_percent else value
+
+    def text(self, value: float) -> str:
+        """Return `value` as tables show it."""
+        return f"{100 * value:.2f}" if self.is_percent else f"{value:.4g}"
+
+    def rank(self, value: float) -> float:
+        """Return a number that is larger for a better value."""
+        return -value if self.lower_is_better else value
+
+
+ACCURACY = Score("accuracy", "accuracy")
