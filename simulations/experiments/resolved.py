@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -91,6 +92,8 @@ def resolve(experiment: Experiment) -> Resolved:
     outputs = max(outputs_of(part.targets, part.inputs, experiment.task) for part in parts)
     model = partial(make_model, experiment.model.kind, shape, outputs, **experiment.model.options)
     task = make_task(experiment.task)
+    if task.metrics:
+        import_module("sklearn.metrics")  # takes seconds, so before processes are forked
     with torch.random.fork_rng(devices=[]):
         module = model().eval()
     try:

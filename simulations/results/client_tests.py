@@ -42,7 +42,7 @@ class ClientTests:
 
         self._grid = LocalGrid(
             make_client_app(model, data), self._names, run_config=config, workers=workers,
-            node_config=lambda row: {"partition-id": self._tested[row], "name": self._names[row]},
+            node_config=lambda row: {"partition-id": self._tested[row]},
         )  # fmt: skip
 
     def close(self) -> None:

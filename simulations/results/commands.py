@@ -19,6 +19,7 @@ from corymb.simulations.experiments.reader import parse_change, read, shipped
 from corymb.simulations.experiments.resolved import Resolved, resolve
 from corymb.simulations.grid.app_folder import load_app, run_app
 from corymb.simulations.results.claims import findings, put_into, table
+from corymb.simulations.results.client_results import ClientResults, client_results, columns_of, without_score
 from corymb.simulations.results.folder import (
     FinishedRun,
     check_results,
@@ -70,7 +71,11 @@ def simulate_experiments(
         if len(reports) > 1:
             console.print(f"[bold]{escape(resolved.experiment.name)}[/bold]")
         console.print(_ranking(runs))
-        for sentence in never_counted(runs, resolved.first.names)[:MAX_SENTENCES]:
+        if results := client_results(runs):
+            console.print(client_table(results))
+            if sentence := without_score(results):
+                console.print(sentence, markup=False, soft_wrap=True)
+        for sentence in never_counted(runs, resolved)[:MAX_SENTENCES]:
             console.print(sentence, markup=False, soft_wrap=True)
         console.print(f"Report: {report}", soft_wrap=True, markup=False)
 
@@ -118,6 +123,18 @@ def _ranking(runs: list[FinishedRun]) -> Table:
         shown = score.text(mean) + (f" ± {score.text(deviation)}" if has_deviation else "")
         ranking.add_row(escape(rule), shown, style=style)
     return ranking
+
+
+def client_table(results: list[ClientResults]) -> Table:
+    """Return a table of the clients' own tests under each rule, best first."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left", title_style="")
+    table.title = f"\n{results[0].score.name} at the clients"
+    columns = columns_of(results)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "rule" else "right")
+    for each in results:
+        table.add_row(*(escape(cell(each)) for cell in columns.values()))
+    return table
 
 
 def measure_claims(

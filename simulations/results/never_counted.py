@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from corymb.server.rounds.record import ADMITTED
+from corymb.simulations.experiments.resolved import Resolved
 from corymb.simulations.results.folder import FinishedRun
 
 MAX_NAMED = 5  # clients that a sentence names
 
 
-def never_counted(runs: Iterable[FinishedRun], names: Sequence[str]) -> list[str]:
-    """Return a sentence for each run in which some of the clients called `names` never counted."""
+def never_counted(runs: Iterable[FinishedRun], resolved: Resolved) -> list[str]:
+    """Return a sentence for each run in which some of the clients that may train never counted."""
     sentences = []
+    rules = {rule.title: rule for rule in resolved.experiment.rules}
     for run in runs:
+        names = resolved.scenario(rules[run.rule], run.seed).training_names
         counted = {verdict.node for record in run.records for verdict in record.admitted}
         missing = [name for name in names if name not in counted]
         if not missing:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from corymb.simulations.experiments.scenario import Scenario
+from corymb.simulations.results.client_results import ClientResults, client_results
 from corymb.simulations.results.folder import FinishedRun
 
 mpl.use("Agg")
@@ -34,6 +35,10 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
     """Draw all plots into `folder` and return `{file name: caption}`. `scenario` is that of the first seed."""
     seed = runs[0].seed
     first_runs = [run for run in runs if run.seed == seed]
+    results = client_results(runs)
+    clients: dict[str, tuple[str, Callable[[], Figure]]] = {}
+    if results:
+        clients["clients.png"] = ("The clients' own tests under each rule, in the last round", lambda: boxes(results))
     plots: dict[str, tuple[str, Callable[[], Figure]]] = {
         "accuracy.png": (
             f"{_capitalised(runs[0].score.title)} per round: mean over seeds, band from minimum to maximum",
@@ -47,6 +52,7 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
             f"Weight of each client, divided by the largest of the round (seed {seed})",
             lambda: weights(first_runs, scenario),
         ),
+        **clients,
         "labels.png": (f"Examples per class of each client (seed {seed})", lambda: labels(scenario)),
     }
     with mpl.rc_context(STYLE):
@@ -83,7 +89,8 @@ def participation(run: FinishedRun, scenario: Scenario) -> Figure:
     took_part = np.zeros((len(rows), len(run.records)))
     for column, record in enumerate(run.records):
         for verdict in record.admitted:
-            took_part[rows[verdict.node], column] = 1
+            if verdict.node in rows:  # the client of the rule "central" is not among them
+                took_part[rows[verdict.node], column] = 1
     figure = Figure(figsize=(8, _height(len(rows))), layout="constrained")
     axes = figure.subplots()
     axes.imshow(
@@ -117,7 +124,7 @@ def _weight_map(run: FinishedRun, scenario: Scenario) -> NDArray[np.float64]:
     rows = {name: row for row, name in enumerate(scenario.names)}
     matrix = np.full((len(rows), len(run.records)), np.nan)
     for column, record in enumerate(run.records):
-        by_node = {v.node: v.weight for v in record.admitted if v.weight is not None}
+        by_node = {v.node: v.weight for v in record.admitted if v.weight is not None and v.node in rows}
         largest = max(map(abs, by_node.values()), default=0)
         for node, weight in by_node.items():
             matrix[rows[node], column] = weight / largest if largest else 0
@@ -147,6 +154,22 @@ def labels(scenario: Scenario) -> Figure:
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.7, len(sizes) - 0.3))
     if counts.shape[1] <= 20:
         figure.legend(title="class", loc="outside right upper", ncols=1 + (counts.shape[1] > 10))
+    return figure
+
+
+def boxes(results: list[ClientResults]) -> Figure:
+    """Plot a box of the clients' scores for each rule, with a point for each client."""
+    figure = Figure(figsize=(8, 0.5 * len(results) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    score = results[0].score
+    places = range(len(results), 0, -1)
+    values = [[score.shown(value) for value in each.values] for each in results]
+    axes.boxplot(values, positions=places, orientation="horizontal", widths=0.6, showfliers=False)
+    for place, each in zip(places, values, strict=True):
+        axes.plot(each, [place] * len(each), "o", markersize=4, alpha=0.5)
+    axes.set_yticks(places, [each.rule for each in results])
+    axes.set(xlabel=f"{score.name}{' in %' if score.is_percent else ''} at a client")
+    axes.grid(alpha=0.25, axis="x")
     return figure
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.experiments.resolved import Resolved
+from corymb.simulations.results.client_results import client_columns, client_results, columns_of, without_score
 from corymb.simulations.results.folder import FinishedRun, scores
 from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
@@ -25,7 +26,7 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
     """Draw the plots into `folder`, and write and return `report.html`, which embeds them."""
     experiment, scenario = resolved.experiment, resolved.first
     plots = draw_all(runs, scenario, folder)
-    results = scores(runs)
+    results, tested = scores(runs), client_results(runs)
     score = runs[0].score
     best = max(results, key=lambda rule: score.rank(results[rule][0]))
     environment = Environment(
@@ -36,7 +37,7 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
         score=score,
         clients=len(scenario.names),
         notes=resolved.notes,
-        never_counted=never_counted(runs, scenario.names),
+        never_counted=never_counted(runs, resolved),
         participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
         rows=[
             {
@@ -49,6 +50,10 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
             }
             for rule in sorted(experiment.rules, key=lambda rule: -score.rank(results[rule.title][0]))
         ],
+        client_columns=columns_of(tested) if tested else {},
+        client_names=client_columns(tested),
+        tested=tested,
+        without_score=without_score(tested),
         plots=[
             {"caption": caption, "data": base64.b64encode((folder / name).read_bytes()).decode()}
             for name, caption in plots.items()

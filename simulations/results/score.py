@@ -46,7 +46,7 @@ class Score:
 
     def text(self, value: float) -> str:
         """Return `value` as tables show it."""
-        return f"{100 * value:.2f}" if self.is_percent else f"{value:.4g}"
+        return f"{100 * value:.2f}" if self.is_percent else (f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}")
 
     def rank(self, value: float) -> float:
         """Return a number that is larger for a better value."""
