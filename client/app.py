@@ -61,11 +61,11 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
     def fresh_module(seed: int) -> nn.Module:
         """Return a module in its initial state, so that clients share no state outside of the state dict."""
         if not initial:
-            initial.append(_make_seeded(model, seed))
+            initial.append(make_seeded(model, seed))
         try:
             return deepcopy(initial[0])
         except Exception:  # some modules cannot be copied
-            return _make_seeded(model, seed)
+            return make_seeded(model, seed)
 
     def prepare(message: Message, context: Context) -> _Prepared:
         configs = of_kind(message.content, ConfigRecord)
@@ -119,8 +119,8 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
         metrics |= participation_metric(context)
         used = used_examples(examples, seen, settings)
         content = RecordDict({ARRAYS: to_arrays(state), METRICS: _metrics(used, metrics)})
-        if sent:
-            content[EXTRA] = to_arrays(_on_cpu(sent))
+        if sent:  # as the update of a single batch, which a rule may ask for
+            content[STEPS] = to_arrays({name: tensor[None] for name, tensor in _on_cpu(sent).items()})
         if settings.batch_updates:
             content[STEPS] = to_arrays({name: _differences([state[name] for state in states]) for name in parameters})
         return Message(content, reply_to=message)
@@ -159,7 +159,8 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in module.modules())
 
 
-def _make_seeded(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+def make_seeded(model: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return a new `model()`, made with torch's generator seeded with `seed`, which keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return model()

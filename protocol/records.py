@@ -11,7 +11,7 @@ R = TypeVar("R", ArrayRecord, ConfigRecord, MetricRecord)
 ARRAYS: Final = "arrays"  # ArrayRecord: the model's state dict
 CONFIG: Final = "config"  # ConfigRecord: server -> client
 METRICS: Final = "metrics"  # MetricRecord: client -> server
-EXTRA: Final = "extra"  # ArrayRecord, either way: a second vector by parameter name, for a rule that declares one
+EXTRA: Final = "extra"  # ArrayRecord: server -> client, a rule's second vector by parameter name
 STEPS: Final = "steps"  # ArrayRecord from a target client: each batch's update, [S, ...]; metric: number of batches
 
 EXAMPLES: Final = "num-examples"  # metric: number of examples that the client trained or evaluated on

@@ -23,6 +23,7 @@ class Tally:
     def __init__(self, task: Task, keeps_outputs: bool = False) -> None:
         self.examples = 0
         self._task, self._keeps = task, keeps_outputs and bool(task.metrics)
+        self._has_perplexity = keeps_outputs and task.has_perplexity  # a mean of perplexities has no meaning
         self._loss: Tensor | float = 0.0
         self._correct: Tensor | float | None = 0.0  # None if the outputs are not class scores
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -58,7 +59,7 @@ class Tally:
         found = {"loss": float(self._loss) / self.examples}
         if self._correct is not None:
             found["accuracy"] = float(self._correct) / self.examples
-        if self._task.has_perplexity and found["loss"] < 100:
+        if self._has_perplexity and found["loss"] < 100:
             found["perplexity"] = exp(found["loss"])
         if self._kept:
             outputs, targets = (torch.cat(parts) for parts in zip(*self._kept, strict=True))

@@ -26,13 +26,15 @@ class Task:
     """What a model predicts.
 
     `loss(outputs, targets)` is a scalar. `losses`, if there is one, gives each example's loss, `[B]`, whose mean is the
-    loss. `correct` gives the number of correct examples of a batch, or None if that has no meaning. `metrics` need all
+    loss. `correct` gives the number of correct examples of a batch, and `hits` whether each is correct, `[B]`, or its
+    share of correct positions; None if that has no meaning. `metrics` need all
     outputs of an evaluation, or what `kept` makes of those of a batch.
     """
 
     loss: Loss = nn.functional.cross_entropy
     losses: Loss | None = None
     correct: Correct = lambda outputs, targets: None
+    hits: Correct = lambda outputs, targets: None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     kept: Callable[[Tensor], Tensor] = lambda outputs: outputs
     has_perplexity: bool = False
@@ -44,7 +46,10 @@ def task_of_loss(loss: Loss) -> Task:
 
 
 CLASSIFICATION = Task(
-    nn.functional.cross_entropy, losses.classification, lambda o, t: correct_share(o, t, nn.functional.cross_entropy)
+    nn.functional.cross_entropy,
+    losses.classification,
+    lambda o, t: correct_share(o, t, nn.functional.cross_entropy),
+    lambda o, t: _class_hits(o, t),
 )
 
 
@@ -66,6 +71,12 @@ def _of_kind(kind: str, quantiles: tuple[float, ...]) -> Task:
         "binary": _correct_signs,
         "multilabel": _correct_signs,
     }
+    hits: dict[str, Correct] = {
+        "segmentation": _class_hits,
+        "tokens": lambda o, t: _class_hits(o.transpose(1, -1), t),
+        "binary": _sign_hits,
+        "multilabel": _sign_hits,
+    }
     if kind == "survival":
         return Task(_with_plain(losses.survival))
     own = one_each[kind]
@@ -73,6 +84,7 @@ def _of_kind(kind: str, quantiles: tuple[float, ...]) -> Task:
         _with_plain(lambda outputs, targets: own(outputs, targets).mean()),
         own,
         _with_plain(correct.get(kind, lambda o, t: None)),
+        _with_plain(hits.get(kind, lambda o, t: None)),
         kept=(lambda outputs: outputs.argmax(dim=1)) if kind == "segmentation" else (lambda outputs: outputs),
         has_perplexity=kind == "tokens",
     )
@@ -105,9 +117,21 @@ def _with_plain(function: Any) -> Any:
     return wrapped
 
 
-def _correct_signs(outputs: Tensor, targets: Tensor) -> Tensor:
+def _sign_hits(outputs: Tensor, targets: Tensor) -> Tensor:
     right = (like_targets(outputs, targets) > 0) == (targets > 0.5)
-    return right.flatten(1).double().mean(dim=1).sum() if right.dim() > 1 else right.sum()
+    return right.flatten(1).double().mean(dim=1) if right.dim() > 1 else right.double()
+
+
+def _correct_signs(outputs: Tensor, targets: Tensor) -> Tensor:
+    return _sign_hits(outputs, targets).sum()
+
+
+def _class_hits(outputs: Tensor, targets: Tensor) -> Tensor:
+    counted = targets != IGNORED
+    right = (outputs.argmax(dim=1) == targets) & counted
+    if right.dim() == 1:
+        return right.double()
+    return right.flatten(1).sum(dim=1).double() / counted.flatten(1).sum(dim=1).clamp(min=1)
 
 
 def correct_share(outputs: Any, targets: Any, loss: Loss) -> Tensor | None:

@@ -7,7 +7,9 @@ train together: their batches pass through the model side by side, and every cli
 Entry points
 
 - `cohort_app`: the client app that passes the training messages of a push to an engine and returns the replies.
-- `factory`: chooses the engine for a model and checks in a small trial that it trains as `serial` does.
+- `factory`: chooses the engine for a model.
+- `trial`: checks in a small trial that an engine trains as `serial` does.
+- `kept`: what the clients of a block keep between rounds.
 
 Blocks of clients
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from torch import Tensor
 from corymb.client import TrainSettings
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.strategies import Layout
+from corymb.strategies.core.rows import Matrix
 
 MAX_CLIENTS = 32  # per block
 MAX_PARAMETERS = 1 << 26  # per block, as if every client's model were written out
@@ -24,11 +25,29 @@ MAX_PADDING = 1.5  # examples of a block including padding, relative to its real
 Targets = Sequence[tuple[int, Tensor]]  # pairs of a model's number in its block and the vector `[P]` to copy it to
 
 
+class Trainer(Protocol):
+    """Trains one block at a time on a `device`; the vectors and the report of the result are on the CPU."""
+
+    device: torch.device
+
+    def train(
+        self,
+        start: dict[str, Tensor],
+        clients: Sequence[int],
+        settings: TrainSettings,
+        server_round: int,
+        own_starts: bool = False,
+        offsets: Mapping[str, Tensor] | None = None,
+    ) -> BlockResult:
+        """See `Program.train`."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Clients to train as one block, largest first; `requests` are the numbers of their messages in the push.
 
-    `buffers` are the model's buffers at the start; with an own start for each client, `{name: [K, ...]}`.
+    `buffers` are the model's buffers at the start. With `starts [K, P]`, each client has its own start, and buffers
+    `{name: [K, ...]}`. `offsets [K, P]` are added to the clients' gradients in each step.
     """
 
     requests: tuple[int, ...]
@@ -36,10 +55,16 @@ class Task:
     settings: TrainSettings
     server_round: int
     buffers: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    starts: NDArray[Any] | None = None
+    offsets: NDArray[Any] | None = None
 
-    def start(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the `parameters` and the buffers that the clients start from."""
-        return {**parameters, **{name: torch.tensor(values) for name, values in self.buffers.items()}}
+    def train(self, trainer: Trainer, layout: Layout, parameters: Mapping[str, Tensor]) -> BlockResult:
+        """Train the clients with `trainer`, from `parameters` or from their own starts."""
+        own = self.starts is not None
+        state = layout.split(torch.from_numpy(self.starts)) if self.starts is not None else parameters
+        offsets = None if self.offsets is None else layout.split(torch.from_numpy(self.offsets))
+        start = {**state, **{name: torch.tensor(values) for name, values in self.buffers.items()}}
+        return trainer.train(start, self.clients, self.settings, self.server_round, own, offsets)
 
 
 def max_clients(parameters: int) -> int:
@@ -105,6 +130,18 @@ class ClientBlock(ABC):
             self._copy_to(list(enumerate(rows)))()
             self._models = rows
         return tuple(self._models[row][entry.start : entry.stop] for entry in self._layout.parameters)
+
+
+class MatrixBlock(Matrix):
+    """A block whose models are the rows of `models [K, P]`, because each client had its own start."""
+
+    def __init__(self, models: Tensor, layout: Layout) -> None:
+        super().__init__(models)
+        self._layout = layout
+
+    def pieces(self, row: int) -> tuple[Tensor, ...]:
+        """See `Rows`."""
+        return tuple(self.models[row][entry.start : entry.stop] for entry in self._layout.parameters)
 
 
 class TrainedBlock(ClientBlock):

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
+from torch import nn
 
 from corymb.client import TrainSettings
 from corymb.client.app import model_record, participation_metric, round_of
 from corymb.protocol.codec import to_state
 from corymb.protocol.flower import unchecked_metrics, unchecked_record, unchecked_reply
-from corymb.protocol.records import ARRAYS, EXAMPLES, METRICS, of_kind
+from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, of_kind
 from corymb.protocol.row_arrays import ModelRow
 from corymb.protocol.train_settings import PREFIX
 from corymb.simulations.data.clients import Client, IndexedReplies, Request
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.blocks import Task, cut_into_blocks
 from corymb.simulations.engine.engine import Engine, Outcome, obstacle
+from corymb.simulations.engine.kept import Kept, KeptByClients
 from corymb.strategies import Layout
 from corymb.strategies.core.layout import Role
 
@@ -38,6 +40,8 @@ class _Group:
     trains_alone: bool  # because no engine supports the settings
     numbers: list[int] = field(default_factory=list)
 
+    kept: Kept | None = None
+
     def has_settings_of(self, other: _Group) -> bool:
         """Return whether both groups train with the same settings, whatever their models."""
         return (self.settings, self.server_round) == (other.settings, other.server_round)
@@ -47,12 +51,21 @@ class CohortApp:
     """A client app that trains all clients of a push together on `engine`.
 
     `single_app` handles one message at a time: evaluation, training with settings that no engine supports, and the
-    clients of a block that failed. A large enough push is cut into at least `blocks` blocks.
+    clients of a block that failed. A large enough push is cut into at least `blocks` blocks. `model` makes the clients'
+    module.
     """
 
-    def __init__(self, engine: Engine, population: Population, layout: Layout, single_app: Client, blocks: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        population: Population,
+        layout: Layout,
+        single_app: Client,
+        blocks: int,
+        model: Callable[[], nn.Module],
+    ) -> None:
         self._engine, self._population, self._layout, self._single_app = engine, population, layout, single_app
-        self._blocks = blocks
+        self._blocks, self._kept = blocks, KeptByClients(model, layout)
         self._buffers = [entry.name for entry in layout.entries if entry.role is not Role.PARAMETER]
         self._logged: set[str] = set()  # lines that were logged, because each is logged once
 
@@ -63,11 +76,11 @@ class CohortApp:
     def train_together(self, requests: Requests) -> IndexedReplies:
         """See `CohortTrainer`."""
         groups, alone = self._groups(requests)
-        single = [group for group in groups if len(group.numbers) == 1] if len(groups) > 1 else []
+        single = [g for g in groups if len(g.numbers) == 1 and g.kept is None] if len(groups) > 1 else []
         shared = [group for group in groups if group not in single]
         # Begin to train the first group now, before the caller reads the first reply.
         first = self._train_group(requests, shared[0]) if shared else iter(())
-        return self._all_replies(requests, first, shared[1:], single, alone)
+        return self._all_replies(requests, first, shared, single, alone)
 
     def _all_replies(
         self,
@@ -78,9 +91,9 @@ class CohortApp:
         alone: list[int],
     ) -> IndexedReplies:
         started = time.perf_counter()
-        yield from self._replies(requests, first, started)
-        for group in shared:
-            yield from self._replies(requests, self._train_group(requests, group), started)
+        for number, group in enumerate(shared):
+            outcomes = self._train_group(requests, group) if number else first
+            yield from self._replies(requests, outcomes, started, group.kept)
         while single:
             like_first = [group for group in single if group.has_settings_of(single[0])]
             single = [group for group in single if not group.has_settings_of(like_first[0])]
@@ -102,8 +115,11 @@ class CohortApp:
                     reason = obstacle(settings, self._engine.device)
                     if reason is not None:
                         self._log_once(f"Clients train one after another because {reason}.")
-                    arrays = model_record(message.content)
-                    groups[key] = _Group(arrays, settings, round_of(configs), reason is not None)
+                    extra = message.content.get(EXTRA)
+                    second = to_state(extra) if isinstance(extra, ArrayRecord) else {}
+                    arrays, server_round = model_record(message.content), round_of(configs)
+                    kept = self._kept.of(settings, server_round, to_state(arrays), second)
+                    groups[key] = _Group(arrays, settings, server_round, reason is not None, kept=kept)
                 except ValueError:
                     alone.append(number)  # the single app raises the same error, which becomes the client's reply
                     continue
@@ -118,8 +134,13 @@ class CohortApp:
     def _train_group(self, requests: Requests, group: _Group) -> Iterator[Outcome]:
         state = to_state(group.arrays)
         tasks = self._tasks(requests, group.numbers, group)
+        if group.kept is not None and group.kept.personal:
+            zeros = torch.zeros(self._layout.num_parameters, dtype=self._layout.dtype)
+            return self._engine.train([self._prepared(requests, group.kept, task) for task in tasks], zeros)
         if buffers := {name: state[name].numpy() for name in self._buffers}:
             tasks = [replace(task, buffers=buffers) for task in tasks]
+        if group.kept is not None:
+            tasks = [self._prepared(requests, group.kept, task) for task in tasks]
         return self._engine.train(tasks, self._layout.vector(state))
 
     def _train_own_starts(self, requests: Requests, groups: list[_Group]) -> Iterator[Outcome]:
@@ -129,7 +150,11 @@ class CohortApp:
             states = [to_state(arrays[number]) for number in task.requests]
             buffers = {name: torch.stack([state[name] for state in states]).numpy() for name in self._buffers}
             starts = torch.stack([self._layout.vector(state) for state in states])
-            yield self._engine.train_own_starts(replace(task, buffers=buffers), starts)
+            own = replace(task, buffers=buffers, starts=starts.numpy())
+            yield from self._engine.train([own], starts[0])
+
+    def _prepared(self, requests: Requests, kept: Kept, task: Task) -> Task:
+        return kept.prepared(task, [requests[number][1] for number in task.requests])
 
     def _tasks(self, requests: Requests, numbers: list[int], group: _Group) -> list[Task]:
         """Cut the clients of the requests with these `numbers` into blocks, with the settings of `group`."""
@@ -145,7 +170,9 @@ class CohortApp:
             for block in cut_into_blocks(sizes, group.settings, self._layout.num_parameters, self._blocks)
         ]
 
-    def _replies(self, requests: Requests, outcomes: Iterator[Outcome], started: float) -> IndexedReplies:
+    def _replies(
+        self, requests: Requests, outcomes: Iterator[Outcome], started: float, kept: Kept | None = None
+    ) -> IndexedReplies:
         """Yield the number of each request and its reply; the models stay in their block until they are read."""
         for task, block, report in outcomes:
             if isinstance(block, Exception) or report is None:
@@ -153,25 +180,28 @@ class CohortApp:
                 self._log_once(f"The clients of a block train one after another because the block failed: {block}")
                 yield from ((number, self._reply_alone(*requests[number])) for number in task.requests)
                 continue
+            layout = self._layout
+            if kept is not None:
+                block, layout = kept.finish(block, report, [requests[number][1] for number in task.requests])
             seconds = (time.perf_counter() - started) / len(task.requests)
             started = time.perf_counter()
-            rows = zip(
-                task.requests, report.losses, report.correct, report.examples, report.steps, report.bounds, strict=True
-            )
-            for index, (number, loss, correct, examples, steps, bound) in enumerate(rows):
+            rows = zip(task.requests, report.losses, report.examples, report.steps, report.bounds, strict=True)
+            for index, (number, loss, examples, steps, bound) in enumerate(rows):
                 message, context = requests[number]
                 metrics = unchecked_metrics(
                     {
                         EXAMPLES: self._population.size(task.clients[index]),
                         "loss": loss / examples,
-                        "accuracy": correct / examples,
+                        **({"accuracy": report.correct[index] / examples} if report.correct is not None else {}),
                         "steps": steps,
                         "seconds": seconds,
+                        **(kept.reports(steps) if kept is not None else {}),
                         **participation_metric(context),
                     }
                 )
-                buffers = {name: torch.from_numpy(values)[index] for name, values in report.buffers.items()}
-                arrays = ModelRow(block, index, self._layout, bound).to_record(buffers)
+                names = {entry.name for entry in layout.entries}
+                buffers = {n: torch.from_numpy(v)[index] for n, v in report.buffers.items() if n in names}
+                arrays = ModelRow(block, index, layout, bound).to_record(buffers)
                 yield number, unchecked_reply(message, content=unchecked_record({ARRAYS: arrays, METRICS: metrics}))
             del block, arrays  # frees their memory for the next block
 

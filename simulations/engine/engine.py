@@ -15,29 +15,14 @@ from torch import Tensor
 
 from corymb.client import TrainSettings
 from corymb.client.device import choose_device
-from corymb.simulations.engine.block_result import BlockResult, Report
-from corymb.simulations.engine.blocks import Task, TrainedBlock
+from corymb.client.local_work import algorithm_of
+from corymb.simulations.engine.block_result import Report
+from corymb.simulations.engine.blocks import MatrixBlock, Task, TrainedBlock, Trainer
 from corymb.simulations.engine.optimizer import ELEMENTWISE
 from corymb.strategies import Layout
-from corymb.strategies.core.rows import Matrix, Rows
+from corymb.strategies.core.rows import Rows
 
 Outcome = tuple[Task, Rows | Exception, Report | None]  # a trained block and its report, or the error and None
-
-
-class Trainer(Protocol):
-    """Trains one block at a time on a `device`; the vectors and the report of the result are on the CPU."""
-
-    device: torch.device
-
-    def train(
-        self,
-        start: dict[str, Tensor],
-        clients: Sequence[int],
-        settings: TrainSettings,
-        server_round: int,
-        own_starts: bool = False,
-    ) -> BlockResult:
-        """See `Program.train`."""
 
 
 class Engine(Protocol):
@@ -46,13 +31,10 @@ class Engine(Protocol):
     device: torch.device
 
     def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
-        """Train the clients of all `tasks` from `start [P]`, and yield each block in the order of the tasks.
+        """Train the clients of all `tasks` from `start [P]`, or their own starts; yield each block in the tasks' order.
 
         An engine with threads or processes begins at once, not with the first item.
         """
-
-    def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
-        """Train the clients of `task`, each from its own model: `starts [K, P]`."""
 
     def close(self) -> None:
         """End all threads and processes of the engine."""
@@ -63,8 +45,8 @@ def obstacle(settings: TrainSettings, device: torch.device) -> str | None:
 
     bfloat16 on a CPU is an obstacle because it is slower than float32 there.
     """
-    if settings.algorithm or settings.personal:
-        return "blocks support no client algorithm and no personal layers"
+    if not algorithm_of(settings).trains_in_blocks:
+        return f"the client algorithm {settings.algorithm!r} does more than blocks support"
     if settings.batch_updates or settings.report_classes:
         return "blocks do not support batch_updates and report_classes"
     if settings.precision not in (("float32",) if device.type == "cpu" else ("float32", "bfloat16")):
@@ -87,21 +69,13 @@ class InProcessEngine:
         state = self._layout.split(start)
         for task in tasks:
             try:
-                result = self._trainer.train(task.start(state), task.clients, task.settings, task.server_round)
+                result = task.train(self._trainer, self._layout, state)
+                own = MatrixBlock(result.models(), self._layout) if task.starts is not None else None
             except Exception as error:
                 yield task, error, None
             else:
-                yield task, TrainedBlock(result, start, self._layout), result.report
-                del result
-
-    def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
-        """See `Engine.train_own_starts`."""
-        try:
-            state = task.start(self._layout.split(starts))
-            result = self._trainer.train(state, task.clients, task.settings, task.server_round, own_starts=True)
-        except Exception as error:
-            return task, error, None
-        return task, Matrix(result.models()), result.report
+                yield task, own or TrainedBlock(result, start, self._layout), result.report
+                del result, own
 
     def close(self) -> None:
         """Do nothing: there are no threads or processes to end."""
@@ -138,11 +112,6 @@ class MultiDeviceEngine:
             submitted.extend(self._threads.submit(self._train, task, start) for task in islice(waiting, 1))
             yield outcome
             del outcome  # frees its memory for the next block
-
-    def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
-        """See `Engine.train_own_starts`."""
-        with self._idle_engine() as engine:
-            return engine.train_own_starts(task, starts)
 
     def close(self) -> None:
         """End the threads."""

@@ -26,11 +26,18 @@ def is_linear(settings: TrainSettings) -> bool:
 class Optimizer:
     """A torch optimiser for the tensors of all clients, with the proximal term of `settings`.
 
-    `trainable` holds pairs of a tensor `[K, ...]`, whose gradient is in `.grad`, and its value at the start.
+    `trainable` holds pairs of a tensor `[K, ...]`, whose gradient is in `.grad`, and its value at the start. `offsets`,
+    one for each tensor, are added to the gradients.
     """
 
-    def __init__(self, trainable: list[tuple[Tensor, Tensor]], settings: TrainSettings, rate: float) -> None:
-        self._trainable, self._proximal = trainable, settings.proximal
+    def __init__(
+        self,
+        trainable: list[tuple[Tensor, Tensor]],
+        settings: TrainSettings,
+        rate: float,
+        offsets: list[Tensor] | None = None,
+    ) -> None:
+        self._trainable, self._proximal, self._offsets = trainable, settings.proximal, offsets
         self._tensors = [tensor for tensor, _ in trainable]
         self._torch = getattr(torch.optim, settings.optimizer)(self._tensors, lr=rate, **settings.optimizer_options)
 
@@ -39,6 +46,9 @@ class Optimizer:
         if self._proximal:
             for tensor, start in self._trainable:
                 tensor.grad.add_(tensor - start, alpha=self._proximal)  # type: ignore[union-attr]
+        if self._offsets is not None:
+            for tensor, offset in zip(self._tensors, self._offsets, strict=True):
+                tensor.grad.add_(offset)  # type: ignore[union-attr]
         before = [tensor[finished].clone() for tensor in self._tensors] if finished else []
         self._torch.step()
         for tensor, old in zip(self._tensors, before):  # noqa: B905  # `before` is empty if no client has finished

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from corymb.client import TrainSettings
 from corymb.client.app import derive_seed
+from corymb.client.tasks.task import CLASSIFICATION, Task
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.backprop import make_backprop, reader_of_examples
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.block_result import BlockResult, stack_steps
+from corymb.simulations.engine.block_result import BlockResult, Seen, SeenSteps, stack_steps
 from corymb.simulations.engine.client_layers import parameter_of, to_client_layers
 from corymb.simulations.engine.dropout import ClientDropout
 from corymb.simulations.engine.gram_products import GramMatrices, UseGram
@@ -30,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 class Program:
-    """Trains blocks of clients of `population` with cross-entropy, each client as `client.train` trains it alone.
+    """Trains blocks of clients of `population` for `task`, each client as `client.train` trains it alone.
 
     `low_rank` says whether linear layers may store low-rank weights. `use_gram` says when the first layer stores
     `GramWeights`, for which the examples have to be on the CPU. All work runs on `device`, which also keeps the
@@ -45,11 +46,13 @@ class Program:
         low_rank: bool = True,
         use_gram: UseGram = UseGram.NEVER,
         device: torch.device = CPU,
+        task: Task = CLASSIFICATION,
     ) -> None:
         population = replace(population, store=population.store.to(device))
         self._population, self._low_rank, self.device = population, low_rank, device
+        self._task = task
         self._context = StepContext(use_patches=device.type != "cpu")
-        self._names = [name for name, _ in module.named_parameters()]
+        self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         graph_module, self._layers = to_client_layers(module, self._context)
         for name, rows in rows_per_example(module, population.store.inputs_at(slice(0, 1)).cpu()).items():
             if isinstance(layer := self._layers.get(name), ClientLinear):
@@ -70,19 +73,22 @@ class Program:
         settings: TrainSettings,
         server_round: int,
         own_starts: bool = False,
+        offsets: State | None = None,
     ) -> BlockResult:
         """Train `clients`, sorted by size with the largest first, on the batches that each draws for the round.
 
         All start from the parameters and buffers `start`, or, with `own_starts`, each from its own:
-        `{name: [K, ...]}`.
+        `{name: [K, ...]}`. `offsets {name: [K, ...]}` are added to the gradients in each step.
         """
         # Inference mode is faster, but it does not allow autograd.
-        with torch.no_grad() if self._backprop.needs_autograd else torch.inference_mode():
-            return self._train(start, clients, settings, server_round, own_starts)
+        needs_autograd = self._backprop.needs_autograd or not self._is_classification
+        with torch.no_grad() if needs_autograd else torch.inference_mode():
+            return self._train(start, clients, settings, server_round, own_starts, offsets)
 
     def _train(
-        self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own_starts: bool
-    ) -> BlockResult:
+        self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own_starts: bool,
+        offsets: State | None,
+    ) -> BlockResult:  # fmt: skip
         context, store, device = self._context, self._population.store, self.device
         start = {name: tensor.to(device) for name, tensor in start.items()}
         seed_keys = [(settings.seed, client, server_round) for client in clients]
@@ -97,25 +103,25 @@ class Program:
             [torch.Generator().manual_seed(derive_seed(*key)) for key in seed_keys] if self._has_dropout else []
         )
         context.precision = None if settings.precision == "float32" else getattr(torch, settings.precision)
-        context.rate = settings.rate(server_round) if is_plain(settings) else None
+        context.rate = settings.rate(server_round) if is_plain(settings) and offsets is None else None
         targets = store.targets[positions].to(device)
 
-        block = Block(clients, batches, settings, own_starts, self._low_rank)
+        block = Block(clients, batches, settings, own_starts, self._low_rank and offsets is None)
         for name, layer in self._layers.items():
             layer.start_block(_inside(name, start), block)
         optimizer = None
         if context.rate is None:
-            optimizer = Optimizer(self._trainable(), settings, settings.rate(server_round))
-        logits = self._take_steps(positions, targets, batches, optimizer, dtype)
-        return BlockResult.of(self._parameters(), logits, targets, batches, self._buffers())
+            added = None if offsets is None else [offsets[name].to(device) for name in self._form_names()]
+            optimizer = Optimizer(self._trainable(), settings, settings.rate(server_round), added)
+        seen = self._take_steps(positions, targets, batches, optimizer, dtype)
+        return BlockResult.of(self._parameters(), seen, batches, self._buffers())
 
     def _take_steps(
         self, positions: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | None, dtype: torch.dtype
-    ) -> Tensor:
-        """Train on the examples at `positions [S, K, B]` of the store.
-
-        Returns the outputs of the models before each step, `[S, K * B, C]`; zeros for clients that have finished.
-        """
+    ) -> Seen:
+        """Train on the examples at `positions [S, K, B]` of the store; return what was seen before each step."""
+        if not self._is_classification:
+            return self._take_general_steps(positions, targets, batches, optimizer)
         context, store = self._context, self._population.store
         _, clients, width = positions.shape
         by_step = [
@@ -148,11 +154,47 @@ class Program:
             self._backprop.backward(as_dtype(gradients.mul_(first_rows(rows, example_weights)), outputs.dtype))
             if optimizer is not None:
                 optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-        return stack_steps(logits, clients * width)
+        return Seen.of_logits(stack_steps(logits, clients * width), targets)
+
+    @property
+    def _is_classification(self) -> bool:
+        """Return whether each example has one class, so that the gradient of the loss is known."""
+        return self._task.losses is CLASSIFICATION.losses and self._population.store.targets.dim() == 1
+
+    def _take_general_steps(
+        self, positions: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | None
+    ) -> Seen:
+        """Do the work of `_take_steps` for any task, with the gradient of its loss by autograd."""
+        context, store = self._context, self._population.store
+        _, clients, width = positions.shape
+        seen, task_losses = SeenSteps(clients, width), self._task.losses
+        assert task_losses is not None
+        active = clients
+        for step in range(len(positions)):
+            while optimizer is None and batches.steps[active - 1] <= step:
+                active -= 1
+            context.clients = active
+            context.lengths = batches.lengths_at(step)[:active] if self._needs_lengths else []
+            outputs = self._backprop.forward(store.inputs_at(positions[step, :active].flatten()).to(self.device))
+            step_targets = targets[step, :active].flatten(0, 1)
+            with torch.enable_grad():
+                leaf = as_dtype(outputs, batches.weights.dtype).detach().requires_grad_()
+                losses = task_losses(leaf, step_targets)
+                (losses * batches.weights[:active, step].flatten()).sum().backward()
+            assert leaf.grad is not None
+            seen.add(losses.detach(), self._task.hits(outputs, step_targets))
+            self._backprop.backward(as_dtype(leaf.grad, outputs.dtype))
+            if optimizer is not None:
+                optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
+        return seen.seen()
 
     def _trainable(self) -> list[tuple[Tensor, Tensor]]:
         forms = [form for layer in self._layers.values() for form in layer.forms.values()]
         return [pair for form in forms for pair in form.trainable()]
+
+    def _form_names(self) -> list[str]:
+        """Return the names of the parameters in the order of `_trainable`, for dense forms."""
+        return [parameter_of(name, kind) for name, layer in self._layers.items() for kind in layer.forms]
 
     def _parameters(self) -> list[BlockParameter]:
         """Return all parameters in the model's order."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from corymb.client import TrainSettings
+from corymb.client.tasks.task import CLASSIFICATION, Task
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.block_result import BlockResult
+from corymb.simulations.engine.block_result import BlockResult, SeenSteps
 from corymb.simulations.engine.optimizer import Optimizer
 from corymb.simulations.engine.tracing import random_states
 from corymb.simulations.engine.weight_forms import DenseWeights
@@ -26,7 +27,8 @@ class Vmapped:
     code that mixes the examples of a batch, because a batch may hold padding.
     """
 
-    def __init__(self, module: nn.Module, population: Population) -> None:
+    def __init__(self, module: nn.Module, population: Population, task: Task = CLASSIFICATION) -> None:
+        self._task = task
         self._module, self._population, self.device = module, population, torch.device("cpu")
         for name, inner in module.named_modules():
             is_random = isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RNNBase))
@@ -46,6 +48,7 @@ class Vmapped:
         settings: TrainSettings,
         server_round: int,
         own_starts: bool = False,
+        offsets: Mapping[str, Tensor] | None = None,
     ) -> BlockResult:
         """See `Program.train`."""
         store = self._population.store
@@ -53,31 +56,34 @@ class Vmapped:
         seed_keys = [(settings.seed, client, server_round) for client in clients]
         batches = Batches.draw(sizes, settings, seed_keys, next(iter(start.values())).dtype)
         parameters = {name: DenseWeights(tensor, len(clients), own_starts) for name, tensor in start.items()}
-        names = {name for name, parameter in self._module.named_parameters() if parameter.requires_grad}
-        trained = {name: parameter.weight for name, parameter in parameters.items() if name in names}
-        fixed = {name: parameter.weight for name, parameter in parameters.items() if name not in names}
+        trained = {name: parameter.weight for name, parameter in parameters.items()}
+        fixed = {name: p.detach() for name, p in self._module.named_parameters() if not p.requires_grad}
         trainable = [pair for name in trained for pair in parameters[name].trainable()]
-        optimizer = Optimizer(trainable, settings, settings.rate(server_round))
+        added = None if offsets is None else [offsets[name] for name in trained]
+        optimizer = Optimizer(trainable, settings, settings.rate(server_round), added)
+        task_losses = self._task.losses
+        assert task_losses is not None
 
         def loss(
             weights: Tensors, others: Tensors, inputs: Tensor, targets: Tensor, example_weights: Tensor
-        ) -> tuple[Tensor, Tensor]:
+        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             outputs = functional_call(self._module, {**weights, **others}, (inputs,))
-            return (nn.functional.cross_entropy(outputs, targets, reduction="none") * example_weights).sum(), outputs
+            each = task_losses(outputs, targets)
+            return (each * example_weights).sum(), (each, outputs)
 
-        gradients_of = vmap(grad(loss, has_aux=True))
+        gradients_of = vmap(grad(loss, has_aux=True), in_dims=(0, None, 0, 0, 0))
         positions = self._population.store_positions(clients, batches.rows)  # in the store, [K, S, B]
-        logits = []
+        seen = SeenSteps(*positions.shape[::2])
         self._module.train()
         for step in range(positions.shape[1]):
             inputs, targets = store.inputs_at(positions[:, step]), store.targets[positions[:, step]]
-            gradients, outputs = gradients_of(trained, fixed, inputs, targets, batches.weights[:, step])
+            gradients, (losses, outputs) = gradients_of(trained, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in trained.items():
                 tensor.grad = gradients[name]
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-            logits.append(outputs.detach().flatten(0, 1))
-        targets = store.targets[positions].transpose(0, 1)
-        return BlockResult.of(list(parameters.values()), torch.stack(logits), targets, batches, {})
+            hits = self._task.hits(outputs.detach().flatten(0, 1), targets.flatten(0, 1))
+            seen.add(losses.detach().flatten(), hits)
+        return BlockResult.of(list(parameters.values()), seen.seen(), batches, {})
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from corymb.simulations.engine.block_result import BlockResult
-from corymb.simulations.engine.blocks import Task, max_clients
-from corymb.simulations.engine.engine import InProcessEngine, Outcome, Trainer
+from corymb.simulations.engine.blocks import MatrixBlock, Task, Trainer, max_clients
+from corymb.simulations.engine.engine import Outcome
 from corymb.simulations.engine.remote_block import (
     SLOTS,
     RemoteBlock,
@@ -28,6 +28,7 @@ from corymb.simulations.engine.remote_block import (
     send,
 )
 from corymb.strategies import Layout
+from corymb.strategies.core.rows import Rows
 
 MAX_UNFINISHED = 2  # tasks that a worker may have at once, so that it never waits for its next one
 MAX_UNREAD = 8  # blocks per worker that may be trained and not yet taken from the iterator
@@ -40,7 +41,7 @@ class WorkerEngine:
     """
 
     def __init__(self, trainer: Trainer, layout: Layout, processes: int) -> None:
-        self._local, self._layout, self.device = InProcessEngine(trainer, layout), layout, trainer.device
+        self._layout, self.device = layout, trainer.device
         self._start = _shared(1, layout)[0]
         self._generation = 0  # counts the models that `_start` has held
         self._numbers = count()  # of tasks, over all rounds
@@ -70,10 +71,6 @@ class WorkerEngine:
         numbered = dict(waiting)
         self._send_tasks(waiting, 0)
         return self._outcomes(numbered, waiting, start, self._generation)
-
-    def train_own_starts(self, task: Task, starts: Tensor) -> Outcome:
-        """See `Engine.train_own_starts`; trains in this process."""
-        return self._local.train_own_starts(task, starts)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -108,10 +105,19 @@ class WorkerEngine:
                 if isinstance(report, Exception):
                     yield task, report, None
                 else:  # no local variable refers to the block, so that it is deleted when the caller drops it
-                    yield task, RemoteBlock(worker, number, len(task.clients), start, self._layout), report
+                    yield task, self._block(worker, number, task, start), report
         finally:
             for number, (worker, _) in ready.items():
                 worker.released.append(number)
+
+    def _block(self, worker: Worker, number: int, task: Task, start: Tensor) -> Rows:
+        """Return a trained block; its models, if each client had its own start."""
+        block = RemoteBlock(worker, number, len(task.clients), start, self._layout)
+        if task.starts is None:
+            return block
+        models = torch.empty(len(task.clients), self._layout.num_parameters, dtype=self._layout.dtype)
+        block.copy_to(list(enumerate(models.unbind())))()
+        return MatrixBlock(models, self._layout)
 
     def _send_tasks(self, waiting: deque[tuple[int, Task]], ready: int) -> None:
         """Send each worker as many tasks as it may have, one to each worker before a second one to any."""
@@ -174,7 +180,7 @@ def _work(
             if generation != current:  # a copy, because blocks may outlive their round
                 current, state = generation, layout.split(start.clone())
             try:
-                blocks[number] = trainer.train(task.start(state), task.clients, task.settings, task.server_round)
+                blocks[number] = task.train(trainer, layout, state)
             except Exception as error:
                 tasks.send((number, RuntimeError(f"{type(error).__name__}: {error}")))
             else:

@@ -12,8 +12,7 @@ from torch import nn
 
 from corymb.client.device import choose_device
 from corymb.client.tasks.task import Task, make_task
-from corymb.protocol.shared_state import personal_names
-from corymb.protocol.task_settings import TaskSettings
+from corymb.protocol.shared_state import fixed_names, personal_names
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Source
 from corymb.simulations.data.targets import outputs_of
@@ -114,10 +113,16 @@ def resolve(experiment: Experiment) -> Resolved:
         participation_of(experiment, scenario, seed)
     for rule in experiment.rules:
         _check_personal(rule, module, experiment)
-    trainer = None
-    if experiment.task == TaskSettings():
-        trainer = find_trainer(experiment.engine, model, source.train, device)
-    return Resolved(experiment, source, scenarios, model, Layout.of_module(module), device, task, trainer)
+    trainer = find_trainer(experiment.engine, model, source.train, device, task)
+    return Resolved(experiment, source, scenarios, model, trained_layout(module), device, task, trainer)
+
+
+def trained_layout(module: nn.Module) -> Layout:
+    """Return the layout of all entries of a state dict but the parameters that are not trained."""
+    fixed = fixed_names(module)
+    layout = Layout.of_module(module)
+    state = {name: tensor for name, tensor in module.state_dict().items() if name not in fixed}
+    return Layout.of(state, [entry.name for entry in layout.buffers])
 
 
 def _check_personal(rule: ExperimentRule, module: nn.Module, experiment: Experiment) -> None:

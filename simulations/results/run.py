@@ -56,8 +56,8 @@ def clients_of(resolved: Resolved, key: Key, workers: int = 1, together: bool = 
     engine = None
     if resolved.trainer is not None and together:
         layout = resolved.layout
-        engine = make_engine(experiment.engine, resolved.trainer, population, layout, workers, resolved.device)
-        app = CohortApp(engine, population, layout, app, experiment.blocks)
+        engine = make_engine(experiment.engine, resolved.trainer, population, layout, workers, resolved.device, seed)
+        app = CohortApp(engine, population, layout, app, experiment.blocks, resolved.model)
     if experiment.model.random_start:
         app = with_random_start(app, resolved.model, seed)
     if scenario.hostile and attacks:

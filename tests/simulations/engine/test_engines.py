@@ -28,8 +28,8 @@ from corymb.simulations.data.population import Population
 from corymb.simulations.engine import frequencies
 from corymb.simulations.engine import linear as linears
 from corymb.simulations.engine.batches import Batches
-from corymb.simulations.engine.blocks import MAX_PADDING, Task, cut_into_blocks
-from corymb.simulations.engine.engine import MultiDeviceEngine, Trainer, obstacle
+from corymb.simulations.engine.blocks import MAX_PADDING, Task, Trainer, cut_into_blocks
+from corymb.simulations.engine.engine import MultiDeviceEngine, obstacle
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer, make_engine
 from corymb.simulations.engine.gram_products import UseGram
 from corymb.simulations.engine.gram_weights import GramWeights
@@ -727,6 +727,7 @@ def test_metrics_are_right_if_a_convolution_comes_last(end: list[nn.Module]) -> 
         )
         metrics = train(deepcopy(module), batches, train_settings)
         assert report.losses[client] / report.examples[client] == pytest.approx(metrics["loss"], rel=1e-5)
+        assert report.correct is not None
         assert report.correct[client] / report.examples[client] == pytest.approx(metrics["accuracy"])
 
 
