@@ -96,6 +96,7 @@ class ClientAlgorithm:
     """
 
     trains_in_blocks: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False  # whether `remember` returns something
 
     def correction(self, memory: Memory, received: Tensor | None) -> tuple[Tensor | None, float]:
         """Return the offset of the gradient, None for zero, and the pull towards the received model."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm, Memory
@@ -18,6 +17,7 @@ class FedDyn(ClientAlgorithm):
     """
 
     trains_in_blocks = True
+    remembers = True
 
     alpha: float = 0.1
 
@@ -30,4 +30,5 @@ class FedDyn(ClientAlgorithm):
         self, memory: Memory, received: Tensor | None, start: Tensor, end: Tensor, path: Tensor | float
     ) -> Memory:
         """See `ClientAlgorithm.remember`: `h_k - alpha (end - start)`."""
-        return {"gradient": memory.get("gradient", torch.zeros(())) - self.alpha * (end - start)}
+        gradient = (start - end).mul_(self.alpha)
+        return {"gradient": gradient.add_(memory["gradient"]) if "gradient" in memory else gradient}

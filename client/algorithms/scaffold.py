@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm, Memory
@@ -21,6 +20,7 @@ class Scaffold(ClientAlgorithm):
     """
 
     trains_in_blocks = True
+    remembers = True
 
     def correction(self, memory: Memory, received: Tensor | None) -> tuple[Tensor | None, float]:
         """See `ClientAlgorithm.correction`."""
@@ -38,5 +38,5 @@ class Scaffold(ClientAlgorithm):
     ) -> Memory:
         """See `ClientAlgorithm.remember`: `c_i - c + (start - end) / path`."""
         assert received is not None
-        own = memory.get("control", torch.zeros(()))
-        return {"control": own - received + (start - end) / path}
+        control = (start - end).div_(path).sub_(received)
+        return {"control": control.add_(memory["control"]) if "control" in memory else control}

@@ -42,12 +42,26 @@ class Trainer(Protocol):
         """See `Program.train`."""
 
 
+class Keeper(Protocol):
+    """What clients keep between rounds; see `kept.Kept`."""
+
+    @property
+    def has_own_starts(self) -> bool:
+        """Whether each client starts from its own model."""
+
+    def train(
+        self, task: Task, trainer: Trainer, layout: Layout, parameters: Mapping[str, Tensor], second: Tensor | None
+    ) -> BlockResult:
+        """Train the clients of `task` from `parameters` and what they kept."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Clients to train as one block, largest first; `requests` are the numbers of their messages in the push.
 
     `buffers` are the model's buffers at the start. With `starts [K, P]`, each client has its own start, and buffers
-    `{name: [K, ...]}`. `offsets [K, P]` are added to the clients' gradients in each step.
+    `{name: [K, ...]}`. `offsets [K, P]` are added to the clients' gradients in each step. `kept` is what the clients
+    keep between rounds; it gives them their starts and offsets.
     """
 
     requests: tuple[int, ...]
@@ -57,9 +71,22 @@ class Task:
     buffers: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     starts: NDArray[Any] | None = None
     offsets: NDArray[Any] | None = None
+    kept: Keeper | None = None
 
-    def train(self, trainer: Trainer, layout: Layout, parameters: Mapping[str, Tensor]) -> BlockResult:
-        """Train the clients with `trainer`, from `parameters` or from their own starts."""
+    @property
+    def has_own_starts(self) -> bool:
+        """Whether each client starts from its own model."""
+        return self.starts is not None or (self.kept is not None and self.kept.has_own_starts)
+
+    def train(
+        self, trainer: Trainer, layout: Layout, parameters: Mapping[str, Tensor], second: Tensor | None = None
+    ) -> BlockResult:
+        """Train the clients with `trainer`, from `parameters` or from their own starts.
+
+        `second [P]` is the second vector that the rule sends, if it sends one.
+        """
+        if self.kept is not None:
+            return self.kept.train(self, trainer, layout, parameters, second)
         own = self.starts is not None
         state = layout.split(torch.from_numpy(self.starts)) if self.starts is not None else parameters
         offsets = None if self.offsets is None else layout.split(torch.from_numpy(self.offsets))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message
-from torch import nn
+from torch import Tensor, nn
 
 from corymb.client import TrainSettings
 from corymb.client.app import model_record, participation_metric, round_of
@@ -20,7 +20,7 @@ from corymb.protocol.row_arrays import ModelRow
 from corymb.protocol.train_settings import PREFIX
 from corymb.simulations.data.clients import Client, IndexedReplies, Request
 from corymb.simulations.data.population import Population
-from corymb.simulations.engine.blocks import Task, cut_into_blocks
+from corymb.simulations.engine.blocks import MatrixBlock, Task, cut_into_blocks
 from corymb.simulations.engine.engine import Engine, Outcome, obstacle
 from corymb.simulations.engine.kept import Kept, KeptByClients
 from corymb.strategies import Layout
@@ -38,9 +38,9 @@ class _Group:
     settings: TrainSettings
     server_round: int
     trains_alone: bool  # because no engine supports the settings
+    second: Mapping[str, Tensor]  # the rule's second vector, by parameter name
+    kept: Kept | None
     numbers: list[int] = field(default_factory=list)
-
-    kept: Kept | None = None
 
     def has_settings_of(self, other: _Group) -> bool:
         """Return whether both groups train with the same settings, whatever their models."""
@@ -118,8 +118,8 @@ class CohortApp:
                     extra = message.content.get(EXTRA)
                     second = to_state(extra) if isinstance(extra, ArrayRecord) else {}
                     arrays, server_round = model_record(message.content), round_of(configs)
-                    kept = self._kept.of(settings, server_round, to_state(arrays), second)
-                    groups[key] = _Group(arrays, settings, server_round, reason is not None, kept=kept)
+                    kept = self._kept.of(settings, to_state(arrays))
+                    groups[key] = _Group(arrays, settings, server_round, reason is not None, second, kept)
                 except ValueError:
                     alone.append(number)  # the single app raises the same error, which becomes the client's reply
                     continue
@@ -134,14 +134,14 @@ class CohortApp:
     def _train_group(self, requests: Requests, group: _Group) -> Iterator[Outcome]:
         state = to_state(group.arrays)
         tasks = self._tasks(requests, group.numbers, group)
-        if group.kept is not None and group.kept.personal:
-            zeros = torch.zeros(self._layout.num_parameters, dtype=self._layout.dtype)
-            return self._engine.train([self._prepared(requests, group.kept, task) for task in tasks], zeros)
-        if buffers := {name: state[name].numpy() for name in self._buffers}:
+        if buffers := {name: state[name].numpy() for name in self._buffers if name in state}:
             tasks = [replace(task, buffers=buffers) for task in tasks]
-        if group.kept is not None:
-            tasks = [self._prepared(requests, group.kept, task) for task in tasks]
-        return self._engine.train(tasks, self._layout.vector(state))
+        if (kept := group.kept) is not None:
+            contexts = [[requests[number][1] for number in task.requests] for task in tasks]
+            tasks = [replace(t, kept=kept.for_clients(own)) for t, own in zip(tasks, contexts, strict=True)]
+            state = {**{name: torch.from_numpy(values) for name, values in kept.personal.items()}, **state}
+        second = self._layout.vector({**state, **group.second}) if group.second else None
+        return self._engine.train(tasks, self._layout.vector(state), second)
 
     def _train_own_starts(self, requests: Requests, groups: list[_Group]) -> Iterator[Outcome]:
         """Train groups of one client each, which have the same settings and different models."""
@@ -152,9 +152,6 @@ class CohortApp:
             starts = torch.stack([self._layout.vector(state) for state in states])
             own = replace(task, buffers=buffers, starts=starts.numpy())
             yield from self._engine.train([own], starts[0])
-
-    def _prepared(self, requests: Requests, kept: Kept, task: Task) -> Task:
-        return kept.prepared(task, [requests[number][1] for number in task.requests])
 
     def _tasks(self, requests: Requests, numbers: list[int], group: _Group) -> list[Task]:
         """Cut the clients of the requests with these `numbers` into blocks, with the settings of `group`."""
@@ -181,8 +178,9 @@ class CohortApp:
                 yield from ((number, self._reply_alone(*requests[number])) for number in task.requests)
                 continue
             layout = self._layout
-            if kept is not None:
-                block, layout = kept.finish(block, report, [requests[number][1] for number in task.requests])
+            if kept is not None and kept.personal and isinstance(block, MatrixBlock):
+                layout = kept.shared_layout(self._layout)
+                block = MatrixBlock(block.models[:, kept.shared_columns(self._layout)], layout)
             seconds = (time.perf_counter() - started) / len(task.requests)
             started = time.perf_counter()
             rows = zip(task.requests, report.losses, report.examples, report.steps, report.bounds, strict=True)
@@ -195,7 +193,7 @@ class CohortApp:
                         **({"accuracy": report.correct[index] / examples} if report.correct is not None else {}),
                         "steps": steps,
                         "seconds": seconds,
-                        **(kept.reports(steps) if kept is not None else {}),
+                        **(kept.reports(task.server_round, steps) if kept is not None else {}),
                         **participation_metric(context),
                     }
                 )

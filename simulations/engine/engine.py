@@ -30,8 +30,10 @@ class Engine(Protocol):
 
     device: torch.device
 
-    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
+    def train(self, tasks: Sequence[Task], start: Tensor, second: Tensor | None = None) -> Iterator[Outcome]:
         """Train the clients of all `tasks` from `start [P]`, or their own starts; yield each block in the tasks' order.
+
+        `second [P]` is the second vector that the rule sends, if it sends one.
 
         An engine with threads or processes begins at once, not with the first item.
         """
@@ -64,13 +66,13 @@ class InProcessEngine:
     def __init__(self, trainer: Trainer, layout: Layout) -> None:
         self._trainer, self._layout, self.device = trainer, layout, trainer.device
 
-    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
+    def train(self, tasks: Sequence[Task], start: Tensor, second: Tensor | None = None) -> Iterator[Outcome]:
         """See `Engine.train`."""
         state = self._layout.split(start)
         for task in tasks:
             try:
-                result = task.train(self._trainer, self._layout, state)
-                own = MatrixBlock(result.models(), self._layout) if task.starts is not None else None
+                result = task.train(self._trainer, self._layout, state, second)
+                own = MatrixBlock(result.models(), self._layout) if task.has_own_starts else None
             except Exception as error:
                 yield task, error, None
             else:
@@ -96,20 +98,22 @@ class MultiDeviceEngine:
         self._threads = ThreadPoolExecutor(len(trainers))
         self._submitted: deque[Future[Outcome]] = deque()
 
-    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
+    def train(self, tasks: Sequence[Task], start: Tensor, second: Tensor | None = None) -> Iterator[Outcome]:
         """See `Engine.train`; cancels the blocks that remain from the previous call."""
         for future in self._submitted:
             future.cancel()
         waiting = iter(tasks)
         self._submitted = deque(
-            self._threads.submit(self._train, task, start) for task in islice(waiting, self._max_submitted)
+            self._threads.submit(self._train, task, start, second) for task in islice(waiting, self._max_submitted)
         )
-        return self._outcomes(self._submitted, waiting, start)
+        return self._outcomes(self._submitted, waiting, start, second)
 
-    def _outcomes(self, submitted: deque[Future[Outcome]], waiting: Iterator[Task], start: Tensor) -> Iterator[Outcome]:
+    def _outcomes(
+        self, submitted: deque[Future[Outcome]], waiting: Iterator[Task], start: Tensor, second: Tensor | None
+    ) -> Iterator[Outcome]:
         while submitted:
             outcome = submitted.popleft().result()
-            submitted.extend(self._threads.submit(self._train, task, start) for task in islice(waiting, 1))
+            submitted.extend(self._threads.submit(self._train, task, start, second) for task in islice(waiting, 1))
             yield outcome
             del outcome  # frees its memory for the next block
 
@@ -117,9 +121,9 @@ class MultiDeviceEngine:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
 
-    def _train(self, task: Task, start: Tensor) -> Outcome:
+    def _train(self, task: Task, start: Tensor, second: Tensor | None) -> Outcome:
         with self._idle_engine() as engine:
-            return next(engine.train([task], start))
+            return next(engine.train([task], start, second))
 
     @contextmanager
     def _idle_engine(self) -> Iterator[InProcessEngine]:

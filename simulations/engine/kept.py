@@ -1,13 +1,18 @@
-"""What the clients of a block keep between rounds: personal layers, and the memory of a client algorithm."""
+"""What the clients of a block keep between rounds: personal layers, and the memory of a client algorithm.
+
+It is read, used and written where the block is trained, in a worker process if there are any.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from corymb.client.algorithms.algorithm import Memory, inside
@@ -15,98 +20,118 @@ from corymb.client.algorithms.memory_files import folder_of, keep, recall
 from corymb.client.app import client_identity, make_seeded
 from corymb.client.local_work import PERSONAL, algorithm_of
 from corymb.protocol.train_settings import TrainSettings
-from corymb.simulations.engine.block_result import Report
-from corymb.simulations.engine.blocks import MatrixBlock, Task
+from corymb.simulations.engine.block_result import BlockResult
+from corymb.simulations.engine.blocks import Task, Trainer
 from corymb.strategies import Layout
 from corymb.strategies.core.layout import Role
-from corymb.strategies.core.rows import Rows
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What clients with `settings` keep, who receive the entries `received` and the second vector `extra`.
+    """What clients with `settings` keep, one folder each in `folders`.
 
-    `initial` is the state of a new module, and `layout` that of all entries which are trained.
+    `personal` are the entries that stay at the client, with their values in a new module.
     """
 
     settings: TrainSettings
-    server_round: int
-    received: Mapping[str, Tensor]
-    extra: Mapping[str, Tensor]
-    initial: Mapping[str, Tensor]
-    layout: Layout
+    personal: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()
 
-    @cached_property
-    def shared_layout(self) -> Layout:
-        """The layout of the entries that travel."""
-        buffers = [entry.name for entry in self.layout.buffers]
-        return Layout.of(
-            {e.name: self.received[e.name] for e in self.layout.entries if e.name in self.received}, buffers
-        )
+    @property
+    def has_own_starts(self) -> bool:
+        """Whether each client starts from its own model."""
+        return bool(self.personal)
 
-    @cached_property
-    def personal(self) -> list[str]:
-        """The names of the entries that stay at the client."""
-        return [entry.name for entry in self.layout.entries if entry.name not in self.received]
+    def for_clients(self, contexts: Sequence[Context]) -> Kept:
+        """Return this with the folders of the clients with these `contexts`."""
+        return replace(self, folders=tuple(folder_of(each, client_identity(each)) for each in contexts))
 
-    @cached_property
-    def columns(self) -> Tensor:
-        """The positions of the shared parameters in the layout's vector."""
-        spans = [torch.arange(e.start, e.stop) for e in self.layout.parameters if e.name in self.received]
+    def shared_layout(self, layout: Layout) -> Layout:
+        """Return the layout of the entries that travel; `layout` is that of all entries which are trained."""
+        if not self.personal:
+            return layout
+        entries = [entry for entry in layout.entries if entry.name not in self.personal]
+        zeros = {entry.name: torch.zeros(entry.shape, dtype=entry.dtype) for entry in entries}
+        return Layout.of(zeros, [entry.name for entry in entries if entry.role is Role.BUFFER])
+
+    def shared_columns(self, layout: Layout) -> Tensor | slice:
+        """Return the positions of the shared parameters in a vector of `layout`."""
+        if not self.personal:
+            return slice(None)
+        spans = [torch.arange(e.start, e.stop) for e in layout.parameters if e.name not in self.personal]
         return torch.cat(spans) if spans else torch.zeros(0, dtype=torch.int64)
 
-    def prepared(self, task: Task, contexts: Sequence[Context]) -> Task:
-        """Return `task` with the clients' own starts and the corrections of their gradients."""
-        memories = self._memories(contexts)
-        offset, pull = algorithm_of(self.settings).correction(self._stacked(memories), self._extra())
+    def train(
+        self, task: Task, trainer: Trainer, layout: Layout, parameters: Mapping[str, Tensor], second: Tensor | None
+    ) -> BlockResult:
+        """Train the clients of `task` from `parameters` and what they kept, and keep what they keep after it.
+
+        `second` is the rule's second vector, `[P]`, if it has one.
+        """
+        columns, algorithm = self.shared_columns(layout), algorithm_of(self.settings)
+        if not algorithm.remembers and not self.personal:
+            return replace(task, kept=None).train(trainer, layout, parameters)
+        memories = [recall(folder, task.server_round - 1) for folder in self.folders]
+        start = layout.vector(parameters)
+        second = None if second is None else second[columns]
+        stacked = _stacked(memories, start[columns])
+        offset, pull = algorithm.correction(stacked, second)
+        changes: dict[str, Any] = {"kept": None}
         if pull:  # towards the received model, as the proximal term
-            pulled = {"proximal": task.settings.proximal + pull}
-            task = replace(task, settings=task.settings.model_copy(update=pulled))
+            changes["settings"] = task.settings.model_copy(update={"proximal": task.settings.proximal + pull})
         if offset is not None:
-            whole = torch.zeros(len(contexts), self.layout.num_parameters, dtype=self.layout.dtype)
-            whole[:, self.columns] = offset.to(whole.dtype)
-            task = replace(task, offsets=whole.numpy())
+            changes["offsets"] = _whole(offset, len(memories), columns, layout).numpy()
         if self.personal:
-            states = [{**self.initial, **self.received, **inside(PERSONAL, memory)} for memory in memories]
-            starts = torch.stack([self.layout.vector(state) for state in states])
-            names = [entry.name for entry in self.layout.entries if entry.role is not Role.PARAMETER]
-            buffers = {name: torch.stack([state[name] for state in states]).numpy() for name in names}
-            task = replace(task, starts=starts.numpy(), buffers=buffers)
-        return task
+            changes |= self._own_starts(task, memories, layout, parameters)
+        result = replace(task, **changes).train(trainer, layout, parameters)
+        ends = result.models()
+        rates = torch.tensor(result.report.steps, dtype=ends.dtype)[:, None] * self.settings.rate(task.server_round)
+        remembered = algorithm.remember(stacked, second, start[columns], ends[:, columns], rates)
+        own = {f"{PERSONAL}.{name}": values for name, values in self._personal_after(result, ends, layout).items()}
+        for row, folder in enumerate(self.folders):
+            if remembered or own:
+                keep(folder, task.server_round, {name: each[row] for name, each in {**remembered, **own}.items()})
+        return result
 
-    def finish(self, rows: Rows, report: Report, contexts: Sequence[Context]) -> tuple[Rows, Layout]:
-        """Keep what the clients keep after their training, and return the rows and the layout of what travels."""
-        ends = torch.empty(rows.count, self.layout.num_parameters, dtype=self.layout.dtype)
-        rows.copy_to(list(enumerate(ends.unbind())))()
-        shared = ends[:, self.columns] if self.personal else ends
-        rates = torch.tensor(report.steps, dtype=ends.dtype)[:, None] * self.settings.rate(self.server_round)
-        start = self.shared_layout.vector(self.received) if self.columns.numel() else torch.zeros(0)
-        memories = self._stacked(self._memories(contexts))
-        kept = algorithm_of(self.settings).remember(memories, self._extra(), start, shared, rates)
-        personal = self.layout.split(ends) if self.personal else {}
-        buffers = {name: torch.from_numpy(values) for name, values in report.buffers.items()}
-        for row, context in enumerate(contexts):
-            own = {name: values[row] for name, values in kept.items()}
-            own |= {f"{PERSONAL}.{name}": {**personal, **buffers}[name][row] for name in self.personal}
-            if own:
-                keep(folder_of(context, client_identity(context)), self.server_round, own)
-        return (MatrixBlock(shared, self.shared_layout), self.shared_layout) if self.personal else (rows, self.layout)
-
-    def reports(self, steps: int) -> dict[str, float]:
+    def reports(self, server_round: int, steps: int) -> dict[str, float]:
         """Return the metrics that the rule needs from a client after `steps` steps."""
-        return algorithm_of(self.settings).reports(self.settings, self.server_round, steps)
+        return algorithm_of(self.settings).reports(self.settings, server_round, steps)
 
-    def _memories(self, contexts: Sequence[Context]) -> list[dict[str, Tensor]]:
-        return [recall(folder_of(each, client_identity(each)), self.server_round - 1) for each in contexts]
+    def _own_starts(
+        self, task: Task, memories: Sequence[Memory], layout: Layout, parameters: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Return the starts `[K, P]` and the buffers `{name: [K, ...]}` of the clients."""
+        received = {name: torch.from_numpy(values) for name, values in task.buffers.items()}
+        received |= {n: t for n, t in parameters.items() if n not in self.personal}
+        new = {name: torch.as_tensor(values) for name, values in self.personal.items()}
+        states = [{**new, **received, **inside(PERSONAL, memory)} for memory in memories]
+        starts = torch.stack([layout.vector(state) for state in states])
+        names = [entry.name for entry in layout.entries if entry.role is not Role.PARAMETER]
+        buffers = {name: torch.stack([state[name] for state in states]).numpy() for name in names}
+        return {"starts": starts.numpy(), "buffers": buffers}
 
-    def _stacked(self, memories: Sequence[Memory]) -> dict[str, Tensor]:
-        """Return the algorithm's vectors of all clients, `[K, P]`; zeros for a client that has none."""
-        names = {name for memory in memories for name in memory if not name.startswith(f"{PERSONAL}.")}
-        zeros = torch.zeros(self.columns.numel(), dtype=self.layout.dtype)
-        return {name: torch.stack([memory.get(name, zeros) for memory in memories]) for name in names}
+    def _personal_after(self, result: BlockResult, ends: Tensor, layout: Layout) -> dict[str, Tensor]:
+        if not self.personal:
+            return {}
+        buffers = {name: torch.from_numpy(values) for name, values in result.report.buffers.items()}
+        every = {**layout.split(ends), **buffers}
+        return {name: values for name, values in every.items() if name in self.personal}
 
-    def _extra(self) -> Tensor | None:
-        return self.shared_layout.vector(self.extra) if self.extra else None
+
+def _stacked(memories: Sequence[Memory], like: Tensor) -> dict[str, Tensor]:
+    """Return an algorithm's vectors of all clients, `[K, P]`; zeros for a client that has none."""
+    names = {name for memory in memories for name in memory if not name.startswith(f"{PERSONAL}.")}
+    zeros = torch.zeros_like(like)
+    return {name: torch.stack([memory.get(name, zeros) for memory in memories]) for name in names}
+
+
+def _whole(offset: Tensor, clients: int, columns: Tensor | slice, layout: Layout) -> Tensor:
+    """Return the offsets of the shared parameters as `[K, P]` of all parameters."""
+    if isinstance(columns, slice):
+        return offset.to(layout.dtype).expand(clients, -1).contiguous()
+    whole = torch.zeros(clients, layout.num_parameters, dtype=layout.dtype)
+    whole[:, columns] = offset.to(layout.dtype)
+    return whole
 
 
 class KeptByClients:
@@ -114,14 +139,14 @@ class KeptByClients:
 
     def __init__(self, model: Callable[[], nn.Module], layout: Layout) -> None:
         self._model, self._layout = model, layout
-        self._initial: dict[int, Mapping[str, Tensor]] = {}
+        self._initial: dict[int, Mapping[str, Tensor]] = {}  # of the last seed
 
-    def of(
-        self, settings: TrainSettings, server_round: int, received: Mapping[str, Tensor], extra: Mapping[str, Tensor]
-    ) -> Kept | None:
-        """Return what clients with `settings` keep; None if that is nothing."""
+    def of(self, settings: TrainSettings, received: Mapping[str, Tensor]) -> Kept | None:
+        """Return what clients with `settings`, who receive these entries, keep; None if that is nothing."""
         if not settings.algorithm and not settings.personal:
             return None
         if settings.seed not in self._initial:
             self._initial = {settings.seed: make_seeded(self._model, settings.seed).state_dict()}
-        return Kept(settings, server_round, received, extra, self._initial[settings.seed], self._layout)
+        initial, names = self._initial[settings.seed], [entry.name for entry in self._layout.entries]
+        personal = {name: initial[name].numpy() for name in names if name not in received}
+        return Kept(settings, personal)

@@ -37,12 +37,14 @@ MAX_UNREAD = 8  # blocks per worker that may be trained and not yet taken from t
 class WorkerEngine:
     """Trains blocks in worker `processes`, forked from this one, so that they share its data without a copy.
 
-    The model that a round starts from is in shared memory. The results do not depend on which process trains a block.
+    The model that a round starts from, and the rule's second vector, are in shared memory. The results do not depend on
+    which process trains a block.
     """
 
     def __init__(self, trainer: Trainer, layout: Layout, processes: int) -> None:
         self._layout, self.device = layout, trainer.device
-        self._start = _shared(1, layout)[0]
+        self._start, self._second = _shared(2, layout)
+        self._has_second = False
         self._generation = 0  # counts the models that `_start` has held
         self._numbers = count()  # of tasks, over all rounds
         self._workers: list[Worker] = []
@@ -54,7 +56,16 @@ class WorkerEngine:
             server_pipes = [tasks, queries, *(pipe for w in self._workers for pipe in (w.tasks, w.queries))]
             process = context.Process(
                 target=_work,
-                args=(worker_tasks, worker_queries, trainer, layout, self._start, vectors, models, server_pipes),
+                args=(
+                    worker_tasks,
+                    worker_queries,
+                    trainer,
+                    layout,
+                    (self._start, self._second),
+                    vectors,
+                    models,
+                    server_pipes,
+                ),
                 daemon=True,
             )
             process.start()
@@ -62,10 +73,13 @@ class WorkerEngine:
             worker_queries.close()
             self._workers.append(Worker(process, tasks, queries, vectors, models))
 
-    def train(self, tasks: Sequence[Task], start: Tensor) -> Iterator[Outcome]:
+    def train(self, tasks: Sequence[Task], start: Tensor, second: Tensor | None = None) -> Iterator[Outcome]:
         """See `Engine.train`; discards the blocks that remain from the previous call."""
         self._end_round()
         self._start.copy_(start)
+        self._has_second = second is not None
+        if second is not None:
+            self._second.copy_(second)
         self._generation += 1
         waiting = deque((next(self._numbers), task) for task in tasks)
         numbered = dict(waiting)
@@ -113,7 +127,7 @@ class WorkerEngine:
     def _block(self, worker: Worker, number: int, task: Task, start: Tensor) -> Rows:
         """Return a trained block; its models, if each client had its own start."""
         block = RemoteBlock(worker, number, len(task.clients), start, self._layout)
-        if task.starts is None:
+        if not task.has_own_starts:
             return block
         models = torch.empty(len(task.clients), self._layout.num_parameters, dtype=self._layout.dtype)
         block.copy_to(list(enumerate(models.unbind())))()
@@ -125,7 +139,7 @@ class WorkerEngine:
             for worker in self._workers:
                 if waiting and worker.unfinished <= unfinished and ready < MAX_UNREAD * len(self._workers):
                     released, worker.released = worker.released, []
-                    send(worker.tasks, (self._generation, *waiting.popleft(), released))
+                    send(worker.tasks, (self._generation, self._has_second, *waiting.popleft(), released))
                     worker.unfinished += 1
 
     def _receive_report(self, worker: Worker) -> Any:
@@ -155,12 +169,16 @@ def _work(
     queries: Connection,
     trainer: Trainer,
     layout: Layout,
-    start: Tensor,
+    shared: tuple[Tensor, Tensor],
     vectors: Tensor,
     models: Tensor,
     server_pipes: list[Connection],
 ) -> None:
-    """Run the main loop of a worker process; it ends when the server process closes the pipes."""
+    """Run the main loop of a worker process; it ends when the server process closes the pipes.
+
+    `shared` are the round's model and the rule's second vector.
+    """
+    start, second = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     for pipe in server_pipes:  # the fork copied them, and an open copy would keep a pipe from ending
@@ -172,7 +190,7 @@ def _work(
             if queries in wait([tasks, queries]):
                 handle_query(blocks, queries, vectors, models)
                 continue
-            generation, number, task, released = tasks.recv()
+            generation, has_second, number, task, released = tasks.recv()
             while queries.poll():  # these were sent before the task and may concern the blocks that it releases
                 handle_query(blocks, queries, vectors, models)
             for old in released:
@@ -180,7 +198,7 @@ def _work(
             if generation != current:  # a copy, because blocks may outlive their round
                 current, state = generation, layout.split(start.clone())
             try:
-                blocks[number] = task.train(trainer, layout, state)
+                blocks[number] = task.train(trainer, layout, state, second if has_second else None)
             except Exception as error:
                 tasks.send((number, RuntimeError(f"{type(error).__name__}: {error}")))
             else:

@@ -50,8 +50,11 @@ class Scaffold(SightedRule["Tensor | None"]):
         clients = len(cohort.nodes)
         rates = cohort.metrics[RATE_SUM].clamp(min=LEAST)
         control = self.second_vector(cohort.origin, memory).double()
-        drift = cohort.origin.double() - cohort.mixed(1 / rates).double()  # the sum of (origin - model) / rate-sum
-        population = self.population or len(cohort.known)
-        control = control + (drift - clients * control) / population
         weights = torch.full_like(cohort.examples, self.server_rate / clients)
-        return Mix(cohort.mixed(weights), control, weights)
+        vector = cohort.mixed(weights)
+        if bool((rates == rates[0]).all()):  # then both sums are the same but for a factor
+            drift = (cohort.origin.double() - vector) * (clients / (self.server_rate * rates[0]))
+        else:
+            drift = cohort.origin.double() - cohort.mixed(1 / rates)  # the sum of (origin - model) / rate-sum
+        population = self.population or len(cohort.known)
+        return Mix(vector, control + (drift - clients * control) / population, weights)
