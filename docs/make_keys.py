@@ -30,7 +30,7 @@ DEPLOYMENT = """
 `flwr run --run-config`. Tables are dotted keys, and lists are JSON strings: `rules.candidate_election = '["median"]'`.
 A site overrides `train.*` in its node config: `flower-supernode --node-config 'train.batch_size=8'`.
 """
-SHARED = {"rules", "train"}  # tables of a deployment that are those of an experiment
+SHARED = {"rules", "task", "train"}  # tables of a deployment that are those of an experiment
 NAMES = {
     str: "text",
     int: "whole number",

@@ -55,6 +55,7 @@ def main(grid: Grid, context: Context) -> None:
     resume = journal is not None and (settings.resume or notes.items() <= journal.about().items())
     if journal is not None:
         log.info("Journal: %s", folder)
+    shared = shared_state(module, rule.train_under(settings.train))
     strategy = FlowerStrategy(
         rule.make(),
         server_optimizer=rule.make_server_optimizer(),
@@ -74,11 +75,14 @@ def main(grid: Grid, context: Context) -> None:
         buffers=[entry.name for entry in Layout.of_module(module).buffers],
         journal=journal,
         resume=resume,
+        shares_nothing=not shared,
     )
     train = ConfigRecord({**flatten({"train": rule.train_table()})})  # settings in a message override the run config
     try:
-        arrays = to_arrays(shared_state(module, rule.train_under(settings.train)))
-        strategy.start(grid, arrays, settings.rounds, settings.deadline, train_config=train)
+        arrays = to_arrays(shared)
+        strategy.start(
+            grid, arrays, settings.rounds, settings.deadline, train_config=train, evaluate_config=train.copy()
+        )
     finally:
         if journal is not None:
             journal.close()

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from corymb.protocol.home import home
 from corymb.protocol.run_config import nest
 from corymb.protocol.settings import Settings, problems
+from corymb.protocol.task_settings import TaskSettings
 from corymb.protocol.train_settings import TrainSettings
 from corymb.server.rounds.backup_workers import DynamicBackupWorkers
 from corymb.server.rounds.policy import Policy
@@ -108,6 +109,8 @@ class ServerSettings(Settings):
     """The model that the federation trains."""
     rules: Annotated[tuple[RuleSettings], BeforeValidator(rule_tables)] = (RuleSettings(name="fedavg"),)
     """The rule: a name, or a table as in an experiment."""
+    task: TaskSettings = TaskSettings()
+    """What the model predicts, as in an experiment."""
     train: TrainSettings = TrainSettings()
     """Local training, as in an experiment."""
     rounds: int = Field(3, ge=1)

@@ -27,6 +27,7 @@ from corymb.server.app import main as run_server
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.sources import DataSettings
+from corymb.simulations.data.targets import outputs_of
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.models import make_model
 
@@ -49,16 +50,20 @@ def runs_of(experiment: Experiment, sites: int) -> Iterator[tuple[str, str]]:
     The experiment's own data are read, because the model depends on their shape and on the number of classes. Raises
     `ValueError` if they cannot be read, or if a rule needs what a federation does not have.
     """
-    source = experiment.data.load()
-    classes = int(max(source.train.targets.max(), source.test.targets.max())) + 1
+    source = experiment.data.load(experiment.task.kind)
+    parts = (source.train, source.test)
+    classes = max(outputs_of(part.targets, part.inputs, experiment.task) for part in parts)
     model = {
         "kind": experiment.model.kind, "shape": list(source.train.inputs.shape[1:]), "classes": classes,
         "options": experiment.model.options,
     }  # fmt: skip
     data = experiment.data.model_dump(exclude_defaults=True, exclude={"source", "site", "examples"})
+    task = experiment.task.model_dump(exclude_defaults=True)
     for rule in experiment.rules:
         if rule.make().needs_proxy:
             raise ValueError(f"The rule {rule.title!r} needs proxy data, which an experiment in a federation has not.")
+        if rule.pooled:
+            raise ValueError(f"The rule {rule.title!r} pools the data of all sites, which a federation cannot.")
         train = experiment.train_for(rule).model_dump(exclude_defaults=True)
         for seed in experiment.seeds:
             table = rule.model_dump(exclude_defaults=True, include=set(RuleSettings.model_fields))
@@ -67,9 +72,12 @@ def runs_of(experiment: Experiment, sites: int) -> Iterator[tuple[str, str]]:
                 # Settings of training travel in the messages, as those of a rule do.
                 "rules": {**table, "train": {**train, "seed": seed}},
                 "rounds": experiment.rounds, "fraction": experiment.fraction, "seed": seed,
-                "min_available_nodes": sites,
+                "min_available_nodes": sites, **({"task": task} if task else {}),
             }  # fmt: skip
-            settings = {"config": flatten(config), "model": model, "data": data, "guesses": _guesses(source)}
+            settings = {
+                "config": flatten(config), "model": model, "data": data, "guesses": _guesses(source),
+                "kind": experiment.task.kind, "task": experiment.task.flat(),
+            }  # fmt: skip
             yield f"{rule.title}, seed {seed}", b64encode(json.dumps(settings).encode()).decode()
 
 
@@ -99,13 +107,19 @@ def serve(grid: Grid, context: Context) -> None:
 @client.train()
 def train(message: Message, context: Context) -> Message:
     """Train on the site's own data."""
-    return _client_of(str(context.run_config[KEY]))(message, context)
+    return _reply(message, context)
 
 
 @client.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate on the site's own test data."""
-    return _client_of(str(context.run_config[KEY]))(message, context)
+    return _reply(message, context)
+
+
+def _reply(message: Message, context: Context) -> Message:
+    text = str(context.run_config[KEY])
+    context.run_config = {**context.run_config, **settings_in(text)["task"]}
+    return _client_of(text)(message, context)
 
 
 @cache
@@ -124,7 +138,7 @@ def _site_data(place: str, text: str) -> tuple[TensorDataset, TensorDataset]:
     settings: dict[str, Any] = json.loads(text)
     if not place:
         raise ValueError("this site names no data; set data in its policy")
-    source = DataSettings(source=place, **settings["data"]).load()
+    source = DataSettings(source=place, **settings["data"]).load(settings["kind"])
     shape, expected = list(source.train.inputs.shape[1:]), settings["model"]["shape"]
     if shape != expected:
         raise ValueError(f"an input at this site has the shape {shape}, and {expected} in the experiment")

@@ -294,7 +294,7 @@ def test_an_experiment_is_resolved_once(tmp_path: Path, monkeypatch: pytest.Monk
     calls: Counter[str] = Counter()
     for module, name in (
         (resolved, "scenario_of"),
-        (factory, "_prove"),
+        (factory, "prove"),
         (run, "make_engine"),
         (resolved, "make_model"),
     ):
@@ -303,4 +303,4 @@ def test_an_experiment_is_resolved_once(tmp_path: Path, monkeypatch: pytest.Monk
     (runs,) = run_all([(resolve(setting), tmp_path)], Console(quiet=True))
     assert len(runs) == 12
     assert calls.pop("make_model") < 30
-    assert calls == {"scenario_of": 3, "_prove": 1, "make_engine": 3}
+    assert calls == {"scenario_of": 3, "prove": 1, "make_engine": 3}
