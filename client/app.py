@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -19,10 +18,12 @@ from corymb.client.batches import Batch, Examples, count, evaluation_batches, tr
 from corymb.client.device import choose_device
 from corymb.client.local_work import LocalWork
 from corymb.client.memory import answer_from_memory
+from corymb.client.seeds import derive_seed
 from corymb.client.seen import Seen, completed_share, seconds_left, used_examples
 from corymb.client.tasks.task import Loss, Task, make_task, task_of_loss
 from corymb.client.trainer import evaluate
 from corymb.protocol.codec import to_arrays, to_state
+from corymb.protocol.compression import COMPRESSION, UPDATE
 from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, ROUND, STEPS, of_kind
 from corymb.protocol.task_settings import TaskSettings
 from corymb.protocol.train_settings import TrainSettings
@@ -111,7 +112,7 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
             drawn.append(Seen(own, ends - time.monotonic()))
             return drawn[-1]
 
-        metrics, state, sent = work.train(batches, seeded, record_state)
+        metrics, state, sent, update = work.train(batches, seeded, record_state)
         seen = drawn[-1]  # of the shared model, which is trained last
         if seen.was_cut:
             metrics |= completed_share(examples, seen, settings)
@@ -119,6 +120,9 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
         metrics |= participation_metric(context)
         used = used_examples(examples, seen, settings)
         content = RecordDict({ARRAYS: to_arrays(state), METRICS: _metrics(used, metrics)})
+        if settings.compression is not None:
+            content[UPDATE] = to_arrays(update)
+            content[COMPRESSION] = ConfigRecord(settings.compression.model_dump(exclude_none=True))
         if sent:  # as the update of a single batch, which a rule may ask for
             content[STEPS] = to_arrays({name: tensor[None] for name, tensor in _on_cpu(sent).items()})
         if settings.batch_updates:
@@ -213,11 +217,6 @@ def client_identity(context: Context) -> object:
     """Return the client's identity in seeds: `name` or `partition-id` in its node config, else Flower's node id."""
     node = context.node_config
     return node.get("name", node.get("partition-id", context.node_id))
-
-
-def derive_seed(*parts: object) -> int:
-    """Return a seed that depends on `parts` only, such as the run's seed, a client and a round."""
-    return random.Random("/".join(map(str, parts))).getrandbits(63)
 
 
 def _seed_torch(seed: int, device: torch.device) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,34 @@ from corymb.client.algorithms.algorithm import ClientAlgorithm, Correction, Loca
 from corymb.client.algorithms.known import make_algorithm
 from corymb.client.algorithms.memory_files import keep, recall
 from corymb.client.batches import Batch, outputs_and_targets
+from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import Task
 from corymb.client.trainer import precision, train
+from corymb.protocol.compression import CompressionSettings
 from corymb.protocol.shared_state import fixed_names, personal_names
 from corymb.protocol.train_settings import TrainSettings
+from corymb.strategies import Layout
+from corymb.strategies.core.layout import Role
 
 PERSONAL = "personal"  # prefix of personal entries in a client's memory
+RESIDUAL = "residual"  # what compression has left out of the last update
 
 
 def algorithm_of(settings: TrainSettings) -> ClientAlgorithm:
     """Return the client algorithm of `settings`."""
     return make_algorithm(settings.algorithm, settings.algorithm_options)
+
+
+class Trained(NamedTuple):
+    """What travels to the server: metrics, entries of the state, the algorithm's vector, and a compressed update.
+
+    With an update, the entries are those that are no parameters.
+    """
+
+    metrics: dict[str, float]
+    state: dict[str, Tensor]
+    sent: dict[str, Tensor]
+    update: dict[str, Tensor]
 
 
 class LocalWork:
@@ -55,7 +72,8 @@ class LocalWork:
     @property
     def keeps_memory(self) -> bool:
         """Whether the client keeps something between rounds."""
-        return bool(self._personal or self._settings.algorithm)
+        compression = self._settings.compression
+        return bool(self._personal or self._settings.algorithm or (compression and compression.feeds_back))
 
     def _local(self, server_round: int, fit: Any) -> Local:
         memory = recall(self._folder, server_round) if self.keeps_memory else {}
@@ -71,8 +89,8 @@ class LocalWork:
 
     def train(
         self, batches: Callable[[TrainSettings], Any], seeded: Callable[[], None], after_step: Callable[[], None]
-    ) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
-        """Train, keep what the algorithm keeps, and return the metrics, the entries that travel, and the second vector.
+    ) -> Trained:
+        """Train, keep what the algorithm keeps, and return what travels to the server.
 
         `batches(settings)` draws the batches of the round, the same in every call; `seeded()` seeds torch's generators.
         `after_step` is called after each step of the shared model.
@@ -86,12 +104,31 @@ class LocalWork:
             metrics = self.algorithm.train(local)
         metrics |= self.algorithm.reports(self._settings, self._round, int(metrics["steps"]))
         state = {name: tensor.detach() for name, tensor in local.module.state_dict().items()}
+        kept: dict[str, Tensor] = {}
         if self.keeps_memory:
             kept = {**self._remembered(local, metrics), **local.kept}
             kept |= {f"{PERSONAL}.{name}": state[name] for name in self._personal}
-            if kept:
-                keep(self._folder, self._round, kept)
-        return metrics, {name: state[name].cpu() for name in self._received}, local.sent
+        shared = {name: state[name].cpu() for name in self._received}
+        update: dict[str, Tensor] = {}
+        if self._settings.compression is not None:
+            shared, update, left_out = self._compressed(self._settings.compression, shared, local.memory)
+            kept |= {RESIDUAL: left_out} if self._settings.compression.feeds_back else {}
+        if kept:
+            keep(self._folder, self._round, kept)
+        return Trained(metrics, shared, local.sent, update)
+
+    def _compressed(
+        self, compression: CompressionSettings, shared: dict[str, Tensor], memory: Memory
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Return the entries that are not compressed, the tensors of the update, and what these leave out of it."""
+        layout = Layout.of(shared, [name for name, _ in self._module.named_buffers()])
+        update = layout.vector(shared).float() - layout.vector(self._received).float()
+        if compression.feeds_back and RESIDUAL in memory:
+            update = update + memory[RESIDUAL]
+        generator = torch.Generator().manual_seed(derive_seed(self._settings.seed, self._folder.name, self._round))
+        tensors = compression.compress(update, generator)
+        rest = {entry.name: shared[entry.name] for entry in layout.entries if entry.role is not Role.PARAMETER}
+        return rest, tensors, update - compression.restore(tensors, update.numel())
 
     def evaluated(self, batches: Callable[[TrainSettings], Any], seeded: Callable[[], None]) -> nn.Module:
         """Return the module that the client evaluates."""

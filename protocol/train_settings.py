@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, ValidationError, model_validator
 
+from corymb.protocol.compression import CompressionSettings
 from corymb.protocol.run_config import Scalar, flatten, nest
 from corymb.protocol.settings import Settings, problems
 
@@ -59,6 +60,8 @@ class TrainSettings(Settings):
     """Settings of the algorithm, such as `pull` of "ditto"."""
     personal: list[str] = Field(default_factory=list)
     """Patterns of entries of the state dict that stay at the client, such as "head.*". ["*"] shares nothing."""
+    compression: CompressionSettings | None = None
+    """How the client compresses its update. Default: it sends its model as it is."""
     batch_updates: bool = False
     """Also send the update of each batch, which FedDA and FedGP need from their target client."""
     report_classes: bool = False

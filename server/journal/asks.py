@@ -39,12 +39,19 @@ class Asks:
         nonce, at, requests = row
         fields = json.loads(requests)
         connected = {int(node_id): name for node_id, name in fields["connected"].items()}
-        return Asked(nonce, Requests(fields["by_message"], tuple(fields["nodes"]), connected), at, run_id)
+        return Asked(
+            nonce, Requests(fields["by_message"], tuple(fields["nodes"]), connected, fields.get("down", {})), at, run_id
+        )
 
     def note_asked(self, number: int, phase: str, asked: Asked) -> None:
         """See `AskJournal.note_asked`."""
         requests = asked.requests
-        fields = {"by_message": requests.by_message, "nodes": requests.nodes, "connected": requests.connected}
+        fields = {
+            "by_message": requests.by_message,
+            "nodes": requests.nodes,
+            "connected": requests.connected,
+            "down": requests.bytes_down,
+        }
         row = (number, phase, str(asked.run_id), asked.nonce, asked.at, json.dumps(fields))
         self._write("INSERT OR REPLACE INTO asks VALUES (?, ?, ?, ?, ?, ?)", row)
 

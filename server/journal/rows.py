@@ -14,8 +14,10 @@ from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.rejections import Code
 
 DATABASE = "journal.sqlite"
-VERSION = 4  # of the tables
-MIGRATIONS = {2: "ALTER TABLE rounds ADD COLUMN state_sha256 TEXT", 3: ""}  # from each older version that is read
+VERSION = 5  # of the tables
+_BYTES = "; ".join(f"ALTER TABLE verdicts ADD COLUMN bytes_{way} INTEGER NOT NULL DEFAULT 0" for way in ("down", "up"))
+# From each older version that is read.
+MIGRATIONS = {2: f"ALTER TABLE rounds ADD COLUMN state_sha256 TEXT; {_BYTES}", 3: _BYTES, 4: _BYTES}
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rounds (
     round INTEGER PRIMARY KEY,
@@ -41,6 +43,8 @@ CREATE TABLE IF NOT EXISTS verdicts (
     examples REAL NOT NULL,
     weight REAL,
     metrics TEXT NOT NULL,
+    bytes_down INTEGER NOT NULL DEFAULT 0,
+    bytes_up INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (round, node)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS evaluations (
@@ -121,7 +125,7 @@ def insert(
             ],
         )  # fmt: skip
         database.executemany(
-            "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [_row(r.round, v) for r in records for v in r.verdicts if v.code != Code.OFFLINE],
         )
         database.executemany(
@@ -194,13 +198,15 @@ def read_rounds(database: sqlite3.Connection, after: int = 0) -> list[RoundRecor
 
 
 def _row(number: int, verdict: Verdict) -> tuple[object, ...]:
-    metrics = json.dumps(dict(verdict.metrics))
-    return number, verdict.node, verdict.code, verdict.reason, verdict.examples, verdict.weight, metrics
+    v, metrics = verdict, json.dumps(dict(verdict.metrics))
+    return number, v.node, v.code, v.reason, v.examples, v.weight, metrics, v.bytes_down, v.bytes_up
 
 
-def _verdict(node: str, code: str, reason: str, examples: float, weight: float | None, metrics: str) -> Verdict:
+def _verdict(
+    node: str, code: str, reason: str, examples: float, weight: float | None, metrics: str, down: int = 0, up: int = 0
+) -> Verdict:
     whole = int(examples) if examples == int(examples) else examples
-    return Verdict(node, code, reason, whole, weight, json.loads(metrics))
+    return Verdict(node, code, reason, whole, weight, json.loads(metrics), down, up)
 
 
 def _offline(record: RoundRecord) -> str:

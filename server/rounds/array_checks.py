@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from flwr.app import ArrayRecord
 from torch import Tensor
 
 from corymb.protocol.codec import DTYPES, CodecError, to_tensor
-from corymb.protocol.records import STEPS
+from corymb.protocol.compression import UPDATE, BadUpdate, settings_in
+from corymb.protocol.records import ARRAYS, STEPS
 from corymb.server.rounds.rejections import Code, Refused, short
-from corymb.strategies import Layout
+from corymb.strategies import Layout, Model
+from corymb.strategies.core.layout import Role
 from corymb.strategies.core.rows import CHUNK
 
 MOST_STEPS = 256  # a client may send the updates of at most this many batches
@@ -56,6 +61,31 @@ def decoded_steps(arrays: ArrayRecord, layout: Layout) -> Tensor:
         _require_bounded(piece, f"tensor {entry.name!r} in {STEPS!r}")
         pieces.append(piece.reshape(count, -1).to(layout.dtype))
     return torch.cat(pieces, dim=1)
+
+
+def restored_model(
+    content: Mapping[str, Any], compression: Mapping[str, Any], layout: Layout, sent: Model
+) -> tuple[Tensor, Tensor]:
+    """Return the parameters `[P]` and the float buffers `[B]` of a reply with a compressed update of `sent`.
+
+    Raises `Refused` if they are invalid.
+    """
+    arrays, rest = content.get(UPDATE), content.get(ARRAYS)
+    if not isinstance(arrays, ArrayRecord) or not isinstance(rest, ArrayRecord):
+        raise Refused(Code.RECORDS, f"it is compressed and lacks the record {UPDATE!r} or {ARRAYS!r}")
+    others = Layout(tuple(entry for entry in layout.entries if entry.role is not Role.PARAMETER))
+    _check_headers(rest, others)
+    buffers = {entry.name: _decoded(entry.name, rest) for entry in layout.buffers}
+    for name, tensor in buffers.items():
+        _require_bounded(tensor, f"tensor {name!r}")
+    try:
+        tensors = {name: _decoded(name, arrays) for name in arrays}
+        update = settings_in(compression).restore(tensors, layout.num_parameters)
+    except BadUpdate as error:
+        raise Refused(Code.SHAPE, short(error)) from None
+    vector = (sent.parameters.to(update.dtype) + update).to(layout.dtype)
+    _require_bounded(vector, "the restored model")
+    return vector, layout.buffers_of(buffers)
 
 
 def is_bounded(tensor: Tensor, bound: float) -> bool:

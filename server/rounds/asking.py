@@ -12,7 +12,8 @@ from flwr.serverapp import Grid
 from corymb.protocol.flower import MESSAGE_LOST, set_message_id, set_reply_to, unchecked_messages
 from corymb.protocol.records import DEADLINE, NONCE, of_kind
 from corymb.protocol.signatures import RECORD as SIGNATURE
-from corymb.server.rounds.events import Event, EventLog, size_of, some
+from corymb.protocol.sizes import bytes_of
+from corymb.server.rounds.events import Event, EventLog, some
 from corymb.server.rounds.rejections import UNREADABLE
 from corymb.server.rounds.requests import push
 from corymb.server.rounds.round import Asked
@@ -101,7 +102,7 @@ class Asking:
         if kept_at is None:
             left = [node for node in self._ids if node not in self._answered]
             kind = "failed" if reply.has_error() else "replied"
-            self._events.add(Event(self._round, self._phase, name, kind, seconds, size_of(reply)), left)
+            self._events.add(Event(self._round, self._phase, name, kind, seconds, bytes_of(reply)), left)
         return True
 
     def attend(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from flwr.app import Message
 
+from corymb.protocol.sizes import bytes_of
 from corymb.server.rounds.array_checks import is_bounded
 from corymb.server.rounds.door import Door
 from corymb.server.rounds.guard_memory import GuardMemory
@@ -34,13 +35,14 @@ Evaluate = Callable[[Model], NamedReplies]
 @dataclass
 class _Checked:
     """The result for each node's first reply; how many replies were not read, because they are second or forged; and
-    the norms of updates and numbers of examples that a policy remembers.
+    the norms of updates and numbers of examples that a policy remembers; and the bytes of each reply.
     """
 
     by_node: dict[str, Report | Rejection] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
     examples: dict[str, float] = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
+    bytes_up: dict[str, int] = field(default_factory=dict)
 
 
 def conclude(
@@ -85,7 +87,8 @@ def conclude(
     is_abandoned = admitted_count < method.quorum
     weights = {} if is_abandoned else outcome.weights
     notes |= {BELOW_QUORUM: float(method.quorum)} if is_abandoned else {}
-    record = RoundRecord(round.number, tuple(verdicts(requests.nodes, results, weights)), train=train, notes=notes)
+    judged = verdicts(requests.nodes, results, weights, requests.bytes_down, checked.bytes_up)
+    record = RoundRecord(round.number, tuple(judged), train=train, notes=notes)
     cost = Cost(state.cost.messages + len(requests.by_message), state.cost.admitted + admitted_count)
     concluded = replace(state, round=round.number, cost=cost, guard=_guarded(method, state, round.number, checked))
     if is_abandoned:
@@ -172,10 +175,11 @@ def _admitted(
         if round.requests.is_forged(message) or node in checked.by_node:
             checked.unread["forged-replies" if round.requests.is_forged(message) else "second-replies"] += 1
             continue
-        verdict = door.admit(node, message)
+        sent = method.rule.model_for(node, state.model, state.memory)
+        checked.bytes_up[node] = bytes_of(message)
+        verdict = door.admit(node, message, sent)
         del message
         if policy is not None and isinstance(verdict, Reply):
-            sent = method.rule.model_for(node, state.model, state.memory)
             verdict, norm = policy.check(verdict, sent, state.guard)
             checked.norms += [norm] if norm is not None and isinstance(verdict, Reply) else []
         if isinstance(verdict, Rejection):

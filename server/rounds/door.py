@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import Tensor
 
+from corymb.protocol.compression import COMPRESSION
 from corymb.protocol.records import EXAMPLES, STEPS
 from corymb.protocol.row_arrays import row_in
-from corymb.server.rounds.array_checks import LARGEST_NUMBER, decoded_buffers, decoded_model, decoded_steps
+from corymb.server.rounds.array_checks import (
+    LARGEST_NUMBER,
+    decoded_buffers,
+    decoded_model,
+    decoded_steps,
+    restored_model,
+)
 from corymb.server.rounds.rejections import Code, Refused, Rejection, rejection_of_error, rejection_of_exception, short
-from corymb.strategies import Layout, Reply, Report
+from corymb.strategies import Layout, Model, Reply, Report
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX, NO_BUFFERS
 from corymb.strategies.core.rows import SingleRow
 
@@ -41,8 +48,11 @@ class Door:
     wants_batch_updates: Callable[[str], bool] = lambda node: False
     needs_metrics: tuple[str, ...] = ()
 
-    def admit(self, node: str, message: Message) -> Reply | Rejection:
-        """Return the admitted reply to a training message, or its rejection. Cheap checks come first."""
+    def admit(self, node: str, message: Message, sent: Model | None = None) -> Reply | Rejection:
+        """Return the admitted reply to a training message, or its rejection. Cheap checks come first.
+
+        `sent` is the model that the node received; without it, a compressed update is rejected.
+        """
         try:
             if message.has_error():
                 return rejection_of_error(node, message)
@@ -51,6 +61,9 @@ class Door:
             if lacking := [name for name in self.needs_metrics if not report.metrics.get(name, 0.0) > 0]:
                 reason = f"it lacks the metric {lacking[0]!r}, a positive number; set train.algorithm to the rule's"
                 raise Refused(Code.METRICS, reason)
+            if isinstance(compression := message.content.get(COMPRESSION), ConfigRecord) and sent is not None:
+                vector, buffers = restored_model(message.content, compression, self.layout, sent)
+                return Reply(report, SingleRow((vector,)), 0, buffers, self._steps(node, message))
             arrays = _only(records, ArrayRecord, ignored=STEPS)
             row = row_in(arrays, self.layout)
             if row is not None and row.bound <= LARGEST_NUMBER:  # the block of the row has computed this bound

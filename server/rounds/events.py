@@ -8,10 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flwr.app import ArrayRecord, Message
-
-from corymb.protocol.records import of_kind
-
 log = logging.getLogger("flwr.corymb")
 SHOWN = 5  # names in a log line
 
@@ -78,13 +74,6 @@ class EventLog:
         """Write a line to the log."""
         if self._visible:
             log.info(text, *values)
-
-
-def size_of(message: Message) -> int:
-    """Return the number of bytes of the arrays in `message`."""
-    if message.has_error():
-        return 0
-    return sum(len(array.data) for record in of_kind(message.content, ArrayRecord) for array in record.values())
 
 
 def some(names: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import count, takewhile
 from math import fsum
@@ -28,7 +28,8 @@ class Verdict:
 
     `code` is "admitted", "silent" if there was no reply, or a `rejections.Code`. `reason` is empty for admitted
     replies, unless metrics were left out. `weight` is the reply's factor in the next model (see
-    `strategies.Outcome`); None if the rule has no weights.
+    `strategies.Outcome`); None if the rule has no weights. `bytes_down` and `bytes_up` are the bytes of the arrays that
+    were sent to the node and that came from it, 0 if that is not known.
     """
 
     node: str
@@ -37,6 +38,8 @@ class Verdict:
     examples: float = 0
     weight: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,41 @@ class RoundRecord:
     seconds: float = 0.0
 
     @property
+    def bytes_down(self) -> int:
+        """The bytes that were sent to all nodes for training."""
+        return sum(verdict.bytes_down for verdict in self.verdicts)
+
+    @property
+    def bytes_up(self) -> int:
+        """The bytes that came from all nodes after training."""
+        return sum(verdict.bytes_up for verdict in self.verdicts)
+
+    @property
     def admitted(self) -> list[Verdict]:
         """The verdicts on the admitted replies."""
         return [verdict for verdict in self.verdicts if verdict.code == ADMITTED]
 
 
 def verdicts(
-    nodes: Iterable[str], replies: Mapping[str, Report | Rejection], weights: Mapping[str, float]
+    nodes: Iterable[str],
+    replies: Mapping[str, Report | Rejection],
+    weights: Mapping[str, float],
+    down: Mapping[str, int] | None = None,
+    up: Mapping[str, int] | None = None,
 ) -> list[Verdict]:
-    """Return a verdict for each of `replies` and for each of `nodes` without a reply, ordered by name."""
-    return [_verdict(node, replies.get(node), weights) for node in sorted({*nodes, *replies})]
+    """Return a verdict for each of `replies` and for each of `nodes` without a reply, ordered by name.
+
+    `down` and `up` are the bytes to and from each node.
+    """
+    judged = [_verdict(node, replies.get(node), weights) for node in sorted({*nodes, *replies})]
+    if down is None or up is None:
+        return judged
+    return [
+        verdict
+        if verdict.code == Code.OFFLINE  # nothing was sent
+        else replace(verdict, bytes_down=down.get(verdict.node, 0), bytes_up=up.get(verdict.node, 0))
+        for verdict in judged
+    ]
 
 
 def _verdict(node: str, reply: Report | Rejection | None, weights: Mapping[str, float]) -> Verdict:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message
 
+from corymb.protocol.sizes import bytes_in
 from corymb.server.rounds.state import Method
 
 
@@ -16,25 +17,29 @@ class Requests:
 
     `by_message {message id: node name}` holds the messages that the grid accepted, `nodes` the names of all
     addressees, and `connected {node id: name}` all nodes that were connected. Node ids change from run to run, names
-    do not.
+    do not. `bytes_down {node name: bytes}` are the sizes of the messages' arrays, where they are known.
     """
 
     by_message: Mapping[str, str] = field(default_factory=dict)
     nodes: tuple[str, ...] = ()
     connected: Mapping[int, str] = field(default_factory=dict)
+    bytes_down: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, messages: Iterable[Message], connected: Mapping[int, str]) -> Requests:
         """Make the requests from `messages` that have been pushed; the grid sets the id of a message on the push."""
-        by_message = {}
+        by_message, bytes_down, sizes = {}, {}, {}
         nodes = []
         for message in messages:
             metadata = message.metadata
             node_id, message_id = metadata.dst_node_id, metadata.message_id
             nodes.append(connected.get(node_id, f"node-{node_id}"))
+            if id(message.content) not in sizes:  # messages share their content
+                sizes[id(message.content)] = bytes_in(message.content)
             if message_id:
                 by_message[message_id] = nodes[-1]
-        return cls(by_message, tuple(nodes), connected)
+                bytes_down[nodes[-1]] = sizes[id(message.content)]
+        return cls(by_message, tuple(nodes), connected, bytes_down)
 
     def name_of(self, reply: Message) -> str:
         """Return the name of the node that sent `reply`: the addressee of the request, or else the source node.

@@ -13,7 +13,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from corymb.client.app import client_identity, derive_seed, round_of
+from corymb.client.app import client_identity, round_of
+from corymb.client.seeds import derive_seed
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import EXAMPLES, STEPS, of_kind
 from corymb.protocol.settings import Settings

@@ -15,7 +15,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from pydantic import Field
 from torch import Tensor
 
-from corymb.client.app import derive_seed, round_of
+from corymb.client.app import round_of
+from corymb.client.seeds import derive_seed
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.records import STEPS, of_kind
 from corymb.protocol.settings import Settings

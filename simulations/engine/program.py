@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from corymb.client import TrainSettings
-from corymb.client.app import derive_seed
+from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import CLASSIFICATION, Task
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.backprop import make_backprop, reader_of_examples

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
-from corymb.client.app import derive_seed, make_seeded
+from corymb.client.app import make_seeded
 from corymb.client.batches import training_batches
+from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import Task
 from corymb.protocol.shared_state import fixed_names
 from corymb.simulations.data.examples import Examples

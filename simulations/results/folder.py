@@ -184,6 +184,8 @@ def _round_row(run: FinishedRun, record: RoundRecord) -> dict[str, Any]:
         "round": record.round,
         "seconds": round(record.seconds, 6),
         "replies": Counter(verdict.code for verdict in record.verdicts),
+        "bytes_down": record.bytes_down,
+        "bytes_up": record.bytes_up,
         "train": record.train,
         "evaluate": record.evaluate,
         "server": record.server,

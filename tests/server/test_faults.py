@@ -227,7 +227,7 @@ def test_q2_a_run_in_which_nobody_counted_is_an_error() -> None:
 def test_q12_a_journal_of_another_version_is_one_clear_sentence(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "journal.sqlite") as database:
         database.execute("CREATE TABLE rounds (round INTEGER PRIMARY KEY)")
-    with pytest.raises(ValueError, match="has tables of version 0, and this Corymb reads version 4"):
+    with pytest.raises(ValueError, match="has tables of version 0, and this Corymb reads version 5"):
         Journal(tmp_path)
 
 

@@ -198,6 +198,8 @@ def test_a_journal_of_version_2_is_migrated(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "journal.sqlite") as database:
         database.execute("ALTER TABLE rounds DROP COLUMN state_sha256")
         database.execute("DROP TABLE run")
+        for column in ("bytes_down", "bytes_up"):
+            database.execute(f"ALTER TABLE verdicts DROP COLUMN {column}")
         database.execute("PRAGMA user_version = 2")
     migrated = Journal(tmp_path)
     resumed = migrated.resume(state(memory=Attendance()))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.flower import set_message_id, set_task_identity
+from corymb.protocol.sizes import bytes_of
 from corymb.server import (
     CandidateElection,
     FlowerStrategy,
@@ -92,10 +93,15 @@ def alone(method: Method, plan: list[dict[str, PlannedReply]]) -> tuple[RunState
         for row, name in enumerate(NAMES):
             model = method.rule.model_for(name, state.model, state.memory)
             arrays, config = to_arrays(LAYOUT.restore(model)), ConfigRecord({"server-round": number})
-            message = Message(RecordDict({"arrays": arrays, "config": config}), FIRST_NODE_ID + row, "train")
+            content = RecordDict({"arrays": arrays, "config": config})
+            second = method.rule.second_vector(state.model.parameters, state.memory)
+            if second is not None:
+                content["extra"] = to_arrays(LAYOUT.split(second))
+            message = Message(content, FIRST_NODE_ID + row, "train")
             set_message_id(message, f"{number}-{name}")
             sent[name] = message
-        requests = Requests({m.metadata.message_id: name for name, m in sent.items()}, tuple(NAMES))
+        down = {name: bytes_of(message) for name, message in sent.items()}
+        requests = Requests({m.metadata.message_id: name for name, m in sent.items()}, tuple(NAMES), bytes_down=down)
         replies = [reply_to(sent[name], planned[name]) for name in reversed(NAMES)]
         state, record = conclude(state, Round(number, method, requests), iter(replies))
         records.append(record)

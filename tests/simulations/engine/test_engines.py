@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
-from corymb.client.app import batch_generator, derive_seed
+from corymb.client.app import batch_generator
 from corymb.client.batches import training_batches
+from corymb.client.seeds import derive_seed
 from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine import frequencies
