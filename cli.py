@@ -129,6 +129,44 @@ def compare(
     simulate_experiments([Path(experiment)], changes or [], out, jobs, console, extra, resume)
 
 
+@app.command()
+def sweep(
+    experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped experiment.")],
+    values: Annotated[list[str], typer.Argument(metavar="KEY=VALUE,VALUE,...", help="The values to try for a key.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the results (default: runs/NAME-sweep)."),
+    ] = None,
+    jobs: Jobs = 1,
+    force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
+) -> None:
+    """Run an experiment for all combinations of some values, and choose the best of each rule.
+
+    The choice is made on a validation part of the training examples, never on the test set.
+
+    Example: corymb sweep demo train.learning_rate=0.01,0.03,0.1 rules.cutoff=10,50
+    """
+    from corymb.simulations.results.sweep import parse_grid
+    from corymb.simulations.results.sweep import sweep as run_sweep
+
+    folder = out or Path("runs") / f"{Path(experiment).stem}-sweep"
+    run_sweep(Path(experiment), parse_grid(values), folder, jobs, console, force)
+
+
+@app.command("table")
+def summary_table(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders of experiments.")],
+    kind: Annotated[str, typer.Option("--format", help="markdown, latex or csv.")] = "markdown",
+) -> None:
+    """Print the summary of finished experiments, a row per rule.
+
+    Example: corymb table runs/demo --format latex
+    """
+    from corymb.simulations.results.commands import summary_of
+
+    typer.echo(summary_of(folders, kind), nl=False)
+
+
 new = typer.Typer(help="Create a new package from a template.", no_args_is_help=True)
 app.add_typer(new, name="new")
 

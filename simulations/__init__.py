@@ -6,6 +6,7 @@ from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.reader import read
 from corymb.simulations.grid.availability import with_availability
 from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.simulations.results.python import Results, run
 
 __all__ = [
     "Always",
@@ -16,8 +17,10 @@ __all__ = [
     "LocalGrid",
     "Markov",
     "Participation",
+    "Results",
     "Source",
     "Trace",
     "read",
+    "run",
     "with_availability",
 ]

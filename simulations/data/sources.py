@@ -89,19 +89,20 @@ class DataSettings(Settings):
         path = Path(self.source).expanduser()
         if self.source == DIGITS:
             self._reject_settings("the digits", SPLIT)
-            return split(digits(), self._options(kind))
+            return split(digits(), self.options_for(kind))
         if path.exists():
             file_format = format_at(path)
             self._reject_settings(file_format.name, file_format.options)
-            return file_format.read(path, self._options(kind))
+            return file_format.read(path, self.options_for(kind))
         if ":" in self.source or self.source in SOURCES.names():
             self._reject_settings("a function", {"options", "label", "site"} | SPLIT)
-            return as_source(SOURCES.find(self.source)(**self.options), self._options(kind))
+            return as_source(SOURCES.find(self.source)(**self.options), self.options_for(kind))
         raise UnknownData(
             f"There is no data at {self.source!r}; give the path of a file or folder, {DIGITS!r}, or 'module:function'."
         )
 
-    def _options(self, kind: str) -> Options:
+    def options_for(self, kind: str) -> Options:
+        """Return the settings that readers use, for a task of this `kind`."""
         integers = self.integers or kind == "tokens"
         return Options(self.label, self.site, kind, integers, self.positive_above, self.test_fraction, self.split_seed)
 

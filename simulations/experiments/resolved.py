@@ -80,12 +80,14 @@ def is_pooled(rule: RuleSettings) -> bool:
     return isinstance(rule, ExperimentRule) and rule.pooled
 
 
-def resolve(experiment: Experiment) -> Resolved:
+def resolve(experiment: Experiment, source: Source | None = None) -> Resolved:
     """Read the data, draw the clients of each seed, and check the model, the devices and the training engine.
+
+    `source` stands in place of the experiment's own data.
 
     Raises `ValueError` if any of these is missing, invalid or does not fit the others.
     """
-    source = experiment.data.load(experiment.task.kind)
+    source = source or experiment.data.load(experiment.task.kind)
     shape = tuple(source.train.inputs.shape[1:])
     parts = (source.train, source.test)
     outputs = max(outputs_of(part.targets, part.inputs, experiment.task) for part in parts)

@@ -29,7 +29,8 @@ class Scenario:
     Client `k` has the name `names[k]`, examples in `population` and the label distribution `labels[k]` of
     `labels [N, C]`. `hostile` are the numbers of the hostile clients. `proxy` are the server's own examples; they are
     taken out of the original test set, and `test` is the rest. `tests` are the clients' own test examples, if they are
-    tested. The clients `training` may train; `new` are those that only test.
+    tested. The clients `training` may train; `new` are those that only test. `validation` are training examples that
+    the server holds back.
     """
 
     names: list[str]
@@ -41,6 +42,7 @@ class Scenario:
     tests: Population | None = None
     training: tuple[int, ...] = ()
     new: tuple[int, ...] = ()
+    validation: Examples | None = None
 
     @property
     def new_names(self) -> list[str]:
@@ -83,6 +85,12 @@ def scenario_of(experiment: Experiment, source: Source, seed: int, pooled: bool 
         proxy, test = test.rows(rows), test.rows(_others(len(test), rows))
     if experiment.data.examples is not None:
         train = train.rows(_sample(len(train), experiment.data.examples, "data.examples", rng))
+    validation = None
+    if experiment.evaluate.validation:
+        held = max(1, round(experiment.evaluate.validation * len(train)))
+        rows = _sample(len(train), held, "evaluate.validation", np.random.default_rng([seed, 6]))
+        kept = _others(len(train), rows)
+        validation, train = train.rows(rows), train.rows(kept)
     target = experiment.target
     target_data = None
     if target.examples:
@@ -120,7 +128,7 @@ def scenario_of(experiment: Experiment, source: Source, seed: int, pooled: bool 
         names, population = [*names, POOLED], population.with_pool(training)
         training = (len(names) - 1,)
     labels = population.labels(source.classes)
-    return Scenario(names, population, labels, test, proxy, hostile, tests, training, new)
+    return Scenario(names, population, labels, test, proxy, hostile, tests, training, new, validation)
 
 
 def _poisoned(

@@ -29,11 +29,14 @@ from corymb.simulations.results.folder import (
     prepare,
     rounds_in,
     scores,
+    stored_experiment,
     write,
 )
 from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import Plan, run_all
+from corymb.simulations.results.summary import summary_rows
+from corymb.simulations.results.summary import table as summary_as
 
 MAX_SENTENCES = 3  # about clients that never counted; the report has all
 
@@ -135,6 +138,21 @@ def client_table(results: list[ClientResults]) -> Table:
     for each in results:
         table.add_row(*(escape(cell(each)) for cell in columns.values()))
     return table
+
+
+def summary_of(folders: list[Path], kind: str) -> str:
+    """Return the summary of the finished experiments in `folders` as one table of this `kind`.
+
+    Raises `ValueError` for a folder without results.
+    """
+    rows = []
+    for folder in folders:
+        experiment = stored_experiment(folder)
+        if experiment is None or not is_finished(experiment, folder):
+            raise ValueError(f"The folder {folder} has no finished experiment; give a folder such as runs/demo.")
+        named = {"experiment": experiment.name} if len(folders) > 1 else {}
+        rows += [{**named, **row} for row in summary_rows(collect(experiment, folder))]
+    return summary_as(rows, kind)
 
 
 def measure_claims(

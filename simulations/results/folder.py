@@ -166,8 +166,14 @@ def is_finished(experiment: Experiment, folder: Path) -> bool:
 
 def _stored(folder: Path) -> dict[str, Any] | None:
     """Return the settings of the experiment in `folder`; None if there is none, or one of another version."""
+    experiment = stored_experiment(folder)
+    return None if experiment is None else _settings(experiment)
+
+
+def stored_experiment(folder: Path) -> Experiment | None:
+    """Return the experiment whose results are in `folder`; None if there is none, or one of another version."""
     try:
-        return _settings(Experiment.model_validate(tomllib.loads((folder / CONFIG).read_text())))
+        return Experiment.model_validate(tomllib.loads((folder / CONFIG).read_text()))
     except (OSError, ValueError):
         return None
 

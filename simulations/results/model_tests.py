@@ -22,6 +22,8 @@ from corymb.simulations.results.client_tests import ClientTests
 from corymb.strategies import Proxy, Rule, VotingRule
 from corymb.strategies.voting.election import certified_accuracy
 
+VALIDATION = "validation-"  # before the name of a metric that is measured on the validation part
+
 
 class ModelTests:
     """Tests the models of a run of `rule` in `threads` threads or processes.
@@ -38,6 +40,9 @@ class ModelTests:
         experiment, attack = resolved.experiment, resolved.experiment.attack
         self._has_personal = bool(personal_names(module, settings))
         self._central = CentralTest(module, scenario.test, threads, resolved.task)
+        self._validation = None
+        if scenario.validation is not None:
+            self._validation = CentralTest(module, scenario.validation, threads, resolved.task)
         self._backdoor = None
         if isinstance(attack, Backdoor) and scenario.hostile:
             self._backdoor = CentralTest(module, attack.test_set(scenario.test), threads, resolved.task)
@@ -68,6 +73,8 @@ class ModelTests:
         if not self._has_personal:
             self._module.load_state_dict({**self._module.state_dict(), **to_state(arrays)})
             metrics = self._central.metrics()
+            if self._validation is not None:
+                metrics |= {VALIDATION + name: value for name, value in self._validation.metrics().items()}
             if self._backdoor is not None:
                 metrics["backdoor"] = self._backdoor.metrics()["accuracy"]
         verdicts: tuple[Verdict, ...] = ()

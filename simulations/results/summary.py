@@ -1,0 +1,80 @@
+"""The summary of an experiment: one row per rule, as a table in Markdown, LaTeX or CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from io import StringIO
+from math import isnan
+from typing import Any
+
+import numpy as np
+
+from corymb.simulations.results.client_results import client_results
+from corymb.simulations.results.folder import FinishedRun, scores
+
+FORMATS = ("markdown", "latex", "csv")
+Row = dict[str, Any]
+
+
+def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
+    """Return a row for each rule of `runs`, best first.
+
+    The score is the mean over seeds, with the standard deviation over seeds; with tests at the clients, it is their
+    mean, and further columns say how it is spread over the clients. `MB up` and `MB down` are the megabytes of a whole
+    run, from and to all clients; `seconds` are those of this machine.
+    """
+    score, found = runs[0].score, scores(list(runs))
+    tested = {results.rule: results for results in client_results(runs)}
+    rows = []
+    for rule in sorted(found, key=lambda rule: -score.rank(found[rule][0])):
+        own = [run for run in runs if run.rule == rule]
+        row: Row = {"rule": rule, score.key: found[rule][0], "deviation": found[rule][1], "seeds": len(own)}
+        if rule in tested:
+            row |= {"worst tenth": tested[rule].worst_tenth, "over clients": tested[rule].deviation}
+            if not isnan(tested[rule].gaining):
+                row["better than local"] = tested[rule].gaining
+        for way in ("up", "down"):
+            row[f"MB {way}"] = _mean([sum(getattr(r, f"bytes_{way}") for r in run.records) for run in own]) / 1e6
+        row["seconds"] = _mean([run.wall_seconds for run in own])
+        virtual = [run.records[-1].server.get("virtual-seconds") for run in own]
+        if all(value is not None for value in virtual):
+            row["virtual seconds"] = _mean([float(value) for value in virtual if value is not None])
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Row], kind: str = "markdown") -> str:
+    """Return `rows` as a table of the `kind` "markdown", "latex" or "csv". Raises `ValueError` for another kind."""
+    if kind not in FORMATS:
+        raise ValueError(f"The format {kind!r} is unknown; use one of {', '.join(FORMATS)}.")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [[row.get(column, "") for column in columns] for row in rows]
+    if kind == "csv":
+        text = StringIO()
+        csv.writer(text, lineterminator="\n").writerows([columns, *cells])
+        return text.getvalue()
+    shown = [[_text(cell) for cell in line] for line in cells]
+    if kind == "markdown":
+        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *shown]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    body = "".join(f"  {' & '.join(map(_latex, line))} \\\\\n" for line in shown)
+    head = f"  {' & '.join(map(_latex, columns))} \\\\\n"
+    layout = "l" + "r" * (len(columns) - 1)
+    return f"\\begin{{tabular}}{{{layout}}}\n  \\hline\n{head}  \\hline\n{body}  \\hline\n\\end{{tabular}}\n"
+
+
+def _text(cell: Any) -> str:
+    if not isinstance(cell, float):
+        return str(cell)
+    return f"{cell:.4f}" if abs(cell) < 10 else f"{cell:.1f}"
+
+
+def _latex(text: str) -> str:
+    for character in "&%#_":
+        text = text.replace(character, f"\\{character}")
+    return text
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
