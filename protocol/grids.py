@@ -27,6 +27,14 @@ class CompleteGrid(Protocol):
 
 
 @runtime_checkable
+class TimedGrid(Protocol):
+    """A grid in virtual time, which knows the order in which replies arrive."""
+
+    def next_arrival(self) -> tuple[str, Message] | None:
+        """Return the next reply to any message, by its id; None if no message is under way."""
+
+
+@runtime_checkable
 class SigningGrid(Protocol):
     """A grid that signs messages. What it pushes it signs anyway; whoever needs their ids beforehand asks for it."""
 

@@ -26,6 +26,7 @@ from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.round_loop import RoundLoop
 from corymb.server.rounds.round_size import RoundSize
 from corymb.server.rounds.sent_model import SentModel, model_in
+from corymb.server.rounds.staleness import Asynchrony
 from corymb.server.rounds.state import Method, RunState
 from corymb.strategies import Model, Proxy, Rule, ServerOptimizer
 
@@ -50,7 +51,8 @@ class FlowerStrategy(RoundLoop):
     reply may do. Of the models that a rule sees together, at most `spill_bytes` are in memory, the rest in files. A
     round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
 
-    With `shares_nothing`, the model may be empty, as each client trains a model of its own.
+    With `shares_nothing`, the model may be empty, as each client trains a model of its own. With `asynchrony`, there
+    are no rounds: under this class's own `start()`, the model changes after a number of replies.
 
     Five arguments have an effect only under this class's own `start()`: `max_abandoned` such rounds in a row end the
     run with `QuorumMissed`, with growing pauses between them. `round_size` decides how many replies a round waits for,
@@ -89,6 +91,7 @@ class FlowerStrategy(RoundLoop):
         policy: Policy | None = None,
         spill_bytes: float = SPILL_BYTES,
         shares_nothing: bool = False,
+        asynchrony: Asynchrony | None = None,
         max_abandoned: int = 5,
         journal: Journal | None = None,
         resume: bool = False,
@@ -106,6 +109,7 @@ class FlowerStrategy(RoundLoop):
         )  # fmt: skip
         self._aggregate_metrics = {"train": train_metrics_aggr_fn, "evaluate": evaluate_metrics_aggr_fn}
         self.buffers = buffers
+        self.asynchrony = asynchrony
         self.journal = journal
         self.resume = resume
         self.max_abandoned = max_abandoned
@@ -234,6 +238,10 @@ class FlowerStrategy(RoundLoop):
 
     def _model_for(self, name: str) -> Model:
         return self.method.rule.model_for(name, self.state.model, self.state.memory)
+
+    def record_of(self, model: Model) -> ArrayRecord:
+        """See `RoundLoop.record_of`."""
+        return to_arrays(model.layers.restore(model))
 
     def _arrays(self, model: Model) -> ArrayRecord:
         if self._sent is not None and model is self.state.model:

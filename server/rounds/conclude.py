@@ -175,7 +175,8 @@ def _admitted(
         if round.requests.is_forged(message) or node in checked.by_node:
             checked.unread["forged-replies" if round.requests.is_forged(message) else "second-replies"] += 1
             continue
-        sent = method.rule.model_for(node, state.model, state.memory)
+        start = round.starts.get(node)
+        sent = start.model if start is not None else method.rule.model_for(node, state.model, state.memory)
         checked.bytes_up[node] = bytes_of(message)
         verdict = door.admit(node, message, sent)
         del message
@@ -185,6 +186,8 @@ def _admitted(
         if isinstance(verdict, Rejection):
             checked.by_node[node] = verdict
             continue
+        if start is not None and round.asynchrony is not None:
+            verdict = round.asynchrony.rebased(verdict, start, state.model)
         checked.by_node[node] = verdict.report
         checked.examples[node] = verdict.report.examples
         yield verdict

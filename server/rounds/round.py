@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 
 from corymb.protocol.sizes import bytes_in
+from corymb.server.rounds.staleness import Asynchrony, Start
 from corymb.server.rounds.state import Method
 
 
@@ -84,8 +85,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Round:
-    """Round `number`, from 1. Each node received the state's model, or a model that the rule keeps for this node."""
+    """Round `number`, from 1. Each node received the state's model, or a model that the rule keeps for this node.
+
+    Without rounds, the nodes in `starts` have begun from earlier models, and `asynchrony` says what that means.
+    """
 
     number: int
     method: Method
     requests: Requests
+    starts: Mapping[str, Start] = field(default_factory=dict)
+    asynchrony: Asynchrony | None = None

@@ -12,6 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from corymb.server.rounds.buffered_loop import BufferedLoop, next_reply_of
 from corymb.server.rounds.conclude import BELOW_QUORUM
 from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.record import RoundRecord, as_metrics
@@ -20,7 +21,9 @@ from corymb.server.rounds.round import Requests
 from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, write_or_keep
 from corymb.server.rounds.round_size import ArrivalTimes
 from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed
+from corymb.server.rounds.staleness import Asynchrony
 from corymb.server.rounds.state import Method, RunState
+from corymb.strategies import Model
 
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds after a round that was abandoned
@@ -46,6 +49,11 @@ class RoundLoop(Strategy):
     max_abandoned: int
     on_round: Callable[[RoundRecord], None] | None
     timeout: float | None
+    asynchrony: Asynchrony | None
+
+    @abstractmethod
+    def record_of(self, model: Model) -> ArrayRecord:
+        """Return `model` as a record that is sent."""
 
     @abstractmethod
     def set_model(self, arrays: ArrayRecord) -> ArrayRecord:
@@ -98,6 +106,11 @@ class RoundLoop(Strategy):
             self._restore(self.journal, result)
         if not self.state.round and evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
+        if self.asynchrony is not None:
+            loop = BufferedLoop(
+                self, grid, self.asynchrony, next_reply_of(grid), self.record_of, self.method.seed
+            )  # fmt: skip
+            return loop.run(num_rounds, result, train_config, evaluate_fn)
         exchange = Exchange(grid, timeout, self.journal.asks if self.journal is not None else None)
         started, abandoned = time.monotonic(), 0
         for number in range(self.state.round + 1, num_rounds + 1):

@@ -14,6 +14,7 @@ from corymb.protocol.task_settings import TaskSettings
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.attacks import AttackSettings
 from corymb.simulations.data.data_attacks import ShuffledLabels
+from corymb.simulations.data.devices import DevicesSettings
 from corymb.simulations.data.participation_settings import AlwaysSettings, ParticipationSettings
 from corymb.simulations.data.partition_settings import DirichletSettings, PartitionSettings
 from corymb.simulations.data.sources import DataSettings
@@ -76,6 +77,8 @@ class Experiment(Settings):
     """Local training."""
     proxy: ProxySettings = ProxySettings()
     """The server's own data."""
+    devices: DevicesSettings = DevicesSettings()
+    """How long clients compute and how fast they send, in virtual time."""
     attack: AttackSettings = ShuffledLabels()
     """Hostile clients."""
     target: TargetSettings = TargetSettings()
@@ -105,6 +108,8 @@ class Experiment(Settings):
             raise ValueError(f"evaluate.new_clients = {self.evaluate.new_clients} needs evaluate.clients = true")
         if self.engine == "ray" and (self.evaluate.clients or any(rule.pooled for rule in self.rules)):
             raise ValueError("engine = 'ray' has no evaluate.clients and no rule 'central'; use another engine")
+        if self.devices.is_timed and (self.engine == "ray" or (self.devices.buffer and self._is_offline_at_times)):
+            raise ValueError("devices need another engine than 'ray'; devices.buffer needs clients always online")
         if self.train.seed:
             raise ValueError(f"train.seed = {self.train.seed} has no effect in an experiment; set seeds")
         if self.target.examples:
@@ -114,6 +119,10 @@ class Experiment(Settings):
             _check_train(lambda rule=rule: self.train_for(rule), f"rules.{index}.train.")
             algorithm_of(self.train_for(rule))
         return self
+
+    @property
+    def _is_offline_at_times(self) -> bool:
+        return not isinstance(self.participation, AlwaysSettings)
 
     def target_train(self) -> TrainSettings:
         """Return the overrides of local training at the target client, which always sends its batch updates."""

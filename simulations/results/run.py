@@ -11,6 +11,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
@@ -23,6 +24,8 @@ from corymb.protocol.shared_state import shared_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
 from corymb.server.rounds.record import ADMITTED
 from corymb.server.rounds.rejections import Code
+from corymb.server.rounds.round_size import WaitForShare
+from corymb.server.rounds.staleness import Asynchrony
 from corymb.simulations.data.clients import Client
 from corymb.simulations.data.random_start import with_random_start
 from corymb.simulations.engine.cohort_app import CohortApp
@@ -33,9 +36,11 @@ from corymb.simulations.experiments.scenario import TARGET, participation_of
 from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.simulations.grid.availability import with_availability
 from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.simulations.grid.virtual_time import VirtualTimeGrid
 from corymb.simulations.results.model_tests import ModelTests, proxy_of
 
 log = logging.getLogger("flwr.corymb")
+VIRTUAL = "virtual-seconds"  # note of a round: the virtual time at its end
 OnRound = Callable[[RoundRecord], None]
 
 
@@ -117,6 +122,7 @@ class Run:
         The server's metrics are those of the tests, in `threads` threads or processes.
         """
         experiment, scenario = self._resolved.experiment, self.scenario
+        devices, timed = experiment.devices, grid
         torch.manual_seed(self._seed)
         module = self._resolved.model()
         rule = self._rule.make()
@@ -124,6 +130,9 @@ class Run:
         tests = ModelTests(self._resolved, scenario, rule, module, self.settings, config, threads)
 
         def evaluate_fn(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if isinstance(timed, VirtualTimeGrid):
+                notes = {**strategy.record.notes, VIRTUAL: timed.now}
+                strategy.record = replace(strategy.record, notes=notes)
             measured = tests.measure(server_round, arrays, strategy.state.memory)
             if measured is None:
                 return None
@@ -153,11 +162,39 @@ class Run:
                 on_round=after_round,
                 buffers=[entry.name for entry in self._resolved.layout.buffers],
                 shares_nothing=not shared,
+                round_size=WaitForShare(devices.wait_for) if devices.wait_for < 1 else None,
+                asynchrony=self._asynchrony(),
             )
             initial = to_arrays({name: tensor.clone() for name, tensor in shared.items()})
             # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
-            online = with_availability(grid, self.participation, journal.last_whole_round())
+            finished = journal.last_whole_round()
+            timed = self._timed(grid, journal)
+            online = timed if experiment.devices.buffer else with_availability(timed, self.participation, finished)
             strategy.start(online, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
+
+    def _timed(self, grid: Grid, journal: Journal) -> Grid:
+        """Return `grid` in virtual time, if the experiment has devices."""
+        settings = self._resolved.experiment.devices
+        if not settings.is_timed:
+            return grid
+        devices = settings.make(len(self.scenario.training), np.random.default_rng([self._seed, 8]))
+        now = max((record.notes.get(VIRTUAL, 0.0) for record in journal.rounds()), default=0.0)
+        return VirtualTimeGrid(grid, devices, self._examples, settings.deadline, self._seed, now)
+
+    def _examples(self, row: int) -> int:
+        """Return how many examples the training client number `row` trains on in a round, repetitions included."""
+        train, size = self.settings, self.scenario.population.size(self.scenario.training[row])
+        if train.steps is None:
+            return size * (train.epochs or 1)
+        return train.steps * min(train.batch_size, size)
+
+    def _asynchrony(self) -> Asynchrony | None:
+        experiment = self._resolved.experiment
+        settings = experiment.devices
+        if not settings.buffer:
+            return None
+        concurrency = settings.concurrency or max(1, round(experiment.fraction * len(self.scenario.training)))
+        return Asynchrony(settings.buffer, concurrency, settings.staleness, settings.max_staleness)
 
 
 class _FailureCheck:
