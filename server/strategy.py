@@ -108,8 +108,7 @@ class FlowerStrategy(RoundLoop):
             min_evaluate_nodes, max(quorum, 1), sites_to_start,
         )  # fmt: skip
         self._aggregate_metrics = {"train": train_metrics_aggr_fn, "evaluate": evaluate_metrics_aggr_fn}
-        self.buffers = buffers
-        self.asynchrony = asynchrony
+        self.buffers, self.asynchrony = buffers, asynchrony
         self.journal = journal
         self.resume = resume
         self.max_abandoned = max_abandoned
@@ -119,8 +118,7 @@ class FlowerStrategy(RoundLoop):
         self._sent: SentModel | None = None  # the state's model as a record
         self._phase = Phase(Keys(arrayrecord_key, configrecord_key))
         self._grid: Grid | None = None
-        self.timeout = 3600.0
-        self.busy = frozenset()
+        self.timeout, self.busy = 3600.0, frozenset()
         self.connected_before: int | None = None
 
     @property
@@ -157,7 +155,7 @@ class FlowerStrategy(RoundLoop):
         second = self.rule.second_vector(self.state.model.parameters, self.state.memory)
         extra = None if second is None else to_arrays(self.state.model.layers.split(second))
         return self._phase.begin(
-            MessageType.TRAIN, server_round, config, connected, chosen, self._model_for, self._arrays, extra
+            MessageType.TRAIN, server_round, config, connected, chosen, self._model_for, self.record_of, extra
         )
 
     def aggregate_train(
@@ -188,7 +186,7 @@ class FlowerStrategy(RoundLoop):
         out = self.state.guard.quarantined(server_round)
         connected, chosen = self.sampling.for_evaluation(grid, server_round, out, self.busy)
         return self._phase.begin(
-            MessageType.EVALUATE, server_round, config, connected, chosen, self._model_for, self._arrays
+            MessageType.EVALUATE, server_round, config, connected, chosen, self._model_for, self.record_of
         )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -241,10 +239,7 @@ class FlowerStrategy(RoundLoop):
 
     def record_of(self, model: Model) -> ArrayRecord:
         """See `RoundLoop.record_of`."""
-        return to_arrays(model.layers.restore(model))
-
-    def _arrays(self, model: Model) -> ArrayRecord:
-        if self._sent is not None and model is self.state.model:
+        if self._sent is not None and model is self.state.model and self.asynchrony is None:
             return self._sent.arrays
         return to_arrays(model.layers.restore(model))
 
@@ -252,4 +247,4 @@ class FlowerStrategy(RoundLoop):
         """Ask the nodes that were sampled for training to evaluate `model`; yield their names and replies."""
         if self._grid is None:
             raise RuntimeError("The strategy has no grid for the candidate election; call configure_train first.")
-        return self._phase.evaluations(model, self._arrays, self._grid, self.timeout)
+        return self._phase.evaluations(model, self.record_of, self._grid, self.timeout)

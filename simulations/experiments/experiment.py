@@ -108,7 +108,9 @@ class Experiment(Settings):
             raise ValueError(f"evaluate.new_clients = {self.evaluate.new_clients} needs evaluate.clients = true")
         if self.engine == "ray" and (self.evaluate.clients or any(rule.pooled for rule in self.rules)):
             raise ValueError("engine = 'ray' has no evaluate.clients and no rule 'central'; use another engine")
-        if self.devices.is_timed and (self.engine == "ray" or (self.devices.buffer and self._is_offline_at_times)):
+        devices = [self.devices_for(rule) for rule in self.rules]
+        has_buffer = any(each.buffer for each in devices)
+        if any(each.is_timed for each in devices) and (self.engine == "ray" or (has_buffer and self._is_offline)):
             raise ValueError("devices need another engine than 'ray'; devices.buffer needs clients always online")
         if self.train.seed:
             raise ValueError(f"train.seed = {self.train.seed} has no effect in an experiment; set seeds")
@@ -120,8 +122,18 @@ class Experiment(Settings):
             algorithm_of(self.train_for(rule))
         return self
 
+    def devices_for(self, rule: ExperimentRule) -> DevicesSettings:
+        """Return the devices under `rule`."""
+        if not rule.devices:
+            return self.devices
+        try:
+            return DevicesSettings(**{**self.devices.model_dump(exclude_defaults=True), **rule.devices})
+        except ValidationError as error:
+            raise ValueError(problems(error, DevicesSettings, f"the devices of {rule.title!r}: ")) from None
+
     @property
-    def _is_offline_at_times(self) -> bool:
+    def _is_offline(self) -> bool:
+        """Whether clients are offline at times."""
         return not isinstance(self.participation, AlwaysSettings)
 
     def target_train(self) -> TrainSettings:

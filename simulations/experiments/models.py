@@ -17,10 +17,15 @@ def softmax(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(torch.Size(shape).numel(), classes))
 
 
-def mlp(shape: tuple[int, ...], classes: int, hidden: int = 64, depth: int = 1) -> nn.Module:
-    """Return a multilayer perceptron with `depth` hidden layers of `hidden` rectified linear units each."""
+def mlp(shape: tuple[int, ...], classes: int, hidden: int = 64, depth: int = 1, batch_norm: bool = False) -> nn.Module:
+    """Return a multilayer perceptron with `depth` hidden layers of `hidden` rectified linear units each.
+
+    With `batch_norm`, each hidden layer is normalised over the batch.
+    """
     widths = [torch.Size(shape).numel(), *[hidden] * depth]
-    layers = [layer for sizes in pairwise(widths) for layer in (nn.Linear(*sizes), nn.ReLU())]
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), *[nn.BatchNorm1d(outputs)] * batch_norm, nn.ReLU()]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
 
 

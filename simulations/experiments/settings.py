@@ -15,6 +15,8 @@ class ExperimentRule(RuleSettings):
 
     attacked: bool = True
     """False runs the rule without hostile clients."""
+    devices: dict[str, Any] = Field(default_factory=dict)
+    """Settings of `[devices]` that differ under this rule."""
     pooled: bool = False
     """True trains one client that has the examples of all. The rule name "central" sets it."""
 
@@ -26,7 +28,7 @@ class ModelSettings(Settings):
     """"softmax", "mlp", "cnn", or "module:factory". The factory is called with `(shape, classes, **options)` and
     returns a `torch.nn.Module`."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the factory: `hidden` and `depth` of "mlp", `hidden` and `channels` of "cnn"."""
+    """Arguments of the factory: `hidden`, `depth` and `batch_norm` of "mlp", `hidden` and `channels` of "cnn"."""
     random_start: bool = False
     """Each client starts from its own random model in the first round."""
 
@@ -100,8 +102,12 @@ class Claim(Settings):
     than: str | None = None
     """The label of a rule to compare with."""
     measure: str = "accuracy"
-    """"accuracy" in percent; "hostile", the mean share of the weight that hostile clients get; "seconds" per run; or
-    a number in the records of rounds, such as "gamma" or "certified-10"."""
+    """"accuracy" (or the task's score) in percent; "hostile", the mean share of the weight that hostile clients get;
+    "seconds" per run; "rounds-to-0.8", the rounds until the score is 0.8, likewise "virtual-seconds-to-0.8" and
+    "megabytes-to-0.8", and "megabytes" of the whole run; or a number in the records of rounds, such as "gamma" or
+    "certified-10"."""
+    ratio: bool = False
+    """Compare by the ratio of `than` to `rule`, not by the difference: 3 means three times less."""
     least: float | None = None
     """The lower bound."""
     most: float | None = None

@@ -25,7 +25,9 @@ class Finding:
 
     @property
     def result(self) -> float:
-        """The mean over seeds, or the difference of the two means, which the claim bounds."""
+        """The mean over seeds, or the difference or ratio of the two means, which the claim bounds."""
+        if self.claim.ratio and self.others:
+            return float(np.mean(self.others)) / float(np.mean(self.values))
         return float(np.mean(self.values)) - (float(np.mean(self.others)) if self.others else 0.0)
 
     @property
@@ -60,6 +62,8 @@ def measured(measure: str, run: FinishedRun, experiment: Experiment, hostile: se
     """
     if measure == "accuracy":
         return run.score.shown(run.final)
+    if measure == "megabytes" or "-to-" in measure:
+        return _until(measure, run)
     if measure == "seconds":
         return run.wall_seconds
     if measure == "hostile":
@@ -78,6 +82,25 @@ def measured(measure: str, run: FinishedRun, experiment: Experiment, hostile: se
         recorded = sorted(set().union(*numbers)) or ["none"]
         raise ValueError(f"No round of {run.rule!r} recorded {measure!r}; it recorded {', '.join(recorded)}.")
     return float(np.mean(values)) * (100 if measure.startswith("certified-") else 1)
+
+
+def _until(measure: str, run: FinishedRun) -> float:
+    """Return what a run takes until its score reaches a target, or as a whole.
+
+    A run that does not reach the target takes one round more than it has; its time and bytes are those of the whole.
+    """
+    unit, _, target = measure.partition("-to-")
+    records, key = run.records, run.score.key
+    goal = run.score.rank(float(target)) if target else float("inf")
+    reached = next(
+        (n for n, r in enumerate(records) if key in r.server and run.score.rank(r.server[key]) >= goal), len(records)
+    )
+    if unit == "rounds":
+        return float(reached + 1)
+    used = records[: reached + 1]
+    if unit == "virtual-seconds":
+        return float(used[-1].notes["virtual-seconds"])
+    return sum(record.bytes_up + record.bytes_down for record in used) / 1e6
 
 
 def table(results: dict[str, tuple[Experiment, list[Finding]]]) -> str:
@@ -99,7 +122,8 @@ def _row(finding: Finding) -> str:
     claim = finding.claim
     text = f"{claim.rule} {_numbers(claim.measure, finding.values)}"
     if claim.than and finding.others:
-        text += f", {claim.than} {_numbers(claim.measure, finding.others)}: {finding.result:+.2f}"
+        result = f"{finding.result:.2f}x" if claim.ratio else f"{finding.result:+.2f}"
+        text += f", {claim.than} {_numbers(claim.measure, finding.others)}: {result}"
     bounds = [f"≥ {claim.least:g}"] if claim.least is not None else []
     bounds += [f"≤ {claim.most:g}"] if claim.most is not None else []
     return f"| {claim.claim} | {text} | {', '.join(bounds)} | {'yes' if finding.holds else '**no**'} |"

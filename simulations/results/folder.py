@@ -25,7 +25,7 @@ from corymb.simulations.results.score import ACCURACY, Score
 CONFIG, SUMMARY = "config.toml", "summary.json"
 FILES = {
     CONFIG, "rounds.jsonl", "clients.jsonl", SUMMARY, "model.safetensors", "report.html", "journals",
-    "accuracy.png", "participation.png", "weights.png", "labels.png", "clients.png",
+    "accuracy.png", "participation.png", "weights.png", "labels.png", "clients.png", "time.png", "bytes.png",
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ STYLE: Any = {
 }
 
 
+VIRTUAL = "virtual-seconds"  # note of a round
 MAX_BARS = 300  # clients in the plot of labels
 MAX_NAMES = 12  # clients whose names fit beside a plot
 
@@ -36,6 +37,12 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
     seed = runs[0].seed
     first_runs = [run for run in runs if run.seed == seed]
     results = client_results(runs)
+    others: dict[str, tuple[str, Callable[[], Figure]]] = {}
+    title = _capitalised(runs[0].score.title)
+    if all(VIRTUAL in run.records[-1].notes for run in runs):
+        others["time.png"] = (f"{title} over virtual seconds", lambda: accuracy(runs, "virtual seconds"))
+    if len({run.records[0].bytes_up for run in runs if run.records[0].admitted}) > 1:
+        others["bytes.png"] = (f"{title} over megabytes", lambda: accuracy(runs, "megabytes"))
     clients: dict[str, tuple[str, Callable[[], Figure]]] = {}
     if results:
         clients["clients.png"] = ("The clients' own tests under each rule, in the last round", lambda: boxes(results))
@@ -52,6 +59,7 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
             f"Weight of each client, divided by the largest of the round (seed {seed})",
             lambda: weights(first_runs, scenario),
         ),
+        **others,
         **clients,
         "labels.png": (f"Examples per class of each client (seed {seed})", lambda: labels(scenario)),
     }
@@ -61,22 +69,43 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
     return {name: caption for name, (caption, _) in plots.items()}
 
 
-def accuracy(runs: list[FinishedRun]) -> Figure:
-    """Plot the score of each rule: the mean over seeds, and a band from minimum to maximum."""
+AXES = ("round", "virtual seconds", "megabytes")
+
+
+def accuracy(runs: list[FinishedRun], over: str = "round") -> Figure:
+    """Plot the score of each rule: the mean over seeds, and a band from minimum to maximum.
+
+    The horizontal axis is one of `AXES`: rounds, virtual seconds or megabytes to and from all clients, each a mean over
+    seeds. Raises `ValueError` for another, and for virtual seconds without devices.
+    """
+    if over not in AXES or (over == "virtual seconds" and VIRTUAL not in runs[0].records[-1].notes):
+        raise ValueError(f"There is no axis {over!r}; use one of {', '.join(AXES)}; virtual seconds need [devices].")
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     for rule in dict.fromkeys(run.rule for run in runs):
         curves = [run.curve for run in runs if run.rule == rule]
         rounds, values = curves[0][0], runs[0].score.shown(1) * np.array([curve for _, curve in curves])
+        if over != "round":
+            own = [run for run in runs if run.rule == rule]
+            rounds = np.mean([_progress(run, over) for run in own], axis=0).tolist()
         (line,) = axes.plot(rounds, _smooth(values.mean(axis=0)), label=rule, linewidth=1.6)
         low, high = _smooth(values.min(axis=0)), _smooth(values.max(axis=0))
         axes.fill_between(rounds, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     points = len(runs[0].curve[0])
     smoothed = f", moving mean of {_window(points)} tests" if _window(points) > 1 else ""
-    axes.set(xlabel="round", ylabel=f"{runs[0].score.title}{smoothed}", xlim=(1, None))
+    axes.set(xlabel=over, ylabel=f"{runs[0].score.title}{smoothed}", xlim=(1 if over == "round" else 0, None))
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right" if runs[0].score.lower_is_better else "lower right")
     return figure
+
+
+def _progress(run: FinishedRun, over: str) -> list[float]:
+    """Return the virtual seconds or the megabytes at each test of a run."""
+    megabytes = np.cumsum([(record.bytes_up + record.bytes_down) / 1e6 for record in run.records])
+    tested = [number for number, record in enumerate(run.records) if run.score.key in record.server]
+    if over == "megabytes":
+        return [float(megabytes[number]) for number in tested]
+    return [run.records[number].notes[VIRTUAL] for number in tested]
 
 
 def _capitalised(text: str) -> str:

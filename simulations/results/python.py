@@ -77,15 +77,16 @@ class Results:
         """Return the summary as a table of the kind "markdown", "latex" or "csv"."""
         return table(self.rows(), kind)
 
-    def plot(self, what: str = "score") -> Figure:
-        """Return a picture: "score" over rounds, "clients", "participation", "weights" or "labels".
+    def plot(self, what: str = "score", over: str = "round") -> Figure:
+        """Return a picture: "score", "clients", "participation", "weights" or "labels".
 
-        Raises `ValueError` for another name, and for "clients" if no client was tested.
+        The score is drawn over the "round", "virtual seconds" or "megabytes". Raises `ValueError` for another name, and
+        for "clients" if no client was tested.
         """
         first = [run for run in self.runs if run.seed == self.runs[0].seed]
         scenario = self.resolved.first
         pictures: dict[str, Callable[[], Figure]] = {
-            "score": lambda: accuracy(self.runs),
+            "score": lambda: accuracy(self.runs, over),
             "clients": lambda: boxes(client_results(self.runs)),
             "participation": lambda: participation(first[0], scenario),
             "weights": lambda: weights(first, scenario),

@@ -122,7 +122,7 @@ class Run:
         The server's metrics are those of the tests, in `threads` threads or processes.
         """
         experiment, scenario = self._resolved.experiment, self.scenario
-        devices, timed = experiment.devices, grid
+        devices, timed = experiment.devices_for(self._rule), grid
         torch.manual_seed(self._seed)
         module = self._resolved.model()
         rule = self._rule.make()
@@ -169,12 +169,12 @@ class Run:
             # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
             finished = journal.last_whole_round()
             timed = self._timed(grid, journal)
-            online = timed if experiment.devices.buffer else with_availability(timed, self.participation, finished)
+            online = timed if devices.buffer else with_availability(timed, self.participation, finished)
             strategy.start(online, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
 
     def _timed(self, grid: Grid, journal: Journal) -> Grid:
         """Return `grid` in virtual time, if the experiment has devices."""
-        settings = self._resolved.experiment.devices
+        settings = self._resolved.experiment.devices_for(self._rule)
         if not settings.is_timed:
             return grid
         devices = settings.make(len(self.scenario.training), np.random.default_rng([self._seed, 8]))
@@ -190,7 +190,7 @@ class Run:
 
     def _asynchrony(self) -> Asynchrony | None:
         experiment = self._resolved.experiment
-        settings = experiment.devices
+        settings = experiment.devices_for(self._rule)
         if not settings.buffer:
             return None
         concurrency = settings.concurrency or max(1, round(experiment.fraction * len(self.scenario.training)))

@@ -1,0 +1,176 @@
+"""Experiments from Python, tests at the clients, baselines, summaries and sweeps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+
+from corymb.client import TrainSettings, train
+from corymb.client.app import batch_generator, make_seeded
+from corymb.client.batches import training_batches
+from corymb.simulations import Experiment, Results, run
+from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.results.sweep import parse_grid, sweep
+
+SMALL: dict[str, Any] = {
+    "name": "small", "rounds": 3, "partition": {"clients": 6, "alpha": 0.5}, "evaluate": {"clients": True},
+    "rules": ["fedavg", "local", "central"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run(Experiment(**SMALL), folder=tmp_path_factory.mktemp("small"), progress=False)
+
+
+def test_rows_and_frames(results: Results) -> None:
+    summary = results.frame()
+    assert set(summary["rule"]) == {"fedavg", "local", "central"}
+    assert {"clients-accuracy", "worst tenth", "over clients", "better than local", "MB up"} <= set(summary.columns)
+    rounds = results.frame("rounds")
+    assert len(rounds) == 9
+    assert rounds["bytes_up"].iloc[0] > 0
+    clients = results.frame("clients")
+    tests = clients[(clients["phase"] == "test") & (clients["rule"] == "local") & (clients["round"] == 3)]
+    assert len(tests) == 6
+    mean = summary.set_index("rule")["clients-accuracy"]["local"]
+    assert mean == pytest.approx(tests["accuracy"].mean())
+    with pytest.raises(ValueError, match="no rows of 'client'; use 'summary', 'rounds' or 'clients'"):
+        results.rows("client")
+
+
+def test_tables_and_pictures(results: Results) -> None:
+    lines = results.table().splitlines()
+    assert lines[0].startswith("| rule | clients-accuracy | deviation |")
+    assert len(lines) == 5
+    assert results.table("csv").splitlines()[0].startswith("rule,clients-accuracy,")
+    latex = results.table("latex")
+    assert latex.startswith("\\begin{tabular}{lrr")
+    assert "\\\\" in latex
+    with pytest.raises(ValueError, match="format 'html' is unknown; use one of markdown, latex, csv"):
+        results.table("html")
+    assert results.plot("clients").axes[0].get_xlabel() == "accuracy in % at a client"
+    assert "<td>fedavg</td>" in results._repr_html_()
+    page = results.report.read_text()
+    assert "better than local" in page
+    assert "client-5" in page
+
+
+def test_local_is_training_alone_and_central_is_pooled(results: Results) -> None:
+    """Both against plain loops; a client that trains alone gives the same bits, see tests/client/algorithms."""
+    resolved = resolve(Experiment(**SMALL))
+    settings = TrainSettings()
+
+    def alone(rows: TensorDataset, identity: int) -> dict[str, torch.Tensor]:
+        module = make_seeded(resolved.model, 0)
+        for number in (1, 2, 3):
+            train(module, training_batches(rows, settings, batch_generator(0, identity, number)), settings)
+        return dict(module.state_dict())
+
+    scenario = resolved.scenario(resolved.experiment.rules[1], 0)
+    folders = results.folder / "journals" / "local-seed0" / "clients"
+    kept = [load_file(folder / "000003.safetensors") for folder in folders.iterdir()]
+    assert len(kept) == 6
+    for client in range(6):
+        expected = alone(TensorDataset(*scenario.population.examples(client)), client)
+        assert any(
+            all(torch.allclose(k[f"personal.{n}"], t, rtol=1e-4, atol=1e-6) for n, t in expected.items()) for k in kept
+        )
+    pooled = resolved.scenario(resolved.experiment.rules[2], 0)
+    assert pooled.names[-1] == "central"
+    examples = TensorDataset(*pooled.population.examples(6))
+    assert len(examples) == sum(scenario.population.size(client) for client in range(6))
+    expected = alone(examples, 6)
+    model = load_file(results.folder / "journals" / "central-seed0" / "model-000003.safetensors")
+    for name, tensor in model.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_test_example_is_trained_on(results: Results) -> None:
+    scenario = results.resolved.first
+    assert scenario.tests is not None
+    for client in range(6):
+        trained = set(scenario.population.store_positions_of(client).tolist())
+        tested = set(scenario.tests.store_positions_of(client).tolist())
+        assert not trained & tested
+        assert len(tested) == max(1, round(0.2 * (len(trained) + len(tested))))
+
+
+def test_new_clients_only_test(tmp_path: Path) -> None:
+    settings = {**SMALL, "rules": ["fedavg"], "evaluate": {"clients": True, "new_clients": 2}}
+    found = run(Experiment(**settings), folder=tmp_path, progress=False)
+    new = set(found.resolved.first.new_names)
+    assert len(new) == 2
+    clients = found.rows("clients")
+    assert not {row["client"] for row in clients if row["phase"] == "train"} & new
+    assert {row["client"] for row in clients if row["phase"] == "test"} == set(found.resolved.first.names)
+    last = found.runs[0].records[-1].server
+    assert last["new-clients-accuracy"] > 0
+    lines = (tmp_path / "clients.jsonl").read_text().splitlines()
+    assert {"phase": "evaluate", "node": min(new)}.items() <= json.loads(
+        next(line for line in lines if f'"{min(new)}"' in line)
+    ).items()
+
+
+def test_data_from_python(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(90, 4)).astype(np.float32)
+    targets = (inputs.sum(axis=1) > 0).astype(int)
+    frame = pd.DataFrame(inputs, columns=list("abcd")).assign(label=targets, place=["x", "y", "z"] * 30)
+    dataset = TensorDataset(torch.from_numpy(inputs), torch.from_numpy(targets))
+    base = {**SMALL, "rules": ["fedavg"], "evaluate": {}}
+    forms: dict[str, Any] = {
+        "arrays": (inputs, targets), "a split": (inputs, targets, inputs, targets), "a dataset": dataset,
+        "two datasets": (dataset, dataset), "a frame": frame.drop(columns="place"),
+    }  # fmt: skip
+    for name, data in forms.items():
+        found = run(Experiment(**base), data=data, folder=tmp_path / name, progress=False)
+        assert found.runs[0].final > 0.5, name
+    sites = Experiment(**{**base, "partition": {"kind": "site"}, "data": {"site": "place"}})
+    found = run(sites, data=frame, folder=tmp_path / "sites", progress=False)
+    assert found.resolved.first.names == ["x", "y", "z"]
+    with pytest.raises(ValueError, match=r"The data cannot be used: they are a str; return a Source"):
+        run(Experiment(**base), data="digits", folder=tmp_path / "wrong")
+
+
+def test_a_sweep_chooses_on_the_validation_part(tmp_path: Path) -> None:
+    file = tmp_path / "exp.toml"
+    file.write_text('rounds = 2\nrules = ["fedavg", "fedau"]\n[partition]\nclients = 5\n')
+    grid = parse_grid(["train.learning_rate=0.001,0.5", "rules.cutoff=2,50"])
+    assert grid == {"train.learning_rate": [0.001, 0.5], "rules.cutoff": [2, 50]}
+    console = Console(quiet=True)
+    tried = sweep(file, grid, tmp_path / "out", 1, console)
+    assert len(tried) == 8
+    best = max((each for each in tried if each.rule == "fedau"), key=lambda each: each.validation)
+    assert best.setting["train.learning_rate"] == 0.5
+    assert len((tmp_path / "out" / "sweep.csv").read_text().splitlines()) == 9
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
+    assert sweep(file, grid, tmp_path / "out", 1, console) == tried  # nothing is run again
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
+    with pytest.raises(ValueError, match="No rule of the experiment has the parameter 'cutof'"):
+        sweep(file, {"rules.cutof": [1]}, tmp_path / "out", 1, console)
+    with pytest.raises(ValueError, match="is no list of values"):
+        parse_grid(["train.learning_rate"])
+
+
+def test_the_command_table(results: Results) -> None:
+    command = [sys.executable, "-m", "corymb.cli", "table", str(results.folder), "--format", "csv"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == results.table("csv")
+
+
+def test_personal_layers_need_tests_at_the_clients() -> None:
+    with pytest.raises(ValueError, match="layers stay at the clients, so the server cannot test its model"):
+        resolve(Experiment(**{**SMALL, "rules": ["fedper"], "evaluate": {}}))
+    with pytest.raises(ValueError, match="personal = 'head' matches no entry of the model, which has"):
+        resolve(Experiment(**{**SMALL, "train": {"personal": ["head"]}}))
