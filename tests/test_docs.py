@@ -73,6 +73,26 @@ def test_a_client_layer_of_ones_own(tmp_path: Path) -> None:
             assert "fedavg" in run(text, tmp_path)
 
 
+def test_from_a_paper_to_a_row(tmp_path: Path) -> None:
+    """Every file and command of the page, in order; the table has a row for each method."""
+    printed = []
+    for language, file, text in blocks("from-paper-to-row.md"):
+        if file:
+            (tmp_path / file).write_text(text)
+        elif language == "bash":
+            printed.append(run(text, tmp_path))
+    rows = [line.split("|")[1].strip() for line in printed[1].splitlines() if line.startswith("| ")]
+    assert set(rows[2:]) == {"fedavg", "scaffold", "FedExP", "FedNTD"}
+    assert "best setting" in printed[2]
+
+
+def test_experiments_from_python(tmp_path: Path) -> None:
+    text = next(text for _, _, text in blocks("guide-research.md") if "import Experiment, run" in text)
+    (tmp_path / "page.py").write_text(text)
+    assert "| local |" in run(f"{sys.executable} page.py", tmp_path)
+    assert (tmp_path / "score.png").exists()
+
+
 def test_parts_of_ones_own(tmp_path: Path) -> None:
     """A participation process, a data source and a rule, as the guide and the data page show them."""
     sources = {"weekdays": "class Weekdays", "my_data": "def load", "my_package": "class InverseLoss"}
