@@ -66,6 +66,7 @@ def rules() -> None:
         )
         paper = (rule.__doc__ or "").strip().partition(":")[0]  # "Author year, Algorithm: the idea"
         remarks = ["proxy data"] * rule.needs_proxy + ["masked"] * ("masked" in rule.privacy_modes)
+        remarks += ["with an algorithm at the clients"] * bool(rule.client_algorithm)
         table.add_row(name, rule.kind, parameters or "-", paper, ", ".join(remarks))
     console.print(table)
 

@@ -166,7 +166,7 @@ def measure_claims(
     for name in names or shipped():
         experiment = read(Path(name))
         if experiment.claims:
-            if experiment.data.source != DIGITS:
+            if experiment.data.source != DIGITS and ":" not in experiment.data.source:
                 if data is None:
                     console.print(
                         f"{name}: skipped; give the folder that contains {experiment.data.source} with --data."

@@ -105,7 +105,7 @@ def assert_same(tmp_path: Path, engine: str = "batched", **settings: Any) -> Fou
 MLP = {"kind": "mlp", "options": {"hidden": 12}}
 
 
-@pytest.mark.parametrize("engine", ["batched", "low_rank", "processes"])
+@pytest.mark.parametrize("engine", ["batched", "processes"])
 def test_algorithms(tmp_path: Path, engine: str) -> None:
     rules = ["scaffold", "feddyn", "fednova", "fedper", "local"]
     found = assert_same(tmp_path, engine, rules=rules, model=MLP, evaluate={"clients": True})
