@@ -19,6 +19,7 @@ from corymb.client.algorithms.algorithm import Memory, inside
 from corymb.client.algorithms.memory_files import folder_of, keep, recall
 from corymb.client.app import client_identity, make_seeded
 from corymb.client.local_work import PERSONAL, algorithm_of
+from corymb.protocol.shared_state import personal_names
 from corymb.protocol.train_settings import TrainSettings
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.blocks import Task, Trainer
@@ -139,14 +140,20 @@ class KeptByClients:
 
     def __init__(self, model: Callable[[], nn.Module], layout: Layout) -> None:
         self._model, self._layout = model, layout
-        self._initial: dict[int, Mapping[str, Tensor]] = {}  # of the last seed
+        self._modules: dict[int, nn.Module] = {}  # of the last seed
 
     def of(self, settings: TrainSettings, received: Mapping[str, Tensor]) -> Kept | None:
-        """Return what clients with `settings`, who receive these entries, keep; None if that is nothing."""
+        """Return what clients with `settings`, who receive these entries, keep; None if that is nothing.
+
+        Raises `ValueError` if other entries are missing than those that stay at the client.
+        """
         if not settings.algorithm and not settings.personal:
             return None
-        if settings.seed not in self._initial:
-            self._initial = {settings.seed: make_seeded(self._model, settings.seed).state_dict()}
-        initial, names = self._initial[settings.seed], [entry.name for entry in self._layout.entries]
-        personal = {name: initial[name].numpy() for name in names if name not in received}
-        return Kept(settings, personal)
+        if settings.seed not in self._modules:
+            self._modules = {settings.seed: make_seeded(self._model, settings.seed)}
+        module = self._modules[settings.seed]
+        home, initial = personal_names(module, settings), module.state_dict()
+        names = [entry.name for entry in self._layout.entries]
+        if {name for name in names if name not in received} != home & set(names):
+            raise ValueError("The received model lacks other entries than those that stay at the client.")
+        return Kept(settings, {name: initial[name].numpy() for name in names if name in home})
