@@ -12,12 +12,19 @@ from torch import Tensor, nn
 from corymb.client.tasks import losses
 from corymb.client.tasks.losses import IGNORED, like_targets, plain_outputs, plain_targets
 from corymb.client.tasks.metrics import Metric, named_metrics
-from corymb.protocol.task_settings import TaskSettings
+from corymb.protocol.task_settings import METRICS, TaskSettings
 from corymb.strategies.core.registry import import_reference
 
 Loss = Callable[[Any, Any], Tensor]
 Correct = Callable[[Any, Any], Tensor | None]
 RUNNING = ("accuracy", "perplexity")  # metrics that need no more than sums over batches
+_OF_CLASSES = ("accuracy", "balanced-accuracy", "f1", "auroc", "ece")
+FITTING = {  # the metrics that each kind may have
+    **METRICS,
+    "classification": _OF_CLASSES,
+    "binary": _OF_CLASSES,
+    "multilabel": ("accuracy", "f1", "auroc", "ece"),
+}
 CLASS_LOSSES = (nn.functional.cross_entropy, nn.functional.nll_loss)
 
 
@@ -100,6 +107,9 @@ def make_task(settings: TaskSettings) -> Task:
         if ":" in reference:
             metrics[name] = import_reference(reference, "metric")
         elif reference in known:
+            if reference not in FITTING[settings.kind]:
+                fitting = ", ".join(FITTING[settings.kind])
+                raise ValueError(f"The metric {reference!r} does not fit task.kind = {settings.kind!r}; use {fitting}.")
             metrics[name] = known[reference]
         elif reference not in RUNNING:
             names = ", ".join(sorted([*known, *RUNNING]))

@@ -85,7 +85,7 @@ def conclude(
     results = left_out | checked.by_node | {node: not_connected(node) for node in absent}
     admitted_count = sum(isinstance(report, Report) for report in checked.by_node.values())
     is_abandoned = admitted_count < method.quorum
-    weights = {} if is_abandoned else outcome.weights
+    weights = {} if is_abandoned else _with_staleness(round, outcome.weights)
     notes |= {BELOW_QUORUM: float(method.quorum)} if is_abandoned else {}
     judged = verdicts(requests.nodes, results, weights, requests.bytes_down, checked.bytes_up)
     record = RoundRecord(round.number, tuple(judged), train=train, notes=notes)
@@ -110,6 +110,14 @@ def _outcome(method: Method, state: RunState, replies: Iterator[Reply]) -> Outco
             pass
         return Outcome(state.model, state.memory)
     return method.rule.aggregate(state.model, replies, state.memory, state.known_nodes, method.proxy)
+
+
+def _with_staleness(round: Round, weights: Mapping[str, float]) -> Mapping[str, float]:
+    """Return the weights of the replies' own updates; a stale one counts less."""
+    if round.asynchrony is None:
+        return weights
+    factor = round.asynchrony.factor
+    return {n: w * factor(round.starts[n]) if n in round.starts else w for n, w in weights.items()}
 
 
 def conclude_evaluation(

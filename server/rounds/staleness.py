@@ -33,10 +33,13 @@ class Asynchrony:
     exponent: float = 0.5
     max_staleness: int = 20
 
+    def factor(self, start: Start) -> float:
+        """Return what an update counts for that was begun at `start`."""
+        return float((1 + start.staleness) ** -self.exponent)
+
     def rebased(self, reply: Reply, start: Start, present: Model) -> Reply:
         """Return `reply` as if its client had begun from the `present` model."""
-        factor = (1 + start.staleness) ** -self.exponent
         origin = present if self.buffer == 1 else start.model
         update = reply.vector(present.parameters.dtype) - origin.parameters
-        vector = torch.add(present.parameters, update, alpha=factor)
+        vector = torch.add(present.parameters, update, alpha=self.factor(start))
         return replace(reply, rows=SingleRow((vector,)), row=0)

@@ -33,7 +33,10 @@ def as_targets(values: NDArray[Any], kind: str) -> Tensor:
     float32, `[n]` or `[n, D]`; and for survival, time and event are float32 `[n, 2]`.
     """
     if kind in CLASSES:
-        return torch.from_numpy(class_numbers(values))
+        classes = class_numbers(values)
+        if kind == "binary" and not np.isin(classes, (0, 1)).all():
+            raise ValueError("the targets of task.kind = 'binary' must be 0 or 1; data.positive_above makes them so")
+        return torch.from_numpy(classes)
     if kind in ("regression", "quantile", "survival"):
         if values.ndim == 2 and values.shape[1] == 1:
             values = values[:, 0]

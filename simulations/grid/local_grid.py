@@ -85,8 +85,7 @@ class LocalGrid(BareGrid):
         if workers > 1 and can_fork() and self._cohort is None:
             self._pool = ClientPool(client_app, workers, self._seed)
             finalize(self, self._pool.close)
-        self.replies = 0
-        self.failures = Failures()
+        self.replies, self.failures = 0, Failures()
 
     def server_context(self) -> Context:
         """Return a Context for a ServerApp."""
@@ -117,6 +116,11 @@ class LocalGrid(BareGrid):
         """Run the clients that `message_ids` were sent to and return their replies. Each reply is returned once."""
         with self._lock:
             return [reply for message_id in message_ids for reply in self._pull(message_id)]
+
+    def start(self) -> None:
+        """Start the worker processes, if there are any, before the first message."""
+        if self._pool:
+            self._pool.start()
 
     def finish(self) -> None:
         """Run the clients whose messages nobody has pulled, as a deployment does. Their replies are dropped."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from corymb.server.rule_settings import LOCAL
 from corymb.simulations.results.folder import FinishedRun
-from corymb.simulations.results.score import Score
+from corymb.simulations.results.score import NEW_CLIENT, Score
 
 WORST_SHARE = 0.1
 MAX_COLUMNS = 12  # clients with a column each in the report
@@ -82,6 +82,8 @@ def _of_rule(runs: Sequence[FinishedRun]) -> ClientResults | None:
         if last is None:
             return None
         for verdict in last.evaluations:
+            if NEW_CLIENT in verdict.metrics:
+                continue  # new clients have a column of their own
             names.add(verdict.node)
             if score.name in verdict.metrics:
                 by_client.setdefault(verdict.node, []).append(verdict.metrics[score.name])

@@ -17,7 +17,7 @@ from corymb.server.rounds.door import Door
 from corymb.server.rounds.record import ADMITTED, Verdict
 from corymb.simulations.experiments.scenario import Scenario
 from corymb.simulations.grid.local_grid import LocalGrid
-from corymb.simulations.results.score import AT_CLIENTS, NEW
+from corymb.simulations.results.score import AT_CLIENTS, NEW, NEW_CLIENT
 from corymb.strategies import Layout, Report
 
 
@@ -45,6 +45,8 @@ class ClientTests:
             node_config=lambda row: {"partition-id": self._tested[row]},
         )  # fmt: skip
 
+        self._grid.start()  # before threads test models in this process: a fork after that may hang in MKL
+
     def close(self) -> None:
         """End the processes."""
         self._grid.close()
@@ -63,7 +65,8 @@ class ClientTests:
             report = door.admit_metrics(names[message.metadata.dst_node_id], reply)
             if not isinstance(report, Report):
                 raise ValueError(f"A client cannot test the model: {report.reason}")
-            found.append(Verdict(report.node, ADMITTED, "", report.examples, None, report.metrics))
+            mark = {NEW_CLIENT: 1.0} if report.node in self._scenario.new_names else {}
+            found.append(Verdict(report.node, ADMITTED, "", report.examples, None, {**report.metrics, **mark}))
         return tuple(found)
 
     def summary(self, verdicts: Iterable[Verdict]) -> dict[str, float]:
@@ -77,7 +80,7 @@ class ClientTests:
             prefix + name: value
             for prefix, group in groups
             for name, value in means([v.metrics for v in group]).items()
-            if name != "seconds"
+            if name not in ("seconds", NEW_CLIENT)
         }
 
 

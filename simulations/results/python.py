@@ -23,7 +23,7 @@ from corymb.simulations.results.runner import run_all
 from corymb.simulations.results.summary import summary_rows, table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """The finished runs of an experiment, whose files are in `folder`."""
 
@@ -97,6 +97,10 @@ class Results:
         if what == "clients" and not client_results(self.runs):
             raise ValueError("No client was tested; set evaluate.clients = true.")
         return pictures[what]()
+
+    def __repr__(self) -> str:
+        """Return the name, the number of runs and the folder."""
+        return f"Results({self.experiment.name!r}, {len(self.runs)} runs, in {str(self.folder)!r})"
 
     def _repr_html_(self) -> str:
         """Return the table, which a notebook shows for results."""

@@ -8,6 +8,7 @@ from corymb.protocol.task_settings import LOWER_IS_BETTER
 from corymb.simulations.experiments.experiment import Experiment
 
 AT_CLIENTS = "clients-"  # before the name of a metric: its mean over the clients' own tests
+NEW_CLIENT = "new-client"  # metric of the test of a client that took no part in the training
 NEW = "new-clients-"  # the same over clients that took no part in the training
 
 
