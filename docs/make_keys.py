@@ -89,7 +89,8 @@ def _tables_of(name: str, members: list[type[BaseModel]], default: str | None, p
 
 def _is_tag(name: str, field: FieldInfo) -> bool:
     """Whether a key only says which kind of table this is."""
-    return name == "reference" or (name == "kind" and get_origin(field.annotation) is Literal)
+    is_one_word = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+    return name == "reference" or (name == "kind" and is_one_word)
 
 
 def _row(key: str, field: FieldInfo, tables: list[Any]) -> str:

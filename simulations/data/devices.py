@@ -65,7 +65,7 @@ class DevicesSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> DevicesSettings:
         if self.seconds_per_example is None and self.model_dump(exclude_defaults=True):
-            raise ValueError("devices needs seconds_per_example")
+            raise ValueError("set seconds_per_example, which the other keys need")
         if self.buffer and (self.deadline < inf or self.wait_for < 1):
             raise ValueError("devices.buffer has no rounds, so leave out deadline and wait_for")
         return self

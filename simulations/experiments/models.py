@@ -54,6 +54,9 @@ def make_model(kind: str, shape: tuple[int, ...], classes: int, **options: Any) 
     """
     factory = _registry.find(kind)
     try:
-        return factory(shape, classes, **options)
+        module = factory(shape, classes, **options)
     except Exception as error:
         raise ValueError(f"The model {kind!r} cannot be made ({type(error).__name__}: {error}).") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"The model {kind!r} is a {type(module).__name__}; return a torch.nn.Module.")
+    return module

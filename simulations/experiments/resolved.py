@@ -101,7 +101,8 @@ def resolve(experiment: Experiment, source: Source | None = None) -> Resolved:
         with torch.no_grad():
             task.loss(module(source.test.inputs_at(slice(0, 2))), source.test.targets[:2])
     except Exception as error:
-        raise ValueError(f"The model {experiment.model.kind!r} does not fit the data: {error}.") from error
+        problem = str(error).removesuffix(".")
+        raise ValueError(f"The model {experiment.model.kind!r} does not fit the data: {problem}.") from error
     for rule in experiment.rules:
         choose_device(experiment.train_for(rule).device)
     device = choose_device(experiment.train.device)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import tomli_w
+from safetensors import safe_open
 
 from corymb.server import Journal, RoundRecord
 from corymb.server.journal.rows import committed
@@ -136,11 +137,10 @@ def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None
             if verdict.code != "offline"
         ),
     )
-    best = max(runs, key=lambda run: run.score.rank(run.final))
-    rule = next(rule for rule in experiment.rules if rule.title == best.rule)
-    journal = journal_folder(folder, rule, best.seed)
-    model = journal / f"model-{experiment.rounds:06d}.safetensors"
-    shutil.copyfile(model, folder / "model.safetensors")
+    models = {(run.rule, run.seed): _last_model(experiment, run, folder) for run in runs}
+    shared = [run for run in runs if _has_entries(models[run.rule, run.seed])]  # under "local" there is no such model
+    best = max(shared or runs, key=lambda run: run.score.rank(run.final))
+    shutil.copyfile(models[best.rule, best.seed], folder / "model.safetensors")
     summary = {
         "name": experiment.name,
         "model": {"rule": best.rule, "seed": best.seed},
@@ -157,6 +157,16 @@ def write(experiment: Experiment, runs: list[FinishedRun], folder: Path) -> None
         ],
     }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _last_model(experiment: Experiment, run: FinishedRun, folder: Path) -> Path:
+    rule = next(rule for rule in experiment.rules if rule.title == run.rule)
+    return journal_folder(folder, rule, run.seed) / f"model-{experiment.rounds:06d}.safetensors"
+
+
+def _has_entries(model: Path) -> bool:
+    with safe_open(model, "np") as file:
+        return bool(list(file.keys()))
 
 
 def is_finished(experiment: Experiment, folder: Path) -> bool:

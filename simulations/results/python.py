@@ -22,6 +22,8 @@ from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import run_all
 from corymb.simulations.results.summary import summary_rows, table
 
+GIVEN = "data given in Python"  # the data source in the settings of such a run
+
 
 @dataclass(frozen=True, repr=False)
 class Results:
@@ -131,7 +133,10 @@ def run(
     elif changes:
         raise ValueError("changes apply to a file; make the experiment with these settings.")
     console = Console(quiet=not progress)
-    resolved = resolve(experiment, None if data is None else _source(data, experiment))
+    source = None if data is None else _source(data, experiment)
+    if source is not None:  # so that config.toml does not name data that were not used
+        experiment = experiment.model_copy(update={"data": experiment.data.model_copy(update={"source": GIVEN})})
+    resolved = resolve(experiment, source)
     place = Path(folder) if folder is not None else Path("runs") / experiment.name
     if moved := prepare(experiment, place, resume):
         console.print(f"Earlier results are in {moved}.", markup=False, soft_wrap=True)

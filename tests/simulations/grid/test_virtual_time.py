@@ -112,7 +112,7 @@ def test_settings() -> None:
     assert ((devices.download >= 10) & (devices.download <= 100)).all()
     assert np.isinf(devices.upload).all()
     for table, problem in (
-        ({"deadline": 3}, "devices needs seconds_per_example"),
+        ({"deadline": 3}, "set seconds_per_example, which the other keys need"),
         ({"seconds_per_example": 1, "buffer": 2, "wait_for": 0.5}, "leave out deadline and wait_for"),
         ({"seconds_per_example": {"low": 3, "high": 2}}, "low = 3.0 is above high = 2.0"),
     ):
