@@ -92,7 +92,7 @@ def test_changes_and_names(tmp_path: Path) -> None:
     assert experiment.data.source == "some/path"
     with pytest.raises(ValueError, match="is not KEY=VALUE"):
         parse_change("alpha")
-    with pytest.raises(ValueError, match="no experiment 'nowhere'; give a TOML file or one of: demo, di"):
+    with pytest.raises(ValueError, match="no experiment 'nowhere'; give a TOML file or one of: async, bytes, demo, di"):
         read(Path("nowhere"))
 
 
