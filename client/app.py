@@ -57,14 +57,15 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
     config has that key. Replies to evaluation messages report the same, without `steps` and `participation`.
     """
     app = ClientApp(mods=[answer_from_memory])
-    initial: list[nn.Module] = []  # at most one, made once per process; Ray cannot pickle `functools.cache`
+    initial: dict[int, nn.Module] = {}  # of the last seed, made once per process; `functools.cache` suits no Ray
 
     def fresh_module(seed: int) -> nn.Module:
         """Return a module in its initial state, so that clients share no state outside of the state dict."""
-        if not initial:
-            initial.append(make_seeded(model, seed))
+        if seed not in initial:
+            initial.clear()
+            initial[seed] = make_seeded(model, seed)
         try:
-            return deepcopy(initial[0])
+            return deepcopy(initial[seed])
         except Exception:  # some modules cannot be copied
             return make_seeded(model, seed)
 

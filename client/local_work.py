@@ -57,7 +57,7 @@ class LocalWork:
     ) -> None:  # fmt: skip
         self._settings, self._round, self._task, self._folder = settings, server_round, task, folder
         self._module, self._received, self._extra, self._new_module = module, received, extra, new_module
-        self.algorithm = algorithm_of(settings)
+        self._algorithm = algorithm_of(settings)
         self._personal = personal_names(module, settings)
         self._check(self._personal | fixed_names(module))
 
@@ -101,8 +101,8 @@ class LocalWork:
             correction = Correction(offset, pull, local.start)
             metrics = local.fit(local.module, correction)
         else:
-            metrics = self.algorithm.train(local)
-        metrics |= self.algorithm.reports(self._settings, self._round, int(metrics["steps"]))
+            metrics = self._algorithm.train(local)
+        metrics |= self._algorithm.reports(self._settings, self._round, int(metrics["steps"]))
         state = {name: tensor.detach() for name, tensor in local.module.state_dict().items()}
         kept: dict[str, Tensor] = {}
         if self.keeps_memory:
@@ -132,7 +132,7 @@ class LocalWork:
 
     def evaluated(self, batches: Callable[[TrainSettings], Any], seeded: Callable[[], None]) -> nn.Module:
         """Return the module that the client evaluates."""
-        return self.algorithm.evaluated(self._local(self._round, self._fit(batches, seeded, lambda: None)))
+        return self._algorithm.evaluated(self._local(self._round, self._fit(batches, seeded, lambda: None)))
 
     def _fit(
         self, batches: Callable[[TrainSettings], Any], seeded: Callable[[], None], after_shared: Callable[[], None]
@@ -155,19 +155,19 @@ class LocalWork:
 
     def _correction(self, local: Local) -> tuple[dict[str, Tensor], float]:
         """Return the correction of an algorithm that trains in blocks, by parameter name."""
-        if not self.algorithm.trains_in_blocks:
+        if not self._algorithm.trains_in_blocks:
             return {}, 0.0
-        offset, pull = self.algorithm.correction(local.memory, self._vector(self._extra))
+        offset, pull = self._algorithm.correction(local.memory, self._vector(self._extra))
         return {} if offset is None else self._by_name(offset), pull
 
     def _remembered(self, local: Local, metrics: Mapping[str, float]) -> Memory:
-        if not self.algorithm.trains_in_blocks or not self._received:
+        if not self._algorithm.trains_in_blocks or not self._received:
             return {}
         start, end = self._vector(local.start), self._vector(dict(local.module.named_parameters()))
         assert start is not None
         assert end is not None
         path = self._settings.rate(self._round) * metrics["steps"]
-        return self.algorithm.remember(local.memory, self._vector(self._extra), start, end, path)
+        return self._algorithm.remember(local.memory, self._vector(self._extra), start, end, path)
 
     def _shared(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._module.named_parameters() if name in self._received]

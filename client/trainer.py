@@ -43,8 +43,9 @@ def train(
     half = settings.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     tally, steps = Tally(task), 0
-    start = [(p, p.detach().clone()) for _, p in trained] if settings.proximal else []
     pulled, offset = _terms_of(correction, trained)
+    if settings.proximal:
+        pulled = [*((p, p.detach().clone(), settings.proximal) for _, p in trained), *pulled]
     module.train()
     for each in batches:
         batch = on_device(each, device)
@@ -56,9 +57,6 @@ def train(
             optimizer.zero_grad()
             scaler.scale(total).backward()  # the scaler changes nothing unless the precision is float16
             scaler.unscale_(optimizer)
-            for parameter, initial in start:
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - initial, alpha=settings.proximal)
             for parameter, centre, pull in pulled:
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - centre, alpha=pull)

@@ -18,7 +18,6 @@ from corymb.protocol.train_settings import TrainSettings
 
 Memory = Mapping[str, Tensor]
 Term = Callable[[nn.Module, Batch, Any], Tensor]  # of the module, the batch and the outputs; added to the loss
-NO_MEMORY: Memory = {}
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Local:
 
     `module` holds the received model and the client's personal entries. `start` are the received parameters, `memory`
     what the client kept, and `received` the rule's second vector by parameter name, if the rule sends one.
-    `loss(module, batch)` is the loss of a module. An algorithm
-    may put into `kept` what the client keeps for the next round, and into `sent` a vector for the rule, by parameter
-    name: `cohort.steps[node][0]` for a rule whose `wants_batch_updates` is True.
+    `loss(module, batch)` is the loss of a module. An algorithm may put into `kept` what the client keeps for the next
+    round, and into `sent` a vector for the rule, by parameter name: `cohort.steps[node][0]` for a rule whose
+    `wants_batch_updates` is True.
     """
 
     module: nn.Module

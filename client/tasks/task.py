@@ -34,8 +34,8 @@ class Task:
 
     `loss(outputs, targets)` is a scalar. `losses`, if there is one, gives each example's loss, `[B]`, whose mean is the
     loss. `correct` gives the number of correct examples of a batch, and `hits` whether each is correct, `[B]`, or its
-    share of correct positions; None if that has no meaning. `metrics` need all
-    outputs of an evaluation, or what `kept` makes of those of a batch.
+    share of correct positions; None if that has no meaning. `metrics` need all outputs of an evaluation, or what `kept`
+    makes of those of a batch.
     """
 
     loss: Loss = nn.functional.cross_entropy
@@ -64,19 +64,12 @@ CLASSIFICATION = Task(
 def _of_kind(kind: str, quantiles: tuple[float, ...]) -> Task:
     """Return the task of a kind without metrics."""
     one_each: dict[str, Loss] = {
-        "classification": losses.classification,
         "segmentation": losses.classification,
         "tokens": losses.tokens,
         "binary": losses.binary,
         "multilabel": losses.binary,
         "regression": losses.regression,
         "quantile": partial(losses.quantile, quantiles=quantiles),
-    }
-    correct: dict[str, Correct] = {
-        "segmentation": lambda o, t: correct_share(o, t, nn.functional.cross_entropy),
-        "tokens": lambda o, t: correct_share(o.transpose(1, -1), t, nn.functional.cross_entropy),
-        "binary": _correct_signs,
-        "multilabel": _correct_signs,
     }
     hits: dict[str, Correct] = {
         "segmentation": _class_hits,
@@ -86,12 +79,12 @@ def _of_kind(kind: str, quantiles: tuple[float, ...]) -> Task:
     }
     if kind == "survival":
         return Task(_with_plain(losses.survival))
-    own = one_each[kind]
+    own, right = one_each[kind], _with_plain(hits.get(kind, lambda o, t: None))
     return Task(
         _with_plain(lambda outputs, targets: own(outputs, targets).mean()),
         own,
-        _with_plain(correct.get(kind, lambda o, t: None)),
-        _with_plain(hits.get(kind, lambda o, t: None)),
+        lambda outputs, targets: None if (found := right(outputs, targets)) is None else found.sum(),
+        right,
         kept=(lambda outputs: outputs.argmax(dim=1)) if kind == "segmentation" else (lambda outputs: outputs),
         has_perplexity=kind == "tokens",
     )
@@ -130,10 +123,6 @@ def _with_plain(function: Any) -> Any:
 def _sign_hits(outputs: Tensor, targets: Tensor) -> Tensor:
     right = (like_targets(outputs, targets) > 0) == (targets > 0.5)
     return right.flatten(1).double().mean(dim=1) if right.dim() > 1 else right.double()
-
-
-def _correct_signs(outputs: Tensor, targets: Tensor) -> Tensor:
-    return _sign_hits(outputs, targets).sum()
 
 
 def _class_hits(outputs: Tensor, targets: Tensor) -> Tensor:

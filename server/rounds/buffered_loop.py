@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
 from random import Random
@@ -14,8 +14,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from corymb.protocol.grids import TimedGrid
+from corymb.server.rounds.arrivals import polled
 from corymb.server.rounds.conclude import conclude
-from corymb.server.rounds.pulls import pulled
 from corymb.server.rounds.record import log_reasons
 from corymb.server.rounds.requests import Phase, push
 from corymb.server.rounds.roster import connected as connected_nodes
@@ -25,41 +25,30 @@ from corymb.server.rounds.run_failed import NoReplyAdmitted
 from corymb.server.rounds.staleness import Asynchrony, Start
 from corymb.strategies import Model
 
-NextReply = Callable[[dict[str, None]], tuple[str, Message] | None]
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-def next_reply_of(grid: Grid) -> NextReply:
-    """Return a function that waits for the next reply to one of some messages."""
-    if isinstance(grid, TimedGrid):
-        return lambda waiting: grid.next_arrival()
+@dataclass(frozen=True)
+class _Asked:
+    """A node that trains: its name, the version of the model that it began from, and the bytes of the message."""
 
-    def wait(waiting: dict[str, None]) -> tuple[str, Message] | None:
-        for arrived in pulled(grid, waiting, inf):
-            if arrived is not None and isinstance(arrived[1], Message):
-                return arrived[0], arrived[1]
-        return None
-
-    return wait
+    name: str
+    version: int
+    bytes_down: int
 
 
 @dataclass
 class BufferedLoop:
-    """Runs `strategy` without rounds over `grid`; each version of the model counts as a round in the records.
+    """Runs `strategy` without rounds over `grid`; each version of the model counts as a round in the records."""
 
-    `next_reply(waiting)` returns the next reply to one of the messages that are the keys of `waiting`, or None if there
-    will be none. `arrays_of(model)` makes the record of a model that is sent.
-    """
-
-    strategy: Any
+    strategy: Any  # the RoundLoop that makes this loop
     grid: Grid
     asynchrony: Asynchrony
-    next_reply: NextReply
-    arrays_of: Callable[[Model], ArrayRecord]
-    seed: int
-    _asked: dict[str, tuple[str, int]] = field(default_factory=dict)  # by message id: the node's name and the version
+    _asked: dict[str, _Asked] = field(default_factory=dict)  # by message id
     _models: dict[int, Model] = field(default_factory=dict)  # the versions that replies may refer to
-    _phases: dict[str, Requests] = field(default_factory=dict)
+    _sent: dict[str, Message] = field(default_factory=dict)  # the messages under way
+    _waiting: dict[str, None] = field(default_factory=dict)  # their ids
+    _arrivals: Iterator[Message] = field(default_factory=lambda: iter(()))
 
     def run(self, versions: int, result: Result, config: ConfigRecord, evaluate_fn: EvaluateFn | None) -> Result:
         """Run until the model has changed `versions` times."""
@@ -73,7 +62,7 @@ class BufferedLoop:
             asked = Round(number, strategy.method, requests, starts, self.asynchrony)
             strategy.state, strategy.record = conclude(strategy.state, asked, replies)
             log_reasons(strategy.record.verdicts, "")
-            result.arrays = self.arrays_of(strategy.state.model)
+            result.arrays = strategy.record_of(strategy.state.model)
             server = evaluate_fn(number, result.arrays) if evaluate_fn else None
             if server is not None:
                 result.evaluate_metrics_serverapp[number] = server
@@ -85,7 +74,7 @@ class BufferedLoop:
                 write_or_keep(strategy.journal, strategy.record, strategy.state)
             if strategy.on_round is not None:
                 strategy.on_round(strategy.record)
-            used = {version for _, version in self._asked.values()}
+            used = {asked.version for asked in self._asked.values()}
             self._models = {version: model for version, model in self._models.items() if version in used}
         if strategy.journal is not None:
             finish_patiently(strategy.journal)
@@ -103,40 +92,56 @@ class BufferedLoop:
         good = 0
         while good < self.asynchrony.buffer:
             connected = {node_id: name for name, node_id in connected_nodes(self.grid).items()}
-            self._ask(number, config, connected, set(by_message.values()))
-            found = self.next_reply(dict.fromkeys(self._asked))
+            self._ask(number, config, connected, set(starts))
+            found = self._next_reply()
             if found is None:
                 break
             message_id, reply = found
-            name, version = self._asked.pop(message_id)
-            staleness = number - version
+            asked = self._asked.pop(message_id)
+            staleness = number - asked.version
             if staleness > self.asynchrony.max_staleness:
                 continue
-            by_message[message_id], starts[name] = name, Start(self._models[version], staleness)
-            down |= {name: self._phases[message_id].bytes_down.get(name, 0)}
+            by_message[message_id], down[asked.name] = asked.name, asked.bytes_down
+            starts[asked.name] = Start(self._models[asked.version], staleness)
             replies.append(reply)
             good += not reply.has_error()
-        return Requests(by_message, tuple(by_message.values()), connected, down), starts, replies
+        return Requests(by_message, tuple(starts), connected, down), starts, replies
+
+    def _next_reply(self) -> tuple[str, Message] | None:
+        """Return the next reply by its message id, an error in place of an unreadable one; None if none will come."""
+        if isinstance(self.grid, TimedGrid):
+            return self.grid.next_arrival()
+        if not self._waiting:
+            return None
+        reply = next(self._arrivals, None)
+        if reply is None:  # it has ended because nothing was under way for a while
+            self._arrivals = polled(self.grid, self._sent, self._waiting, inf)
+            reply = next(self._arrivals)
+        message_id = reply.metadata.reply_to_message_id
+        del self._sent[message_id]
+        return message_id, reply
 
     def _ask(self, number: int, config: ConfigRecord, connected: dict[int, str], buffered: set[str]) -> None:
         """Ask idle nodes, drawn by the seed, until as many train as may train at a time."""
-        busy = {name for name, _ in self._asked.values()} | buffered
+        strategy = self.strategy
+        state, method = strategy.state, strategy.method
+        busy = {asked.name for asked in self._asked.values()} | buffered | set(state.guard.quarantined(number))
         idle = {name: node_id for node_id, name in connected.items() if name not in busy}
         free = self.asynchrony.concurrency - len(self._asked)
         if free <= 0 or not idle:
             return
-        draw = Random(f"{self.seed}/{number}/{len(buffered)}/async")
+        draw = Random(f"{method.seed}/{number}/{len(buffered)}/async")
         chosen = {name: idle[name] for name in draw.sample(sorted(idle), min(free, len(idle)))}
-        phase, state, rule = Phase(), self.strategy.state, self.strategy.method.rule
-        second = rule.second_vector(state.model.parameters, state.memory)
-        extra = None if second is None else self.arrays_of(replace(state.model, parameters=second))
+        second = method.rule.second_vector(state.model.parameters, state.memory)
+        extra = None if second is None else strategy.record_of(replace(state.model, parameters=second))
         names = {name: node_id for node_id, name in connected.items()}
-        messages = phase.begin(
+        messages = Phase().begin(
             MessageType.TRAIN, number, config, names, chosen,
-            lambda name: rule.model_for(name, state.model, state.memory), self.arrays_of, extra,
+            lambda name: method.rule.model_for(name, state.model, state.memory), strategy.record_of, extra,
         )  # fmt: skip
         sent = push(self.grid, messages)
         requests = Requests.of(messages, connected)
-        for message_id in sent:
-            self._asked[message_id] = (requests.by_message[message_id], number)
-            self._phases[message_id] = requests
+        for message_id, message in sent.items():
+            name = requests.by_message[message_id]
+            self._asked[message_id] = _Asked(name, number, requests.bytes_down[name])
+            self._sent[message_id], self._waiting[message_id] = message, None

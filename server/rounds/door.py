@@ -58,8 +58,8 @@ class Door:
                 return rejection_of_error(node, message)
             records = list(message.content.items())
             report = self._report(node, records)
-            if lacking := [name for name in self.needs_metrics if not report.metrics.get(name, 0.0) > 0]:
-                reason = f"it lacks the metric {lacking[0]!r}, a positive number; set train.algorithm to the rule's"
+            if lacking := report.lacks(self.needs_metrics):
+                reason = f"it lacks the metric {lacking!r}, a positive number; set train.algorithm to the rule's"
                 raise Refused(Code.METRICS, reason)
             if isinstance(compression := message.content.get(COMPRESSION), ConfigRecord) and sent is not None:
                 vector, buffers = restored_model(message.content, compression, self.layout, sent)

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from corymb.server.rounds.buffered_loop import BufferedLoop, next_reply_of
+from corymb.server.rounds.buffered_loop import BufferedLoop
 from corymb.server.rounds.conclude import BELOW_QUORUM
 from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.record import RoundRecord, as_metrics
@@ -107,9 +107,7 @@ class RoundLoop(Strategy):
         if not self.state.round and evaluate_fn and (metrics := evaluate_fn(0, result.arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = metrics
         if self.asynchrony is not None:
-            loop = BufferedLoop(
-                self, grid, self.asynchrony, next_reply_of(grid), self.record_of, self.method.seed
-            )  # fmt: skip
+            loop = BufferedLoop(self, grid, self.asynchrony)
             return loop.run(num_rounds, result, train_config, evaluate_fn)
         exchange = Exchange(grid, timeout, self.journal.asks if self.journal is not None else None)
         started, abandoned = time.monotonic(), 0

@@ -146,12 +146,13 @@ class CohortApp:
     def _train_own_starts(self, requests: Requests, groups: list[_Group]) -> Iterator[Outcome]:
         """Train groups of one client each, which have the same settings and different models."""
         arrays = {group.numbers[0]: group.arrays for group in groups}
+        tasks = []
         for task in self._tasks(requests, list(arrays), groups[0]):
             states = [to_state(arrays[number]) for number in task.requests]
             buffers = {name: torch.stack([state[name] for state in states]).numpy() for name in self._buffers}
             starts = torch.stack([self._layout.vector(state) for state in states])
-            own = replace(task, buffers=buffers, starts=starts.numpy())
-            yield from self._engine.train([own], starts[0])
+            tasks.append(replace(task, buffers=buffers, starts=starts.numpy()))
+        return self._engine.train(tasks, self._layout.vector(to_state(groups[0].arrays)))
 
     def _tasks(self, requests: Requests, numbers: list[int], group: _Group) -> list[Task]:
         """Cut the clients of the requests with these `numbers` into blocks, with the settings of `group`."""

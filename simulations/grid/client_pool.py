@@ -53,11 +53,6 @@ class ClientPool:
         self._workers: list[_Worker] = []
         self._running = self._replies(())
 
-    def start(self) -> None:
-        """Fork the processes now, not at the first message."""
-        while len(self._workers) < self._size:
-            self._workers.append(self._fork())
-
     def run(self, requests: Sequence[Request]) -> IndexedReplies:
         """Yield (index of the request, reply or exception) in order of completion; updates the requests' Contexts.
 

@@ -117,11 +117,6 @@ class LocalGrid(BareGrid):
         with self._lock:
             return [reply for message_id in message_ids for reply in self._pull(message_id)]
 
-    def start(self) -> None:
-        """Start the worker processes, if there are any, before the first message."""
-        if self._pool:
-            self._pool.start()
-
     def finish(self) -> None:
         """Run the clients whose messages nobody has pulled, as a deployment does. Their replies are dropped."""
         with self._lock:

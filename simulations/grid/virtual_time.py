@@ -40,16 +40,14 @@ class VirtualTimeGrid(WrappedGrid):
 
     _grid: Any
 
-    def __init__(
-        self, grid: Any, devices: Devices, examples: Callable[[int], int], deadline: float, seed: int, now: float = 0.0
-    ) -> None:
+    def __init__(self, grid: Any, devices: Devices, examples: Callable[[int], int], deadline: float, seed: int) -> None:
         super().__init__(grid)
         self._devices, self._examples, self._deadline = devices, examples, deadline
         self._rows = {node_id: row for row, node_id in enumerate(grid.get_node_ids())}
         self._busy_until = dict.fromkeys(self._rows.values(), 0.0)
         self._rng = np.random.default_rng([seed, 7])
         self._sent: dict[str, _Sent] = {}
-        self.now = now
+        self.now = 0.0
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Send `messages` and return their ids."""

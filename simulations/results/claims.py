@@ -11,6 +11,7 @@ from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import Resolved
 from corymb.simulations.experiments.settings import Claim
 from corymb.simulations.results.folder import FinishedRun
+from corymb.simulations.results.score import VIRTUAL
 
 BEGIN, END = "<!-- corymb results: begin -->", "<!-- corymb results: end -->"
 
@@ -98,8 +99,8 @@ def _until(measure: str, run: FinishedRun) -> float:
     if unit == "rounds":
         return float(reached + 1)
     used = records[: reached + 1]
-    if unit == "virtual-seconds":
-        return float(used[-1].notes["virtual-seconds"])
+    if unit == VIRTUAL:
+        return float(used[-1].notes[VIRTUAL])
     return sum(record.bytes_up + record.bytes_down for record in used) / 1e6
 
 

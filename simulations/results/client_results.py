@@ -56,11 +56,6 @@ class ClientResults:
         ordered = sorted(self.values, key=self.score.rank)
         return float(np.mean(ordered[: ceil(WORST_SHARE * len(ordered))]))
 
-    @property
-    def worst(self) -> float:
-        """The score of the worst client."""
-        return min(self.values, key=self.score.rank)
-
 
 def client_results(runs: Sequence[FinishedRun]) -> list[ClientResults]:
     """Return the results of each rule of `runs`, best mean first; an empty list if no client was tested."""

@@ -45,8 +45,6 @@ class ClientTests:
             node_config=lambda row: {"partition-id": self._tested[row]},
         )  # fmt: skip
 
-        self._grid.start()  # before threads test models in this process: a fork after that may hang in MKL
-
     def close(self) -> None:
         """End the processes."""
         self._grid.close()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from corymb.simulations.experiments.scenario import Scenario
 from corymb.simulations.results.client_results import ClientResults, client_results
 from corymb.simulations.results.folder import FinishedRun
+from corymb.simulations.results.score import VIRTUAL
 
 mpl.use("Agg")
 STYLE: Any = {
@@ -27,7 +28,6 @@ STYLE: Any = {
 }
 
 
-VIRTUAL = "virtual-seconds"  # note of a round
 MAX_BARS = 300  # clients in the plot of labels
 MAX_NAMES = 12  # clients whose names fit beside a plot
 

@@ -38,9 +38,9 @@ from corymb.simulations.grid.availability import with_availability
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.simulations.grid.virtual_time import VirtualTimeGrid
 from corymb.simulations.results.model_tests import ModelTests, proxy_of
+from corymb.simulations.results.score import VIRTUAL
 
 log = logging.getLogger("flwr.corymb")
-VIRTUAL = "virtual-seconds"  # note of a round: the virtual time at its end
 OnRound = Callable[[RoundRecord], None]
 
 
@@ -168,18 +168,17 @@ class Run:
             initial = to_arrays({name: tensor.clone() for name, tensor in shared.items()})
             # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
             finished = journal.last_whole_round()
-            timed = self._timed(grid, journal)
+            timed = self._timed(grid)
             online = timed if devices.buffer else with_availability(timed, self.participation, finished)
             strategy.start(online, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)
 
-    def _timed(self, grid: Grid, journal: Journal) -> Grid:
+    def _timed(self, grid: Grid) -> Grid:
         """Return `grid` in virtual time, if the experiment has devices."""
         settings = self._resolved.experiment.devices_for(self._rule)
         if not settings.is_timed:
             return grid
         devices = settings.make(len(self.scenario.training), np.random.default_rng([self._seed, 8]))
-        now = max((record.notes.get(VIRTUAL, 0.0) for record in journal.rounds()), default=0.0)
-        return VirtualTimeGrid(grid, devices, self._examples, settings.deadline, self._seed, now)
+        return VirtualTimeGrid(grid, devices, self._examples, settings.deadline, self._seed)
 
     def _examples(self, row: int) -> int:
         """Return how many examples the training client number `row` trains on in a round, repetitions included."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import shutil
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -146,6 +147,8 @@ def _run(plan: Plan, run: PlannedRun, clients: Clients, on_round: OnRound) -> Fi
         run_with_ray(resolved, experiment.rules.index(rule), seed, journal, on_round)
     else:
         one_run = Run(resolved, rule, seed)
+        if experiment.devices_for(rule).is_timed:  # what was under way when it was stopped is not in the journal
+            shutil.rmtree(journal, ignore_errors=True)
         app = clients.of(run.plan, resolved, resolved.key(rule, seed), one_run.obstacle is None)
         workers = clients.workers if experiment.engine == "auto" else 1
         one_run.run_locally(app, journal, on_round, workers)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from corymb.protocol.task_settings import LOWER_IS_BETTER
 from corymb.simulations.experiments.experiment import Experiment
 
+VIRTUAL = "virtual-seconds"  # note of a round: the virtual time at its end
 AT_CLIENTS = "clients-"  # before the name of a metric: its mean over the clients' own tests
-NEW_CLIENT = "new-client"  # metric of the test of a client that took no part in the training
 NEW = "new-clients-"  # the same over clients that took no part in the training
+NEW_CLIENT = "new-client"  # metric of the test of such a client
 
 
 @dataclass(frozen=True)

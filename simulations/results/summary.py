@@ -12,6 +12,7 @@ import numpy as np
 
 from corymb.simulations.results.client_results import client_results
 from corymb.simulations.results.folder import FinishedRun, scores
+from corymb.simulations.results.score import VIRTUAL
 
 FORMATS = ("markdown", "latex", "csv")
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
         for way in ("up", "down"):
             row[f"MB {way}"] = _mean([sum(getattr(r, f"bytes_{way}") for r in run.records) for run in own]) / 1e6
         row["seconds"] = _mean([run.wall_seconds for run in own])
-        virtual = [run.records[-1].notes.get("virtual-seconds") for run in own]
+        virtual = [run.records[-1].notes.get(VIRTUAL) for run in own]
         if all(value is not None for value in virtual):
             row["virtual seconds"] = _mean([float(value) for value in virtual if value is not None])
         rows.append(row)

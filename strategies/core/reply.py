@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,10 @@ class Report:
     examples: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+
+    def lacks(self, names: Collection[str]) -> str | None:
+        """Return the first of `names` that is no metric with a positive number, or None."""
+        return next((name for name in names if not self.metrics.get(name, 0.0) > 0), None)
 
 
 CLASS_COUNT_PREFIX = "examples-of-class-"  # prefix of the metrics with a client's number of examples per class

@@ -98,8 +98,8 @@ class Rule(ABC, Generic[M]):
     def _with_metrics(self, replies: Iterable[Reply]) -> Iterator[Reply]:
         """Yield `replies`. Raises `ValueError` for one that lacks a metric; in a run, the door has rejected it."""
         for reply in replies:
-            if lacking := [name for name in self.needs_metrics if not reply.report.metrics.get(name, 0.0) > 0]:
-                raise ValueError(f"{self} needs the metric {lacking[0]!r}, and {reply.report.node} reports none.")
+            if lacking := reply.report.lacks(self.needs_metrics):
+                raise ValueError(f"{self} needs the metric {lacking!r}, and {reply.report.node} reports none.")
             yield reply
             del reply
 

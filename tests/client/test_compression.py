@@ -35,12 +35,18 @@ def data(context: Context) -> tuple[TensorDataset, TensorDataset]:
     return examples, examples
 
 
-def run(folder: Path, rounds: int = 4, **compression: Any) -> tuple[dict[str, Tensor], list[RoundRecord]]:
+def run(
+    folder: Path, rounds: int = 4, clients: int = 4, **compression: Any
+) -> tuple[dict[str, Tensor], list[RoundRecord]]:
     settings = TrainSettings(batch_size=16, learning_rate=0.1, **compression)
-    grid = LocalGrid(make_client_app(network, data), 4, run_config={**settings.flat(), "client-memory": str(folder)})
+    grid = LocalGrid(
+        make_client_app(network, data), clients, run_config={**settings.flat(), "client-memory": str(folder)}
+    )
     records: list[RoundRecord] = []
     buffers = [name for name, tensor in network().named_buffers() if tensor.is_floating_point()]
-    strategy = FlowerStrategy(FedAvg(), fraction_evaluate=0, on_round=records.append, buffers=buffers)
+    strategy = FlowerStrategy(
+        FedAvg(), fraction_evaluate=0, on_round=records.append, buffers=buffers, min_available_nodes=1
+    )
     result = strategy.start(grid, to_arrays(network().state_dict()), rounds)
     grid.require_replies()
     return to_state(result.arrays), records
@@ -67,18 +73,19 @@ def test_training_goes_on_with_fewer_bytes(codec: dict[str, Any], tmp_path: Path
     assert records[0].bytes_down == whole[0].bytes_down > 0
 
 
-def test_what_is_left_out_is_sent_later(tmp_path: Path) -> None:
-    """With error feedback, sent and left-out parts add up to the update to the bit."""
-    codec = CompressionSettings(kind="top_k", share=0.05)
-    run(tmp_path, 1, compression=codec)
-    for folder in tmp_path.iterdir():
-        residual = recall(folder, 1)["residual"]
-        layout = Layout.of(network().state_dict())
-        assert residual.shape == (layout.num_parameters,)
-        assert int((residual == 0).sum()) >= round(0.05 * layout.num_parameters)
-    assert not list((tmp_path / "none").glob("*"))
-    run(tmp_path / "none", 1, compression=CompressionSettings(kind="drop"))
-    assert not (tmp_path / "none").exists()  # unbiased, so nothing is kept
+def test_what_is_sent_and_what_is_kept_are_the_update(tmp_path: Path) -> None:
+    """With one client, the model's change is what was sent; with error feedback, the rest is kept for the next time."""
+    start = network().state_dict()
+    parameters = [name for name, _ in network().named_parameters()]
+    plain, _ = run(tmp_path / "plain", 1, clients=1)
+    sent, _ = run(tmp_path / "top", 1, clients=1, compression=CompressionSettings(kind="top_k", share=0.05))
+    (folder,) = (tmp_path / "top").iterdir()
+    change, update = (torch.cat([(s[n] - start[n]).flatten() for n in parameters]) for s in (sent, plain))
+    residual = recall(folder, 1)["residual"]
+    assert int((change != 0).sum()) <= round(0.05 * len(update))
+    torch.testing.assert_close(change + residual, update, rtol=0, atol=1e-6)
+    run(tmp_path / "drop", 1, clients=1, compression=CompressionSettings(kind="drop"))
+    assert not (tmp_path / "drop").exists()  # unbiased, so nothing is kept
 
 
 def test_a_compressed_update_is_checked_at_the_door() -> None:

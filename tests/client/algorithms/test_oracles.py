@@ -339,10 +339,3 @@ def test_scaffold_with_one_step_is_fedavg_with_its_correction(tmp_path: Path) ->
     state = run(Scaffold(), tmp_path, algorithm="scaffold", steps=1, shuffle=False, drop_last=True)
     plain = run(FedAvg(by_examples=False), tmp_path / "plain", steps=1, shuffle=False, drop_last=True)
     assert_equals(state, list(plain.values()))
-
-
-def test_the_order_of_clients_is_kept(tmp_path: Path) -> None:
-    """The memory of one client never reaches another: alone, it trains as among others."""
-    run(FedAvg(), tmp_path, algorithm="ditto", algorithm_options={"pull": 0.0})
-    before = kept(tmp_path, "own")
-    assert len({tuple(own["0.bias"].tolist()) for own in before}) == CLIENTS

@@ -138,3 +138,19 @@ def test_an_experiment_is_repeated_exactly(tmp_path: Path) -> None:
     assert {row["rule"]: row["virtual seconds"] for row in one.rows()}["fedavg"] == notes[0][-1]
     for over in ("round", "virtual seconds", "megabytes"):
         assert one.plot(over=over).axes[0].get_xlabel() == over
+
+
+def test_a_run_in_virtual_time_that_was_stopped_begins_anew(tmp_path: Path) -> None:
+    """Who was busy is not in the journal, so the rounds before the stop are run again, and the result is the same."""
+    table: dict[str, Any] = {
+        "name": "late", "rules": ["fedavg"], "partition": {"clients": 6},
+        "devices": {"seconds_per_example": {"low": 0.1, "high": 1.0}, "deadline": 40.0, "drop_out": 0.2},
+    }  # fmt: skip
+    whole = run(Experiment(**table, rounds=4), folder=tmp_path / "whole", progress=False)
+    run(Experiment(**table, rounds=2), folder=tmp_path / "cut", progress=False)
+    config = tmp_path / "cut" / "config.toml"
+    config.write_text(config.read_text().replace("rounds = 2", "rounds = 4"))  # as if it had been stopped
+    resumed = run(Experiment(**table, rounds=4), folder=tmp_path / "cut", resume=True, progress=False)
+    for one, two in zip(whole.runs[0].records, resumed.runs[0].records, strict=True):
+        assert one.notes == two.notes
+    assert whole.runs[0].model_sha256 == resumed.runs[0].model_sha256
