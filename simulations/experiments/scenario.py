@@ -115,7 +115,7 @@ def scenario_of(experiment: Experiment, source: Source, seed: int, pooled: bool 
         population = _poisoned(population, hostile, experiment, experiment.attack, source.classes, rng)
     if target_data is not None:
         names, population = [*names, TARGET], population.with_client(target_data)
-        tests = tests and tests.with_client(test)
+        tests = None if tests is None else tests.with_client(test)
     training = tuple(range(len(names)))
     new: tuple[int, ...] = ()
     if number := experiment.evaluate.new_clients:

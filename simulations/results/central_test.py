@@ -24,8 +24,8 @@ class CentralTest:
 
     def __init__(self, module: nn.Module, examples: Examples, threads: int, task: Task = CLASSIFICATION) -> None:
         self._task = task
-        inputs, targets = examples.inputs.split(PART), examples.targets.split(PART)
-        self._parts = [TensorDataset(*part) for part in zip(inputs, targets, strict=True)]
+        spans = [slice(start, start + PART) for start in range(0, len(examples), PART)]
+        self._parts = [TensorDataset(examples.inputs_at(span), examples.targets[span]) for span in spans]
         self._threads = min(threads, len(self._parts))
         # A thread has a module of its own, which may keep notes in `forward`, with the same parameters and buffers.
         shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}

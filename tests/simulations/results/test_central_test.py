@@ -45,3 +45,14 @@ def test_any_number_of_threads_gives_the_same_numbers(count: int) -> None:
         assert results[0]["loss"] == pytest.approx(whole["loss"], rel=1e-6)
         with torch.no_grad():  # a new model in the same module reaches the copies too
             next(module.parameters()).mul_(1.5)
+
+
+def test_pixels_of_bytes_are_scaled_as_in_training() -> None:
+    """A validation part comes from the training examples, which may be bytes."""
+    torch.manual_seed(0)
+    module, floats = Remembering(), examples(20)
+    pixels = (torch.arange(20 * 16) % 256).to(torch.uint8).view(20, 4, 4)
+    raw = Examples(pixels, floats.targets, scaled=(0.2, 0.5))
+    scaled = Examples((pixels.float() / 255 - 0.2) / 0.5, floats.targets)
+    first, second = CentralTest(module, raw, 1).metrics(), CentralTest(module, scaled, 1).metrics()
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
