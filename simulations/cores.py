@@ -5,9 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 
-# MKL's memory manager may wait for ever in a process that was forked after threads had used it.
-os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
-
 import torch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import chain
 from queue import SimpleQueue
@@ -15,6 +14,7 @@ from corymb.client.tasks.tally import Tally
 from corymb.client.tasks.task import CLASSIFICATION, Task
 from corymb.client.trainer import tested
 from corymb.simulations.data.examples import Examples
+from corymb.strategies.core.threads import pool
 
 PART = 1024  # examples that a thread tests at a time
 
@@ -37,8 +37,7 @@ class CentralTest:
     def metrics(self) -> dict[str, float]:
         """Return the mean loss and the task's metrics of the module's present parameters."""
         if self._threads > 1:
-            with ThreadPoolExecutor(self._threads) as pool:
-                found = list(pool.map(self._test, self._parts))
+            found = list(pool(self._threads).map(self._test, self._parts))
         else:
             found = list(map(self._test, self._parts))
         total = Tally(self._task, keeps_outputs=True)

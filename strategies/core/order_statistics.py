@@ -6,11 +6,11 @@ functions transpose blocks of coordinates before they sort.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 from torch import Tensor
+
+from corymb.strategies.core.threads import pool
 
 BLOCK_SIZE = 1 << 18  # numbers in a block: 1 MiB of float32
 
@@ -33,8 +33,7 @@ def rank_mean(models: Tensor, first: int, last: int) -> Tensor:
         selected = rows[:, first : last + 1].astype(np.float64)
         np.matmul(selected, weights, out=result[block])  # twice as fast as a mean along short rows
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(process_block, range(0, width, size)))
+    list(pool(torch.get_num_threads()).map(process_block, range(0, width, size)))
     return torch.from_numpy(result)
 
 
