@@ -16,6 +16,7 @@ from rich.table import Table
 from corymb.cli_deployment import join, provision, serve
 from corymb.cli_federation import backup, doctor, restore, run, status
 from corymb.cli_operators import app_hash, model, supervisor
+from corymb.cli_research import Jobs, export, figures, results, summary_table, sweep
 from corymb.cli_site import approve, audit, gate
 
 app = typer.Typer(
@@ -37,7 +38,6 @@ Out = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Keep finished runs of the same settings, and go on with unfinished ones.")
 ]
-Jobs = Annotated[int, typer.Option(min=1, help="Number of runs in parallel, each in its own process.")]
 
 
 @app.command()
@@ -130,44 +130,6 @@ def compare(
     simulate_experiments([Path(experiment)], changes or [], out, jobs, console, extra, resume)
 
 
-@app.command()
-def sweep(
-    experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a shipped experiment.")],
-    values: Annotated[list[str], typer.Argument(metavar="KEY=VALUE,VALUE,...", help="The values to try for a key.")],
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for the results (default: runs/NAME-sweep)."),
-    ] = None,
-    jobs: Jobs = 1,
-    force: Annotated[bool, typer.Option("--force", help="Run again what is finished.")] = False,
-) -> None:
-    """Run an experiment for all combinations of some values, and choose the best of each rule.
-
-    The choice is made on a validation part of the training examples, never on the test set.
-
-    Example: corymb sweep demo train.learning_rate=0.01,0.03,0.1 rules.cutoff=10,50
-    """
-    from corymb.simulations.results.sweep import parse_grid
-    from corymb.simulations.results.sweep import sweep as run_sweep
-
-    folder = out or Path("runs") / f"{Path(experiment).stem}-sweep"
-    run_sweep(Path(experiment), parse_grid(values), folder, jobs, console, force)
-
-
-@app.command("table")
-def summary_table(
-    folders: Annotated[list[Path], typer.Argument(help="Results folders of experiments.")],
-    kind: Annotated[str, typer.Option("--format", help="markdown, latex or csv.")] = "markdown",
-) -> None:
-    """Print the summary of finished experiments, a row per rule.
-
-    Example: corymb table runs/demo --format latex
-    """
-    from corymb.simulations.results.commands import summary_of
-
-    typer.echo(summary_of(folders, kind), nl=False)
-
-
 new = typer.Typer(help="Create a new package from a template.", no_args_is_help=True)
 app.add_typer(new, name="new")
 
@@ -195,36 +157,26 @@ def new_rule(
     )
 
 
-@app.command()
-def results(
-    experiments: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="Names of shipped experiments (default: all)."),
-    ] = None,
-    data: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder with one subfolder per data set, e.g. fashion-mnist."),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the runs; experiments with results there are not run again.")
-    ] = Path("runs/results"),
-    document: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Markdown file to write the table into, between its markers."),
-    ] = None,
-    jobs: Jobs = 1,
-) -> None:
-    """Measure the claims of the papers, and report which hold.
-
-    EXPERIMENTS are names of shipped experiments (default: all).
-    """
-    from corymb.simulations.results.commands import measure_claims
-
-    measure_claims(experiments or [], data, out, document, jobs, console)
-
-
-for command in (provision, serve, join, run, status, doctor, backup, restore, approve, gate, audit, supervisor):
+for command in (
+    sweep,
+    figures,
+    export,
+    results,
+    provision,
+    serve,
+    join,
+    run,
+    status,
+    doctor,
+    backup,
+    restore,
+    approve,
+    gate,
+    audit,
+    supervisor,
+):
     app.command()(command)
+app.command("table")(summary_table)
 app.command("hash")(app_hash)
 app.add_typer(model, name="model")
 

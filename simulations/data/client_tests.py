@@ -21,6 +21,14 @@ def with_tests(
     if test.sites is not None and set(test.sites) & set(names) and population.store.sites is not None:
         sites = np.array(test.sites)
         return population, Population.of(test, [np.flatnonzero(sites == name) for name in names])
+    return split_off(population, share, rng)
+
+
+def split_off(population: Population, share: float, rng: np.random.Generator) -> tuple[Population, Population]:
+    """Return the clients without this `share` of each one's examples, drawn at random, and the share.
+
+    A client with one example keeps it.
+    """
     train_parts, test_parts = [], []
     for client in range(len(population)):
         rows = population.store_positions_of(client).numpy()

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from corymb.simulations.data.client_tests import with_tests
+from corymb.simulations.data.client_tests import split_off, with_tests
 from corymb.simulations.data.data_attacks import DataAttack
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.participation import Participation, Probabilities
@@ -30,7 +30,7 @@ class Scenario:
     `labels [N, C]`. `hostile` are the numbers of the hostile clients. `proxy` are the server's own examples; they are
     taken out of the original test set, and `test` is the rest. `tests` are the clients' own test examples, if they are
     tested. The clients `training` may train; `new` are those that only test. `validation` are training examples that
-    the server holds back.
+    the server holds back, and `validations` those of each client, if clients are tested.
     """
 
     names: list[str]
@@ -43,6 +43,7 @@ class Scenario:
     training: tuple[int, ...] = ()
     new: tuple[int, ...] = ()
     validation: Examples | None = None
+    validations: Population | None = None
 
     @property
     def new_names(self) -> list[str]:
@@ -86,7 +87,7 @@ def scenario_of(experiment: Experiment, source: Source, seed: int, pooled: bool 
     if experiment.data.examples is not None:
         train = train.rows(_sample(len(train), experiment.data.examples, "data.examples", rng))
     validation = None
-    if experiment.evaluate.validation:
+    if experiment.evaluate.validation and not experiment.evaluate.clients:
         held = max(1, round(experiment.evaluate.validation * len(train)))
         rows = _sample(len(train), held, "evaluate.validation", np.random.default_rng([seed, 6]))
         kept = _others(len(train), rows)
@@ -100,10 +101,12 @@ def scenario_of(experiment: Experiment, source: Source, seed: int, pooled: bool 
         target_data, train = _noisy(train.rows(rows), target.noise, seed), train.rows(_others(len(train), rows))
         test = _noisy(test, target.noise, seed + 1)
     names, population = experiment.partition.populate(train, np.random.default_rng([seed, 1]))
-    tests = None
+    tests = validations = None
     if experiment.evaluate.clients:
         share = experiment.evaluate.client_test
         population, tests = with_tests(population, names, test, share, np.random.default_rng([seed, 4]))
+        if share := experiment.evaluate.validation:
+            population, validations = split_off(population, share, np.random.default_rng([seed, 6]))
     hostile: tuple[int, ...] = ()
     if experiment.attack.clients:
         if experiment.attack.clients > len(names):
@@ -128,7 +131,7 @@ def scenario_of(experiment: Experiment, source: Source, seed: int, pooled: bool 
         names, population = [*names, POOLED], population.with_pool(training)
         training = (len(names) - 1,)
     labels = population.labels(source.classes)
-    return Scenario(names, population, labels, test, proxy, hostile, tests, training, new, validation)
+    return Scenario(names, population, labels, test, proxy, hostile, tests, training, new, validation, validations)
 
 
 def _poisoned(

@@ -70,7 +70,8 @@ class EvaluateSettings(Settings):
     last: int = Field(1, ge=1)
     """The final accuracy is the mean over the tests of this many last rounds."""
     validation: float = Field(0.0, ge=0, lt=1)
-    """The share of the training examples that the server holds back, to choose settings by; see `corymb sweep`."""
+    """The share of the training examples that is held back to choose settings by, at the server or, with
+    `evaluate.clients`, at every client; see `corymb sweep`."""
     clients: bool = False
     """Also test at every client, on a test part of its own. The mean over the clients then ranks the rules."""
     client_test: float = Field(0.2, gt=0, lt=1)

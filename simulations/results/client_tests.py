@@ -15,6 +15,7 @@ from corymb.protocol.flower import unchecked_messages
 from corymb.protocol.records import ARRAYS, CONFIG, ROUND
 from corymb.server.rounds.door import Door
 from corymb.server.rounds.record import ADMITTED, Verdict
+from corymb.simulations.data.population import Population
 from corymb.simulations.experiments.scenario import Scenario
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.simulations.results.score import AT_CLIENTS, NEW, NEW_CLIENT
@@ -22,17 +23,17 @@ from corymb.strategies import Layout, Report
 
 
 class ClientTests:
-    """Tests models at all clients of `scenario`, in `workers` processes.
+    """Tests models at the clients of `scenario` on their examples in `tests`, in `workers` processes.
 
     The clients evaluate with the run config `config`, as they do in a deployment: a client algorithm may adapt the
     model first, with what the client keeps. Hostile clients are not tested.
     """
 
     def __init__(
-        self, model: Callable[[], nn.Module], scenario: Scenario, config: Mapping[str, Any], workers: int
-    ) -> None:
-        assert scenario.tests is not None
-        train, tests = scenario.population, scenario.tests
+        self, model: Callable[[], nn.Module], scenario: Scenario, tests: Population, config: Mapping[str, Any],
+        workers: int,
+    ) -> None:  # fmt: skip
+        train = scenario.population
         self._tested = [k for k in range(len(tests)) if tests.size(k) and k not in scenario.hostile]
         self._scenario, self._names = scenario, [scenario.names[k] for k in self._tested]
 

@@ -24,20 +24,22 @@ from corymb.simulations.results.folder import (
     FinishedRun,
     check_results,
     collect,
+    finished_runs,
     is_finished,
     journal_folder,
     prepare,
     rounds_in,
     scores,
-    stored_experiment,
     write,
 )
 from corymb.simulations.results.never_counted import never_counted
+from corymb.simulations.results.plots import draw_all
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import Plan, run_all
 from corymb.simulations.results.summary import summary_rows
 from corymb.simulations.results.summary import table as summary_as
 
+FIGURES = ("pdf", "svg", "png")
 MAX_SENTENCES = 3  # about clients that never counted; the report has all
 
 
@@ -147,12 +149,23 @@ def summary_of(folders: list[Path], kind: str) -> str:
     """
     rows = []
     for folder in folders:
-        experiment = stored_experiment(folder)
-        if experiment is None or not is_finished(experiment, folder):
-            raise ValueError(f"The folder {folder} has no finished experiment; give a folder such as runs/demo.")
+        experiment, runs = finished_runs(folder)
         named = {"experiment": experiment.name} if len(folders) > 1 else {}
-        rows += [{**named, **row} for row in summary_rows(collect(experiment, folder))]
+        rows += [{**named, **row} for row in summary_rows(runs)]
     return summary_as(rows, kind)
+
+
+def draw_figures(folder: Path, kind: str) -> list[Path]:
+    """Draw the figures of the finished experiment in `folder` as "pdf", "svg" or "png" into `folder`/figures.
+
+    Raises `ValueError` for another kind, and for a folder without results.
+    """
+    if kind not in FIGURES:
+        raise ValueError(f"The format {kind!r} is unknown; use one of {', '.join(FIGURES)}.")
+    experiment, runs = finished_runs(folder)
+    place = folder / "figures"
+    place.mkdir(exist_ok=True)
+    return [place / name for name in draw_all(runs, resolve(experiment).first, place, kind)]
 
 
 def measure_claims(

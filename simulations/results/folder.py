@@ -27,6 +27,7 @@ CONFIG, SUMMARY = "config.toml", "summary.json"
 FILES = {
     CONFIG, "rounds.jsonl", "clients.jsonl", SUMMARY, "model.safetensors", "report.html", "journals",
     "accuracy.png", "participation.png", "weights.png", "labels.png", "clients.png", "time.png", "bytes.png",
+    "figures",
 }  # fmt: skip
 
 
@@ -186,6 +187,14 @@ def stored_experiment(folder: Path) -> Experiment | None:
         return Experiment.model_validate(tomllib.loads((folder / CONFIG).read_text()))
     except (OSError, ValueError):
         return None
+
+
+def finished_runs(folder: Path) -> tuple[Experiment, list[FinishedRun]]:
+    """Return the finished experiment in `folder` and its runs. Raises `ValueError` if there is none."""
+    experiment = stored_experiment(folder)
+    if experiment is None or not is_finished(experiment, folder):
+        raise ValueError(f"The folder {folder} has no finished experiment; give a folder such as runs/demo.")
+    return experiment, collect(experiment, folder)
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

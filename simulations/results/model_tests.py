@@ -37,7 +37,7 @@ class ModelTests:
         config: Mapping[str, Any], threads: int,
     ) -> None:  # fmt: skip
         self._resolved, self._rule, self._module = resolved, rule, module
-        experiment, attack = resolved.experiment, resolved.experiment.attack
+        attack = resolved.experiment.attack
         self._has_personal = bool(personal_names(module, settings))
         self._central = CentralTest(module, scenario.test, threads, resolved.task)
         self._validation = None
@@ -47,14 +47,17 @@ class ModelTests:
         if isinstance(attack, Backdoor) and scenario.hostile:
             self._backdoor = CentralTest(module, attack.test_set(scenario.test), threads, resolved.task)
         self._voting = proxy_of(resolved, scenario.test) if isinstance(rule, VotingRule) else None
-        self._clients = None
-        if experiment.evaluate.clients:
-            self._clients = ClientTests(resolved.model, scenario, config, threads)
+        # At the clients: the prefix of the metrics, and the tests on the clients' test or validation parts.
+        self._at_clients = [
+            (prefix, ClientTests(resolved.model, scenario, examples, config, threads))
+            for prefix, examples in (("", scenario.tests), (VALIDATION, scenario.validations))
+            if examples is not None
+        ]
 
     def close(self) -> None:
         """End the processes."""
-        if self._clients is not None:
-            self._clients.close()
+        for _, tests in self._at_clients:
+            tests.close()
 
     def measure(
         self, server_round: int, arrays: ArrayRecord, memory: Any
@@ -78,9 +81,10 @@ class ModelTests:
             if self._backdoor is not None:
                 metrics["backdoor"] = self._backdoor.metrics()["accuracy"]
         verdicts: tuple[Verdict, ...] = ()
-        if self._clients is not None and server_round:
-            verdicts = self._clients.verdicts(arrays, server_round)
-            metrics |= self._clients.summary(verdicts)
+        for prefix, tests in self._at_clients if server_round else ():
+            found = tests.verdicts(arrays, server_round)
+            metrics |= {prefix + name: value for name, value in tests.summary(found).items()}
+            verdicts = verdicts or found  # the records of clients are those of the tests, which come first
         return metrics, verdicts
 
 

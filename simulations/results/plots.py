@@ -32,8 +32,11 @@ MAX_BARS = 300  # clients in the plot of labels
 MAX_NAMES = 12  # clients whose names fit beside a plot
 
 
-def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[str, str]:
-    """Draw all plots into `folder` and return `{file name: caption}`. `scenario` is that of the first seed."""
+def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path, kind: str = "png") -> dict[str, str]:
+    """Draw all plots into `folder`, as files of this `kind`, and return `{file name: caption}`.
+
+    `scenario` is that of the first seed.
+    """
     seed = runs[0].seed
     first_runs = [run for run in runs if run.seed == seed]
     results = client_results(runs)
@@ -65,8 +68,8 @@ def draw_all(runs: list[FinishedRun], scenario: Scenario, folder: Path) -> dict[
     }
     with mpl.rc_context(STYLE):
         for name, (_, draw) in plots.items():
-            draw().savefig(folder / name, dpi=120)
-    return {name: caption for name, (caption, _) in plots.items()}
+            draw().savefig((folder / name).with_suffix(f".{kind}"), dpi=120)
+    return {str(Path(name).with_suffix(f".{kind}")): caption for name, (caption, _) in plots.items()}
 
 
 AXES = ("round", "virtual seconds", "megabytes")

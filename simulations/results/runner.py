@@ -6,7 +6,7 @@ import gc
 import logging
 import multiprocessing
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -32,6 +32,7 @@ from corymb.simulations.results.score import Score
 
 POLL_SECONDS = 0.2  # between two updates of the progress bars of other processes
 
+OnSeedRound = Callable[[int, RoundRecord], None]  # called with the seed of a run
 Plan = tuple[Resolved, Path]  # an experiment, and the folder for its results
 
 
@@ -80,11 +81,14 @@ class Schedule:
         return sorted(self.shown[plan], key=lambda run: resolved.key(run.rule, run.seed))
 
 
-def run_all(plans: Sequence[Plan], console: Console, jobs: int = 1) -> Generator[list[FinishedRun], None, None]:
+def run_all(
+    plans: Sequence[Plan], console: Console, jobs: int = 1, on_round: OnSeedRound | None = None
+) -> Generator[list[FinishedRun], None, None]:
     """Run every rule with every seed of each of `plans`, and yield the runs of a plan when its last run ends.
 
     With `jobs` above 1, that many runs are executed in parallel, each in its own process; closing the generator ends
-    them. Raises `ChildProcessError` if a process dies.
+    them. With one job, `on_round` is called with the seed and the record of each round, and may stop the run by an
+    exception. Raises `ChildProcessError` if a process dies.
     """
     schedule = Schedule(plans)
     if jobs > 1:
@@ -93,13 +97,15 @@ def run_all(plans: Sequence[Plan], console: Console, jobs: int = 1) -> Generator
     board = Board(sum(map(len, schedule.shown)))
     with progress(schedule.titles(), board, console) as show, _quiet_single_thread(), Clients(cores()) as clients:
 
-        def on_round(number: int, record: RoundRecord) -> None:
-            board.update(number, schedule.keys[number], record)
-            show(number)
+        def after_round(run: PlannedRun, record: RoundRecord) -> None:
+            board.update(run.number, schedule.keys[run.number], record)
+            show(run.number)
+            if on_round is not None:
+                on_round(run.seed, record)
 
         for plan, runs in enumerate(schedule.shown):
             finished = {
-                run.number: _run(plans[plan], run, clients, partial(on_round, run.number))
+                run.number: _run(plans[plan], run, clients, partial(after_round, run))
                 for run in schedule.in_order(plan)
             }
             yield [finished[run.number] for run in runs]

@@ -14,9 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from corymb.client import TrainSettings
+from corymb.client.local_work import algorithm_of
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.reader import parse_change, read
 from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.simulations.results.folder import FinishedRun, collect, is_finished, prepare, write
 from corymb.simulations.results.model_tests import VALIDATION
 from corymb.simulations.results.report import write_report
@@ -31,12 +34,20 @@ Setting = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tried:
-    """A rule under one setting: its scores on the validation part and on the test set, each a mean over seeds."""
+    """A rule under one setting: its scores on the validation part and on the test part, each a mean over seeds."""
 
     rule: str
     setting: Setting
     validation: float
     test: float
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One combination of the values: the experiment, and the values that each of its rules has, by its title."""
+
+    experiment: Experiment
+    settings: Mapping[str, Setting]
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -57,16 +68,16 @@ def sweep(
 ) -> list[Tried]:
     """Run the experiment in `path` for every combination of the values in `grid`, and print the best of each rule.
 
-    A key `rules.NAME` sets the parameter NAME of the rules that have it. Each combination has its own folder in `out`;
-    what is finished there is not run again, unless `force` is given, and unfinished runs go on. `out` also gets
-    `sweep.csv`. Without a validation part in the experiment, a tenth of the training examples becomes one.
+    A key `rules.NAME` sets the parameter NAME of the rules, or of the algorithms at their clients, that have it; the
+    other rules run once for all its values. All combinations are checked before the first one runs. Each has its own
+    folder in `out`; what is finished there is not run again, unless `force` is given, and unfinished runs go on. `out`
+    also gets `sweep.csv`. Without a validation part in the experiment, a tenth of the training examples becomes one.
     """
     tried: list[Tried] = []
-    settings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    for number, setting in enumerate(settings, 1):
-        experiment = _with(path, setting)
-        folder = out / _slug(setting)
-        console.print(f"{number}/{len(settings)}  {_text(setting)}", markup=False, soft_wrap=True)
+    combinations = _combinations(path, grid)
+    for number, (setting, combination) in enumerate(combinations, 1):
+        experiment, folder = combination.experiment, out / _slug(setting)
+        console.print(f"{number}/{len(combinations)}  {as_text(setting)}", markup=False, soft_wrap=True)
         runs = None if force or not is_finished(experiment, folder) else collect(experiment, folder)
         if runs is None:
             resolved = resolve(experiment)
@@ -74,51 +85,100 @@ def sweep(
             (runs,) = run_all([(resolved, folder)], console, jobs)
             write(experiment, runs, folder)
             write_report(resolved, runs, folder)
-        tried += _tried(experiment, runs, setting)
-    rows = [{"rule": t.rule, **t.setting, "validation": t.validation, "test": t.test} for t in tried]
-    (out / "sweep.csv").write_text(table(rows, "csv"))
-    console.print(_best(tried, Score.of(experiment), console.width))
-    console.print(f"All results: {out / 'sweep.csv'}", markup=False, soft_wrap=True)
+        tried += tried_of(combination, runs)
+    finish(tried, Score.of(experiment), out, console)
     return tried
 
 
-def _with(path: Path, setting: Setting) -> Experiment:
-    """Return the experiment with `setting` and a validation part."""
+def finish(tried: Sequence[Tried], score: Score, out: Path, console: Console) -> None:
+    """Write all results to `sweep.csv` in `out`, and print the best of each rule."""
+    rows = [{"rule": t.rule, **t.setting, "validation": t.validation, "test": t.test} for t in tried]
+    (out / "sweep.csv").write_text(table(rows, "csv"))
+    console.print(_best(tried, score))
+    console.print(f"All results: {out / 'sweep.csv'}", markup=False, soft_wrap=True)
+
+
+def _combinations(path: Path, grid: Mapping[str, list[Any]]) -> list[tuple[Setting, Combination]]:
+    """Return each combination of values with the rules that no earlier one has run under the same settings."""
+    seen: set[str] = set()
+    found = []
+    for values in product(*grid.values()):
+        setting = dict(zip(grid, values, strict=True))
+        whole = with_setting(path, setting)
+        new = []
+        for rule in whole.experiment.rules:
+            key = whole.experiment.model_copy(update={"rules": [rule]}).model_dump_json()
+            if key not in seen:
+                new.append(rule)
+            seen.add(key)
+        if new:
+            found.append((setting, Combination(only(whole.experiment, new), whole.settings)))
+    return found
+
+
+def only(experiment: Experiment, rules: list[ExperimentRule]) -> Experiment:
+    """Return the experiment with these of its rules."""
+    return experiment.model_copy(update={"rules": rules, "claims": []})
+
+
+def with_setting(path: Path, setting: Setting) -> Combination:
+    """Return the experiment in `path` with `setting` and a validation part.
+
+    Raises `ValueError` if the setting is invalid, or if no rule has one of its parameters.
+    """
     plain = {key: value for key, value in setting.items() if not key.startswith(RULES)}
     experiment = read(path, plain)
     if not experiment.evaluate.validation:
         experiment = read(path, {**plain, "evaluate.validation": VALIDATION_SHARE})
     parameters = {key.removeprefix(RULES): value for key, value in setting.items() if key.startswith(RULES)}
-    if not parameters:
-        return experiment
     tables: list[dict[str, Any]] = []
-    used: set[str] = set()
+    settings: dict[str, Setting] = {}
     for rule in experiment.rules:
-        known = {field.name for field in fields(rule.make())}
-        own = {name: value for name, value in parameters.items() if name in known}
-        used |= own.keys()
-        own_table = rule.model_dump(exclude_defaults=True)
-        tables.append({**own_table, "parameters": {**own_table.get("parameters", {}), **own}})
-    if unused := parameters.keys() - used:
-        raise ValueError(f"No rule of the experiment has the parameter {min(unused)!r}; correct rules.{min(unused)}.")
-    return Experiment(**{**experiment.model_dump(exclude={"rules"}), "rules": tables})
+        own = {name: value for name, value in parameters.items() if name in parameters_of(rule)}
+        settings[rule.title] = {**plain, **{RULES + name: value for name, value in own.items()}}
+        tables.append(_with_parameters(rule, own))
+    if unused := setting.keys() - {key for own in settings.values() for key in own}:
+        name = min(unused).removeprefix(RULES)
+        raise ValueError(f"No rule of the experiment has the parameter {name!r}; correct {min(unused)}.")
+    return Combination(Experiment(**{**experiment.model_dump(exclude={"rules"}), "rules": tables}), settings)
 
 
-def _tried(experiment: Experiment, runs: Sequence[FinishedRun], setting: Setting) -> Iterator[Tried]:
-    key = VALIDATION + Score.of(experiment).name
+def parameters_of(rule: ExperimentRule) -> set[str]:
+    """Return the names of a rule's parameters, and of the settings of its algorithm at the clients."""
+    return {
+        field.name for part in (rule.make(), algorithm_of(rule.train_under(TrainSettings()))) for field in fields(part)
+    }
+
+
+def _with_parameters(rule: ExperimentRule, values: Setting) -> dict[str, Any]:
+    """Return the table of `rule` with these values of its parameters and of the settings of its algorithm."""
+    known = {field.name for field in fields(rule.make())}
+    own = {name: value for name, value in values.items() if name in known}
+    options = {name: value for name, value in values.items() if name not in known}
+    table = rule.model_dump(exclude_defaults=True)
+    if own:
+        table["parameters"] = {**table.get("parameters", {}), **own}
+    if options:
+        train = table.get("train", {})
+        table["train"] = {**train, "algorithm_options": {**train.get("algorithm_options", {}), **options}}
+    return table
+
+
+def tried_of(combination: Combination, runs: Sequence[FinishedRun]) -> Iterator[Tried]:
+    """Yield what each rule of a combination has reached in its `runs`."""
+    experiment = combination.experiment
+    key = VALIDATION + Score.of(experiment).key
     skipped = experiment.rounds - experiment.evaluate.last
     for rule in dict.fromkeys(run.rule for run in runs):
         own = [run for run in runs if run.rule == rule]
         tests = [r.server[key] for run in own for r in run.records if r.round > skipped and key in r.server]
         if not tests:
-            raise ValueError(
-                f"The server cannot validate the model of {rule!r}, of which layers stay at the clients; leave this "
-                "rule out of the sweep."
-            )
-        yield Tried(rule, setting, float(np.mean(tests)), float(np.mean([run.final for run in own])))
+            raise ValueError(f"No test of {rule!r} measured {key!r}: it is not defined for the validation part.")
+        final = float(np.mean([run.final for run in own]))
+        yield Tried(rule, combination.settings[rule], float(np.mean(tests)), final)
 
 
-def _best(tried: Sequence[Tried], score: Score, width: int) -> Table:
+def _best(tried: Sequence[Tried], score: Score) -> Table:
     """Return a table of each rule's best setting, by the validation part."""
     best = [
         max((each for each in tried if each.rule == rule), key=lambda each: score.rank(each.validation))
@@ -128,7 +188,7 @@ def _best(tried: Sequence[Tried], score: Score, width: int) -> Table:
     for column in ("rule", "best setting", f"validation {score.name}", f"test {score.name}"):
         shown.add_column(column, justify="right" if " " in column and "setting" not in column else "left")
     for each in sorted(best, key=lambda each: -score.rank(each.validation)):
-        cells = (each.rule, _text(each.setting), score.text(each.validation), score.text(each.test))
+        cells = (each.rule, as_text(each.setting), score.text(each.validation), score.text(each.test))
         shown.add_row(*map(escape, cells))
     return shown
 
@@ -138,7 +198,8 @@ def _split(values: str) -> list[str]:
     return [value.strip() for value in re.split(r",(?![^\[{]*[\]}])", values)]
 
 
-def _text(setting: Setting) -> str:
+def as_text(setting: Setting) -> str:
+    """Return the setting as `key = value, ...`."""
     return ", ".join(f"{key} = {value}" for key, value in setting.items())
 
 

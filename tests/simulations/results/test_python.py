@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
@@ -21,7 +20,6 @@ from corymb.client.app import batch_generator, make_seeded
 from corymb.client.batches import training_batches
 from corymb.simulations import Experiment, Results, run
 from corymb.simulations.experiments.resolved import resolve
-from corymb.simulations.results.sweep import parse_grid, sweep
 
 SMALL: dict[str, Any] = {
     "name": "small", "rounds": 3, "partition": {"clients": 6, "alpha": 0.5}, "evaluate": {"clients": True},
@@ -142,26 +140,6 @@ def test_data_from_python(tmp_path: Path) -> None:
     assert found.resolved.first.names == ["x", "y", "z"]
     with pytest.raises(ValueError, match=r"The data cannot be used: they are a str; return a Source"):
         run(Experiment(**base), data="digits", folder=tmp_path / "wrong")
-
-
-def test_a_sweep_chooses_on_the_validation_part(tmp_path: Path) -> None:
-    file = tmp_path / "exp.toml"
-    file.write_text('rounds = 2\nrules = ["fedavg", "fedau"]\n[partition]\nclients = 5\n')
-    grid = parse_grid(["train.learning_rate=0.001,0.5", "rules.cutoff=2,50"])
-    assert grid == {"train.learning_rate": [0.001, 0.5], "rules.cutoff": [2, 50]}
-    console = Console(quiet=True)
-    tried = sweep(file, grid, tmp_path / "out", 1, console)
-    assert len(tried) == 8
-    best = max((each for each in tried if each.rule == "fedau"), key=lambda each: each.validation)
-    assert best.setting["train.learning_rate"] == 0.5
-    assert len((tmp_path / "out" / "sweep.csv").read_text().splitlines()) == 9
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
-    assert sweep(file, grid, tmp_path / "out", 1, console) == tried  # nothing is run again
-    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
-    with pytest.raises(ValueError, match="No rule of the experiment has the parameter 'cutof'"):
-        sweep(file, {"rules.cutof": [1]}, tmp_path / "out", 1, console)
-    with pytest.raises(ValueError, match="is no list of values"):
-        parse_grid(["train.learning_rate"])
 
 
 def test_the_command_table(results: Results) -> None:
