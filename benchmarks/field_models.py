@@ -1,4 +1,4 @@
-"""Models of the kinds that the field trains, for the workload: a small ResNet, a recurrent network, a transformer."""
+"""Models of the kinds that the field trains, for the workload: small ResNets, recurrent networks, transformers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Residual(nn.Module):
         return result
 
 
-def resnet8(norm: Callable[[int], nn.Module]) -> nn.Module:
-    """Return ResNet-8 for images with one channel, with 16, 32 and 64 channels."""
+def resnet8(norm: Callable[[int], nn.Module], colours: int = 1) -> nn.Module:
+    """Return ResNet-8 for images with this many `colours`, with 16, 32 and 64 channels."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU(),
+        nn.Conv2d(colours, 16, 3, 1, 1, bias=False), norm(16), nn.ReLU(),
         Residual(16, 16, norm), Residual(16, 32, norm), Residual(32, 64, norm),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10),
     )  # fmt: skip
@@ -67,10 +67,71 @@ def transformer() -> nn.Module:
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+class Adapted(nn.Module):
+    """A linear layer that is not trained, with a low-rank adapter: of `up @ down`, only `up` is trained."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int = 4) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, inputs) / rank, requires_grad=False)
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs."""
+        outputs: Tensor = self.frozen(x) + nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+        return outputs
+
+
+class CausalLayer(nn.Module):
+    """A layer of a transformer that reads text from the left, with adapters on all its matrices."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_one, self.norm_two = (nn.LayerNorm(width).requires_grad_(False) for _ in range(2))
+        self.attention, self.mix = Adapted(width, 3 * width), Adapted(width, width)
+        self.widen, self.narrow = Adapted(width, 2 * width), Adapted(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs `[B, T, width]`."""
+        batch, length, width = x.shape
+        split = self.attention(self.norm_one(x)).view(batch, length, 3, self.heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.mix(seen.transpose(1, 2).reshape(batch, length, width))
+        result: Tensor = x + self.narrow(nn.functional.gelu(self.widen(self.norm_two(x))))
+        return result
+
+
+class Text(nn.Module):
+    """Predicts the next token at every place of a text, `[B, T]` to `[B, T, tokens]`."""
+
+    def __init__(self, body: nn.Module, width: int, hidden: int, tokens: int = 64) -> None:
+        super().__init__()
+        self.tokens, self.body, self.last = nn.Embedding(tokens, width), body, nn.Linear(hidden, tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores."""
+        found = self.body(self.tokens(x))
+        scores: Tensor = self.last(found[0] if isinstance(self.body, nn.GRU) else found)
+        return scores
+
+
+def adapted_transformer() -> nn.Module:
+    """Return two layers of width 64 with four heads, of which only the adapters are trained."""
+    text = Text(nn.Sequential(CausalLayer(64, 4), CausalLayer(64, 4)), 64, 64)
+    for part in (text.tokens, text.last):
+        part.requires_grad_(False)
+    return text
+
+
 FIELD: dict[str, Callable[[], nn.Module]] = {
     "resnet_batch_norm": lambda: resnet8(nn.BatchNorm2d),
     "resnet_group_norm": lambda: resnet8(lambda channels: nn.GroupNorm(8, channels)),
     "gru": lambda: RecurrentRows(nn.GRU(64, 64, batch_first=True), 64),
+    "resnet_cifar": lambda: resnet8(nn.BatchNorm2d, 3),
+    "gru_text": lambda: Text(nn.GRU(64, 128, batch_first=True), 64, 128),
+    "lora": adapted_transformer,
     "transformer": lambda: Rows(transformer(), 64),
 }
 

@@ -55,6 +55,9 @@ ROWS = {
     "resnet_group_norm": Row("resnet_group_norm", 10, 1, 10, 4, {"flower": 1.15}),
     "gru": Row("gru", 10, 1, 10, 6, {"flower": 1.15}),
     "transformer": Row("transformer", 10, 1, 10, 4, {"flower": 1.15}),
+    "resnet_cifar": Row("resnet_cifar", 10, 1, 10, 4, {"flower": 1.5, "pfl": 1.5}),
+    "gru_text": Row("gru_text", 10, 1, 10, 4, {"flower": 1.5, "pfl": 1.5}),
+    "lora": Row("lora", 10, 1, 10, 4, {"flower": 1.5, "pfl": 1.5}),
 }
 CORYMB = Path(sys.executable).parent / "corymb"
 PYTHON = {
@@ -68,7 +71,7 @@ WARMUP = 2  # rounds
 
 def write_experiment(row: Row, folder: Path, device: str = "cpu", ordered: bool = False) -> Path:
     """Write the workload's experiment and data files to `folder`; return the path of the experiment."""
-    inputs, targets = (array.reshape(-1, *array.shape[2:]) for array in workload.data())
+    inputs, targets = (array.reshape(-1, *array.shape[2:]) for array in workload.data(row.model))
     offsets = np.arange(workload.CLIENTS + 1) * workload.EXAMPLES
     np.savez(
         folder / "data.npz",
@@ -86,6 +89,7 @@ data = {{ source = "{folder}/data.npz" }}
 partition = {{ kind = "site" }}
 model = {model}
 evaluate = {{ every = 1000 }}
+{'task = { kind = "tokens" }' if row.model in workload.TEXT else ""}
 
 [train]
 learning_rate = {workload.RATE}

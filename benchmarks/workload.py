@@ -1,8 +1,9 @@
 """The workload of all simulators: the same data, initial model, cohorts and steps, and a checksum of the result.
 
-The data are 28x28 images of noise in 10 classes, with 100 examples at each of 100 clients. Clients train with plain
-SGD on cross-entropy, at a learning rate of 0.05, on their examples in a new order for each epoch or, with the option
---ordered, in the stored order. The module needs numpy only, so that each peer can import it in its own environment.
+The data are images of noise in 10 classes, or text of noise, with 100 examples at each of 100 clients. Clients train
+with plain SGD on cross-entropy, at a learning rate of 0.05, on their examples in a new order for each epoch or, with
+the option --ordered, in the stored order. The module needs numpy only, so that each peer can import it in its own
+environment.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 CLIENTS, EXAMPLES, RATE = 100, 100, 0.05
+TEXT, TOKENS, LENGTH = ("gru_text", "lora"), 64, 32  # models of text, and the text's alphabet and length
 Arrays = list[NDArray[np.float32]]
 # For each layer: the shape of the weight, as in torch, and the number of inputs of an output.
 SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
@@ -28,11 +30,25 @@ SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
 }
 
 
-def data() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return inputs `[100, 100, 1, 28, 28]` and targets `[100, 100]`, by client and example."""
+def data(model: str = "mlp") -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Return inputs and targets `[100, 100]` by client and example; the inputs are images `[100, 100, C, H, W]`.
+
+    The models of `TEXT` get tokens `[100, 100, T]` of text drawn at random, and predict the next ones.
+    """
     rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((CLIENTS, EXAMPLES, 1, 28, 28), dtype=np.float32)
+    if model in TEXT:
+        text = rng.integers(0, TOKENS, (CLIENTS, EXAMPLES, LENGTH + 1))
+        return text[..., :-1].copy(), text[..., 1:].copy()
+    shape = (3, 32, 32) if model.endswith("cifar") else (1, 28, 28)
+    inputs = rng.standard_normal((CLIENTS, EXAMPLES, *shape), dtype=np.float32)
     return inputs, rng.integers(0, 10, (CLIENTS, EXAMPLES))
+
+
+def loss(outputs: Any, targets: Any) -> Any:
+    """Return the mean cross-entropy of scores `[B, C]`, or of `[B, T, C]` for the next tokens `[B, T]`."""
+    from torch.nn.functional import cross_entropy
+
+    return cross_entropy(outputs.transpose(1, -1) if targets.dim() > 1 else outputs, targets)
 
 
 def cohort(number: int, clients: int) -> NDArray[np.int64]:
@@ -76,6 +92,12 @@ def torch_model(model: str) -> Any:
         for parameter, array in zip(module.parameters(), first_model(model), strict=True):
             parameter.copy_(torch.from_numpy(array))
     return module
+
+
+def shared_state(module: Any) -> dict[str, Any]:
+    """Return what travels: all entries of the state dict but the parameters that are not trained."""
+    fixed = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in fixed}
 
 
 def softmax(shape: tuple[int, ...], classes: int) -> Any:

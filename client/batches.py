@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -64,6 +64,12 @@ def outputs_and_targets(module: nn.Module, batch: Batch) -> tuple[Any, Any]:
         raise ValueError(f"A batch is a {type(batch).__name__} without targets; give (inputs, targets), or a dict.")
     *inputs, targets = batch
     return module(*inputs), targets
+
+
+def augmented(batches: Iterable[Batch], augment: Callable[[Any], Any]) -> Iterator[Batch]:
+    """Yield `batches` with their inputs, the first part, changed by `augment`; it gets a dict as a whole."""
+    for batch in batches:
+        yield augment(batch) if isinstance(batch, Mapping) else (augment(batch[0]), *batch[1:])
 
 
 def training_batches(

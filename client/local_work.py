@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from corymb.client.algorithms.algorithm import ClientAlgorithm, Correction, Local, Memory, Term, inside
 from corymb.client.algorithms.known import make_algorithm
 from corymb.client.algorithms.memory_files import keep, recall
-from corymb.client.batches import Batch, outputs_and_targets
+from corymb.client.batches import Batch, augmented, outputs_and_targets
 from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import Task
 from corymb.client.trainer import precision, train
@@ -21,6 +21,7 @@ from corymb.protocol.shared_state import fixed_names, personal_names
 from corymb.protocol.train_settings import TrainSettings
 from corymb.strategies import Layout
 from corymb.strategies.core.layout import Role
+from corymb.strategies.core.registry import import_reference
 
 PERSONAL = "personal"  # prefix of personal entries in a client's memory
 RESIDUAL = "residual"  # what compression has left out of the last update
@@ -149,7 +150,10 @@ class LocalWork:
                     after_shared()
 
             seeded()
-            return train(module, batches(used), used, self._task, self._round, stepped, correction, term)
+            drawn = batches(used)
+            if used.augment:
+                drawn = augmented(drawn, import_reference(used.augment, "function train.augment"))
+            return train(module, drawn, used, self._task, self._round, stepped, correction, term)
 
         return fit
 

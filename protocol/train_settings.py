@@ -62,6 +62,9 @@ class TrainSettings(Settings):
     """Patterns of entries of the state dict that stay at the client, such as "head.*". ["*"] shares nothing."""
     compression: CompressionSettings | None = None
     """How the client compresses its update. Default: it sends its model as it is."""
+    augment: str = ""
+    """A function "module:function" that changes the inputs of each training batch, such as by random crops. It draws
+    from torch's default generator, which is seeded for each client and round."""
     batch_updates: bool = False
     """Also send the update of each batch, which FedDA and FedGP need from their target client."""
     report_classes: bool = False

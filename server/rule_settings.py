@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 from corymb.protocol.settings import Settings
 from corymb.protocol.train_settings import CLIENT_METHODS, TrainSettings
 from corymb.server.rounds.candidate_election import CandidateElection
-from corymb.strategies import Rule, ServerOptimizer, make_rule
+from corymb.strategies import Rule, ServerOptimizer, known_rules, make_rule
+from corymb.strategies.core.registry import unknown
+from corymb.strategies.rules import HINTS
 
 LOCAL = "local"
 
@@ -49,6 +51,8 @@ class RuleSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> RuleSettings:
+        if ":" not in self.name and self.name not in (*known_rules(), *HINTS):
+            raise ValueError(unknown("Unknown rule", self.name, [*known_rules(), *CLIENT_METHODS, LOCAL, "central"]))
         self.make()
         self.make_server_optimizer()
         self.make_election()

@@ -35,21 +35,24 @@ def client_app(model: str, epochs: int, batch: int, ordered: bool) -> ClientApp:
         cache: dict[str, Any] = workload.__dict__.setdefault("cache", {})
         if not cache:
             torch.set_num_threads(1)
-            cache["data"] = [torch.from_numpy(array) for array in workload.data()]
+            cache["data"] = [torch.from_numpy(array) for array in workload.data(model)]
             cache["module"] = workload.torch_model(model)
         client = int(context.node_config["partition-id"])
         inputs, targets = (array[client] for array in cache["data"])
         module = cache["module"]
-        module.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        optimizer = torch.optim.SGD(module.parameters(), lr=workload.RATE)
+        received = message.content["arrays"].to_torch_state_dict()
+        module.load_state_dict(received, strict=False)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=workload.RATE)
         for _ in range(epochs):
             order = torch.arange(workload.EXAMPLES) if ordered else torch.randperm(workload.EXAMPLES)
             for rows in order.split(batch):
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(module(inputs[rows]), targets[rows]).backward()
+                workload.loss(module(inputs[rows]), targets[rows]).backward()
                 optimizer.step()
+        state = {name: tensor for name, tensor in module.state_dict().items() if name in received}
         content = RecordDict(
-            {"arrays": ArrayRecord(module.state_dict()), "metrics": MetricRecord({"num-examples": workload.EXAMPLES})}
+            {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": workload.EXAMPLES})}
         )
         return Message(content=content, reply_to=message)
 
@@ -76,7 +79,7 @@ def main() -> None:
             fraction_evaluate=0.0,
             min_available_nodes=workload.CLIENTS,
         )
-        initial = ArrayRecord(workload.torch_model(options.model).state_dict())
+        initial = ArrayRecord(workload.shared_state(workload.torch_model(options.model)))
         result = strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds)
         times.append(time.perf_counter())
         last.extend(result.arrays.to_numpy_ndarrays())

@@ -38,12 +38,12 @@ class Module(nn.Module):
         self.inner = inner
 
     def loss(self, inputs: Any, targets: Any, eval: bool = False) -> Any:
-        return nn.functional.cross_entropy(self.inner(inputs), targets)
+        return workload.loss(self.inner(inputs), targets)
 
     def metrics(self, inputs: Any, targets: Any, eval: bool = True) -> Any:
         with torch.no_grad():
-            total = nn.functional.cross_entropy(self.inner(inputs), targets, reduction="sum")
-        return {"loss": Weighted(total.item(), len(targets))}
+            mean = workload.loss(self.inner(inputs), targets)
+        return {"loss": Weighted(mean.item() * len(targets), len(targets))}
 
 
 class Clock(TrainingProcessCallback):
@@ -64,7 +64,7 @@ class Clock(TrainingProcessCallback):
 def main() -> None:
     options = workload.options().parse_args()
     torch.set_num_threads(1 if "WORLD_SIZE" in os.environ else 2)
-    inputs, targets = (torch.from_numpy(array).to(options.device) for array in workload.data())
+    inputs, targets = (torch.from_numpy(array).to(options.device) for array in workload.data(options.model))
     module = Module(workload.torch_model(options.model)).to(options.device)
     model = PyTorchModel(module, torch.optim.SGD, torch.optim.SGD(module.parameters(), 1.0))
     users = FederatedDataset(

@@ -81,7 +81,7 @@ class Journal:
                 )
         with self._database:
             self._database.execute("DELETE FROM run WHERE key = ?", (FINISHED,))
-        self._note({**about, **self._notes})
+        self.note({**about, **self._notes})
 
     def resume(self, initial: RunState) -> RunState:
         """Return the state to go on from: the newest one whose files are whole, or `initial` if there is none.
@@ -158,7 +158,7 @@ class Journal:
     def finish(self) -> None:
         """Commit the last rounds and note that the run is complete. Raises as `write` does."""
         self.commit()
-        self._note({FINISHED: "yes"})
+        self.note({FINISHED: "yes"})
 
     def rounds(self) -> Iterator[RoundRecord]:
         """Return the records of all rounds, in order."""
@@ -221,9 +221,10 @@ class Journal:
         best = self.about().get("best-score")
         if score is not None and (best is None or score > float(best)):
             save(load_file(self.folder / model), self.folder / BEST, self._durable)
-            self._note({"best-score": repr(score), "best-round": str(record.round)})
+            self.note({"best-score": repr(score), "best-round": str(record.round)})
 
-    def _note(self, entries: Mapping[str, str]) -> None:
+    def note(self, entries: Mapping[str, str]) -> None:
+        """Store `entries` in what `about` returns."""
         with self._database:
             self._database.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", entries.items())
 

@@ -49,6 +49,7 @@ class BufferedLoop:
     _sent: dict[str, Message] = field(default_factory=dict)  # the messages under way
     _waiting: dict[str, None] = field(default_factory=dict)  # their ids
     _arrivals: Iterator[Message] = field(default_factory=lambda: iter(()))
+    _too_stale: int = 0  # replies that did not count, since the last version
 
     def run(self, versions: int, result: Result, config: ConfigRecord, evaluate_fn: EvaluateFn | None) -> Result:
         """Run until the model has changed `versions` times."""
@@ -68,8 +69,9 @@ class BufferedLoop:
                 result.evaluate_metrics_serverapp[number] = server
             numbers = {name: float(value) for name, value in (server or {}).items() if isinstance(value, (int, float))}
             ended = time.monotonic()
-            strategy.record = replace(strategy.record, server=numbers, seconds=ended - started)
-            started = ended
+            notes = {**strategy.record.notes, **({"too-stale": self._too_stale} if self._too_stale else {})}
+            strategy.record = replace(strategy.record, server=numbers, seconds=ended - started, notes=notes)
+            started, self._too_stale = ended, 0
             if strategy.journal is not None:
                 write_or_keep(strategy.journal, strategy.record, strategy.state)
             if strategy.on_round is not None:
@@ -100,6 +102,7 @@ class BufferedLoop:
             asked = self._asked.pop(message_id)
             staleness = number - asked.version
             if staleness > self.asynchrony.max_staleness:
+                self._too_stale += 1
                 continue
             by_message[message_id], down[asked.name] = asked.name, asked.bytes_down
             starts[asked.name] = Start(self._models[asked.version], staleness)

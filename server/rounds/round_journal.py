@@ -52,6 +52,9 @@ class RoundJournal(Protocol):
     def begin(self, about: Mapping[str, str], resume: bool) -> None:
         """Prepare the journal for the run that `about` describes; with `resume`, it may hold rounds of this run."""
 
+    def note(self, entries: Mapping[str, str]) -> None:
+        """Store facts about the run that pages show, such as how many rounds are planned."""
+
     def resume(self, initial: RunState) -> RunState:
         """Return the newest whole state, or `initial` if there is none, and delete the rounds after it."""
 

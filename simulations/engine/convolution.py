@@ -29,11 +29,11 @@ class ClientConv2d(ClientLayer):
     """`nn.Conv2d` with one set of weights per client, computed by one of four methods.
 
     On a GPU: `PatchColumns`, because a kernel launch per client does too little work there. On a CPU: `PatchRows` if
-    the inputs have few channels and their gradients are not needed, and `FourierConv` if it leaves fewer operations.
-    Otherwise, and always for grouped channels: `LibraryConv`.
+    the inputs have few channels and the outputs many, and the inputs' gradients are not needed, and `FourierConv` if it
+    leaves fewer operations. Otherwise, and always for grouped channels: `LibraryConv`.
     """
 
-    FEW_CHANNELS = 4
+    FEW_CHANNELS, MANY_CHANNELS = 4, 32
     by_hand = True
 
     def __init__(self, original: nn.Conv2d, context: StepContext) -> None:
@@ -84,9 +84,34 @@ class ClientConv2d(ClientLayer):
             return LibraryConv
         if self.context.use_patches:
             return PatchColumns
-        if geometry.dilation == (1, 1) and weights.shape[2] <= self.FEW_CHANNELS and not needs_input_gradients:
+        has_few = weights.shape[2] <= self.FEW_CHANNELS and weights.shape[1] >= self.MANY_CHANNELS
+        if geometry.dilation == (1, 1) and has_few and not needs_input_gradients:
             return PatchRows
         return FourierConv if fourier_is_cheaper(images.shape, weights.shape, geometry) else LibraryConv
+
+
+def library_work(module: nn.Module, inputs: Tensor) -> int:
+    """Return how many multiplications of an example on a CPU are left to torch's own convolutions, client by client.
+
+    `inputs` are examples of one batch. They pass through `module`, whose buffers may change.
+    """
+    found: list[int] = []
+
+    def add(layer: Any, arguments: Any, outputs: Tensor) -> None:
+        geometry = Geometry(layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+        is_plain = not isinstance(layer.padding, str) and layer.groups == 1
+        if is_plain and fourier_is_cheaper(arguments[0][None].shape, layer.weight[None].shape, geometry):
+            return
+        found.append(outputs[0, 0].numel() * layer.weight.numel())
+
+    hooks = [each.register_forward_hook(add) for each in module.modules() if isinstance(each, nn.Conv2d)]
+    try:
+        with torch.no_grad():
+            module(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(found)
 
 
 class LibraryConv:

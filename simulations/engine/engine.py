@@ -49,6 +49,8 @@ def obstacle(settings: TrainSettings, device: torch.device) -> str | None:
     """
     if not algorithm_of(settings).trains_in_blocks:
         return f"the client algorithm {settings.algorithm!r} does more than blocks support"
+    if settings.augment:
+        return "blocks do not augment inputs"
     if settings.compression is not None:
         return "blocks do not compress updates"
     if settings.batch_updates or settings.report_classes:

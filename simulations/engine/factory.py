@@ -15,6 +15,7 @@ from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.blocks import Trainer
 from corymb.simulations.engine.client_layers import CLIENT_LAYERS
+from corymb.simulations.engine.convolution import library_work
 from corymb.simulations.engine.engine import Engine, InProcessEngine, MultiDeviceEngine
 from corymb.simulations.engine.gram_products import UseGram
 from corymb.simulations.engine.program import CPU, Program
@@ -24,6 +25,8 @@ from corymb.simulations.engine.workers import WorkerEngine
 from corymb.strategies import Layout
 
 log = logging.getLogger("flwr.corymb")
+BATCH = 10  # examples, to choose the method of a convolution
+MAX_LIBRARY_WORK = 3_000_000  # multiplications of an example; docs/decisions/convolutions.md
 TrainerMaker = Callable[[Population, torch.device], Trainer]
 
 
@@ -48,6 +51,8 @@ def find_trainer(
     try:
         if task.losses is None:
             raise ValueError("the loss of the task is no mean of one loss per example")
+        if engine == "auto" and device == CPU and _is_faster_alone(model, store):
+            raise ValueError("that is faster for a model with so large convolutions")
         return _proven(model, store, engine, device, task)
     except ValueError as error:
         if engine != "auto":
@@ -125,6 +130,13 @@ def _made(
     candidate: Candidate, model: Callable[[], nn.Module], task: Task, population: Population, device: torch.device
 ) -> Trainer:
     return candidate(model, population, device, task)
+
+
+def _is_faster_alone(model: Callable[[], nn.Module], store: Examples) -> bool:
+    """Return whether most of the time goes into convolutions that blocks compute client by client, too."""
+    with torch.random.fork_rng(devices=[]):
+        module = model().eval()
+        return library_work(module, store.inputs_at(torch.arange(BATCH) % len(store))) > MAX_LIBRARY_WORK
 
 
 def _own_client_layers(module: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from corymb.client import TrainSettings
 from corymb.client.tasks.task import CLASSIFICATION, Task
@@ -31,14 +32,13 @@ class Vmapped:
         self._task = task
         self._module, self._population, self.device = module, population, torch.device("cpu")
         for name, inner in module.named_modules():
-            is_random = isinstance(inner, (nn.modules.dropout._DropoutNd, nn.RNNBase))
-            if is_random or list(inner.buffers(recurse=False)):
+            is_random = isinstance(inner, nn.modules.dropout._DropoutNd) and inner.p > 0
+            if is_random or isinstance(inner, nn.RNNBase) or list(inner.buffers(recurse=False)):
                 raise ValueError(f"the layer {name!r} is a {type(inner).__name__}")
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if shared := parameters.keys() - dict(module.named_parameters()).keys():
             raise ValueError(f"two layers of the model share the parameter {min(shared)!r}")
-        example = population.store.inputs_at(slice(0, 1))
-        if _mixes_examples(module.train(), tuple(example.shape[1:]), example.dtype):
+        if _mixes_examples(module.train(), _inputs_like(population)):
             raise ValueError("the model's code mixes the examples of a batch")
 
     def train(
@@ -77,7 +77,8 @@ class Vmapped:
         self._module.train()
         for step in range(positions.shape[1]):
             inputs, targets = store.inputs_at(positions[:, step]), store.targets[positions[:, step]]
-            gradients, (losses, outputs) = gradients_of(trained, fixed, inputs, targets, batches.weights[:, step])
+            with sdpa_kernel(SDPBackend.MATH):  # vmap would run the other kernels client by client
+                gradients, (losses, outputs) = gradients_of(trained, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in trained.items():
                 tensor.grad = gradients[name]
             optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
@@ -86,22 +87,30 @@ class Vmapped:
         return BlockResult.of(list(parameters.values()), seen.seen(), batches, {})
 
 
-@torch.no_grad()
-def _mixes_examples(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Return whether the output for an example depends, if only in one bit, on the other examples of its batch.
+def _inputs_like(population: Population) -> Tensor:
+    """Return five inputs of noise, or real ones if those are integers, for which noise may mean nothing."""
+    inputs = population.store.inputs_at(torch.arange(5) % len(population.store))
+    if not inputs.is_floating_point():
+        return inputs
+    return torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0)).to(inputs.dtype)
 
-    The inputs are noise, and so are the parameters, because some may be zero at the start. Raises `ValueError` if the
-    module fails on noise or draws random numbers.
+
+@torch.no_grad()
+def _mixes_examples(module: nn.Module, inputs: Tensor) -> bool:
+    """Return whether the output for one of five `inputs` depends, if only in one bit, on the others of its batch.
+
+    The parameters are noise, because some may be zero at the start. Raises `ValueError` if the module fails on them or
+    draws random numbers.
     """
-    generator = torch.Generator().manual_seed(0)
-    before, example, after, *others = torch.randn(5, *shape, generator=generator).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    before, example, after, *others = inputs
     batches = (before, example, after), (others[0], example, others[1])
     noise = {name: torch.randn(p.shape, generator=generator).to(p.dtype) for name, p in module.named_parameters()}
     states = random_states()
     try:
         first, second = (functional_call(module, noise, (torch.stack(batch),))[1] for batch in batches)
     except Exception as error:  # the model's own code runs here
-        raise ValueError(f"the model fails on noise as its input ({type(error).__name__}: {error})") from error
+        raise ValueError(f"the model fails on noise ({type(error).__name__}: {error})") from error
     if random_states() != states:
         raise ValueError("the model's code draws random numbers")
     return not torch.equal(first, second)

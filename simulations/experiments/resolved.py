@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from corymb.protocol.shared_state import fixed_names, personal_names
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Source
 from corymb.simulations.data.targets import outputs_of
+from corymb.simulations.engine.engine import obstacle
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.models import make_model
@@ -23,6 +25,7 @@ from corymb.simulations.experiments.scenario import Scenario, participation_of, 
 from corymb.simulations.experiments.settings import ExperimentRule
 from corymb.strategies import Layout
 
+log = logging.getLogger("flwr.corymb")
 Key = tuple[int, bool, bool]  # a seed, whether the hostile clients attack, and whether the data are pooled
 
 
@@ -117,6 +120,9 @@ def resolve(experiment: Experiment, source: Source | None = None) -> Resolved:
     for rule in experiment.rules:
         _check_personal(rule, module, experiment)
     trainer = find_trainer(experiment.engine, model, source.train, device, task)
+    for rule in experiment.rules if trainer is not None else ():
+        if reason := obstacle(experiment.train_for(rule), device):
+            log.warning("Under %r, clients train one by one because %s.", rule.title, reason)
     return Resolved(experiment, source, scenarios, model, trained_layout(module), device, task, trainer)
 
 

@@ -107,7 +107,7 @@ def columns_of(results: Sequence[ClientResults]) -> dict[str, Callable[[ClientRe
     columns: dict[str, Callable[[ClientResults], str]] = {
         "rule": lambda each: each.rule,
         "mean": lambda each: each.score.text(each.mean),
-        "deviation": lambda each: each.score.text(each.deviation),
+        "over clients": lambda each: each.score.text(each.deviation),
         "worst tenth": lambda each: each.score.text(each.worst_tenth),
     }
     if any(not isnan(each.gaining) for each in results):

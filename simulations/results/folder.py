@@ -8,7 +8,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ FILES = {
 class FinishedRun:
     """A finished run of one rule with one seed.
 
-    `score` ranks rules, and `final` is its mean over the tests in the last `evaluate.last` rounds. `wall_seconds` is
-    the total time.
+    `score` ranks rules, and `final` is its mean over the tests in the last `evaluate.last` rounds. `others` are such
+    means of the task's further metrics. `wall_seconds` is the total time.
     """
 
     rule: str
@@ -46,6 +46,7 @@ class FinishedRun:
     wall_seconds: float
     model_sha256: str
     score: Score = ACCURACY
+    others: Mapping[Score, float] = field(default_factory=dict)
 
     @property
     def curve(self) -> tuple[list[int], list[float]]:
@@ -71,16 +72,23 @@ def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: 
         records = list(journal.rounds())
         digest = journal.model_sha256()
     skipped = experiment.rounds - experiment.evaluate.last
-    score = Score.of(experiment)
-    tested = [r.server[score.key] for r in records if score.key in r.server]
-    last = [r.server[score.key] for r in records if score.key in r.server and r.round > skipped]
-    if not tested:
+    score, *others = Score.all_of(experiment)
+    final = _final(records, score.key, skipped)
+    if final is None:
         raise ValueError(
             f"No test of {rule.title!r} measured {score.name!r}: it is not defined for these examples. Choose another "
             "first metric with task.metrics."
         )
-    final = float(np.mean(last or tested[-1:]))
-    return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest, score)
+    finals = {other: _final(records, other.key, skipped) for other in others}
+    known = {other: value for other, value in finals.items() if value is not None}
+    return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest, score, known)
+
+
+def _final(records: Iterable[RoundRecord], key: str, skipped: int) -> float | None:
+    """Return the mean of a metric over the tests after the first `skipped` rounds, or the last test before; or None."""
+    tested = [(record.round, record.server[key]) for record in records if key in record.server]
+    last = [value for server_round, value in tested if server_round > skipped]
+    return float(np.mean(last or [value for _, value in tested[-1:]])) if tested else None
 
 
 def rounds_in(journal: Path) -> int:

@@ -185,7 +185,11 @@ def labels(scenario: Scenario) -> Figure:
         axes.set_xticks(range(len(sizes)), scenario.names)
     axes.set(xlabel="client", ylabel="examples", xlim=(-0.7, len(sizes) - 0.3))
     if counts.shape[1] <= 20:
-        figure.legend(title="class", loc="outside right upper", ncols=1 + (counts.shape[1] > 10))
+        figure.legend(
+            title="class" if scenario.population.store.strata is None else "stratum",
+            loc="outside right upper",
+            ncols=1 + (counts.shape[1] > 10),
+        )
     return figure
 
 

@@ -15,6 +15,7 @@ from corymb.simulations.results.client_results import client_columns, client_res
 from corymb.simulations.results.folder import FinishedRun, scores
 from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
+from corymb.simulations.results.summary import mean_others
 
 
 def _settings(rule: RuleSettings) -> str:
@@ -39,11 +40,16 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
         notes=resolved.notes,
         never_counted=never_counted(runs, resolved),
         participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
+        others=[other.name for other in runs[0].others],
         rows=[
             {
                 "title": rule.title,
                 "mean": score.text(results[rule.title][0]),
                 "deviation": score.text(results[rule.title][1]),
+                "others": [
+                    other.text(value)
+                    for other, value in mean_others([run for run in runs if run.rule == rule.title]).items()
+                ],
                 "seconds": np.mean([run.wall_seconds for run in runs if run.rule == rule.title]),
                 "settings": _settings(rule),
                 "best": rule.title == best,

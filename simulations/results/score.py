@@ -23,8 +23,13 @@ class Score:
     @classmethod
     def of(cls, experiment: Experiment) -> Score:
         """Return the score of `experiment`: its task's first metric."""
-        name = experiment.task.metric_names[0]
-        return cls(name, AT_CLIENTS + name if experiment.evaluate.clients else name)
+        return cls.all_of(experiment)[0]
+
+    @classmethod
+    def all_of(cls, experiment: Experiment) -> list[Score]:
+        """Return the score of `experiment`, and then the further metrics of its task, measured at the same place."""
+        place = AT_CLIENTS if experiment.evaluate.clients else ""
+        return [cls(name, place + name) for name in experiment.task.metric_names]
 
     @property
     def lower_is_better(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from corymb.simulations.results.client_results import client_results
 from corymb.simulations.results.folder import FinishedRun, scores
-from corymb.simulations.results.score import VIRTUAL
+from corymb.simulations.results.score import VIRTUAL, Score
 
 FORMATS = ("markdown", "latex", "csv")
 Row = dict[str, Any]
@@ -21,16 +21,17 @@ Row = dict[str, Any]
 def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     """Return a row for each rule of `runs`, best first.
 
-    The score is the mean over seeds, with the standard deviation over seeds; with tests at the clients, it is their
-    mean, and further columns say how it is spread over the clients. `MB up` and `MB down` are the megabytes of a whole
-    run, from and to all clients; `seconds` are those of this machine.
+    The score is the mean over seeds, and `over seeds` its standard deviation. The task's further metrics follow. With
+    tests at the clients, the score is the clients' mean, and further columns say how it is spread over the clients.
+    `MB up` and `MB down` are the megabytes of a run, from and to all clients; `seconds` are those of this machine.
     """
     score, found = runs[0].score, scores(list(runs))
     tested = {results.rule: results for results in client_results(runs)}
     rows = []
     for rule in sorted(found, key=lambda rule: -score.rank(found[rule][0])):
         own = [run for run in runs if run.rule == rule]
-        row: Row = {"rule": rule, score.key: found[rule][0], "deviation": found[rule][1], "seeds": len(own)}
+        row: Row = {"rule": rule, score.key: found[rule][0], "over seeds": found[rule][1], "seeds": len(own)}
+        row |= {other.key: value for other, value in mean_others(own).items()}
         if rule in tested:
             row |= {"worst tenth": tested[rule].worst_tenth, "over clients": tested[rule].deviation}
             if not isnan(tested[rule].gaining):
@@ -43,6 +44,12 @@ def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
             row["virtual seconds"] = _mean([float(value) for value in virtual if value is not None])
         rows.append(row)
     return rows
+
+
+def mean_others(runs: Sequence[FinishedRun]) -> dict[Score, float]:
+    """Return the means over runs of one rule of the task's further metrics."""
+    names = dict.fromkeys(other for run in runs for other in run.others)
+    return {other: _mean([run.others[other] for run in runs if other in run.others]) for other in names}
 
 
 def table(rows: Sequence[Row], kind: str = "markdown") -> str:

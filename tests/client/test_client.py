@@ -267,3 +267,34 @@ def test_a_model_that_changes_the_examples_raises_an_error() -> None:
     examples = TensorDataset(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ValueError, match="changes its inputs in place"):
         evaluate(module, evaluation_batches(examples))
+
+
+def _arrays(reply: Message) -> dict[str, Tensor]:
+    return to_state(reply.content.array_records["arrays"])
+
+
+def noisy(inputs: Tensor) -> Tensor:
+    """Negate the inputs, and add noise from torch's default generator."""
+    return -inputs + 0.1 * torch.randn_like(inputs)
+
+
+def negated(inputs: Tensor) -> Tensor:
+    """Negate the inputs."""
+    return -inputs
+
+
+def test_augmented_inputs_are_trained_on_and_repeat() -> None:
+    opposite = TensorDataset(-INPUTS, TARGETS)
+    expected = _arrays(ask("train", {}, data=lambda context: (opposite, DATA)))
+    found = _arrays(ask("train", {"train.augment": f"{__name__}:negated"}))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    first, again = (_arrays(ask("train", {"train.augment": f"{__name__}:noisy"})) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["0.weight"], expected["0.weight"])
+
+
+def test_augmentation_does_not_change_tests() -> None:
+    plain, other = (
+        ask("evaluate", config).content["metrics"] for config in ({}, {"train.augment": f"{__name__}:noisy"})
+    )
+    assert plain["loss"] == other["loss"]

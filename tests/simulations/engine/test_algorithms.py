@@ -141,6 +141,28 @@ def test_tokens(tmp_path: Path) -> None:
     assert found[0][0].score.key == "perplexity"
 
 
+class Reader(nn.Module):
+    """Two layers of torch's transformer for next tokens, without dropout."""
+
+    def __init__(self, shape: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        self.tokens, self.head = nn.Embedding(outputs, 8), nn.Linear(8, outputs)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.tokens(tokens)
+        length = tokens.shape[1]
+        mask = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1)
+        scores: Tensor = self.head(self.body(hidden, mask=mask))
+        return scores
+
+
+def test_a_transformer(tmp_path: Path) -> None:
+    data = {"source": f"{__name__}:sentences"}
+    assert_same(tmp_path, data=data, task={"kind": "tokens"}, model={"kind": f"{__name__}:Reader"})
+
+
 def test_a_frozen_base_does_not_travel(tmp_path: Path) -> None:
     found = assert_same(tmp_path, model={"kind": f"{__name__}:Adapted"})
     assert list(found[1][0]) == ["up.bias", "up.weight"]  # the adapters alone

@@ -30,6 +30,7 @@ from corymb.simulations.engine import frequencies
 from corymb.simulations.engine import linear as linears
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.blocks import MAX_PADDING, Task, Trainer, cut_into_blocks
+from corymb.simulations.engine.convolution import library_work
 from corymb.simulations.engine.engine import MultiDeviceEngine, obstacle
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer, make_engine
 from corymb.simulations.engine.gram_products import UseGram
@@ -845,3 +846,22 @@ def test_blocks_hold_each_client_once_and_little_padding(sizes: list[int]) -> No
         block_sizes = [sizes[index] for index in block]
         assert block_sizes == sorted(block_sizes, reverse=True)
         assert block_sizes[0] * len(block_sizes) <= MAX_PADDING * sum(block_sizes)
+
+
+def test_large_convolutions_train_one_by_one_where_that_is_faster(caplog: pytest.LogCaptureFixture) -> None:
+    images = Examples(torch.randn(10, 3, 32, 32), torch.arange(10))
+
+    def small() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(294, 10))
+
+    def large() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(25088, 10)
+        )
+
+    assert library_work(small(), images.inputs) == 28 * 28 * 6 * 3 * 25
+    assert library_work(large(), images.inputs) == 30 * 30 * 32 * 3 * 9 + 28 * 28 * 32 * 32 * 9
+    assert find_trainer("auto", small, images) is not None
+    assert find_trainer("auto", large, images) is None
+    assert "that is faster for a model with so large convolutions" in caplog.text
+    assert find_trainer("processes", large, images) is not None

@@ -50,7 +50,7 @@ def test_rows_and_frames(results: Results) -> None:
 
 def test_tables_and_pictures(results: Results) -> None:
     lines = results.table().splitlines()
-    assert lines[0].startswith("| rule | clients-accuracy | deviation |")
+    assert lines[0].startswith("| rule | clients-accuracy | over seeds |")
     assert len(lines) == 5
     assert results.table("csv").splitlines()[0].startswith("rule,clients-accuracy,")
     latex = results.table("latex")
