@@ -137,10 +137,6 @@ class FlowerStrategy(RoundLoop):
     def state(self, state: RunState) -> None:
         self._state = state
 
-    def plan(self) -> dict[str, str]:
-        """See `RoundLoop.plan`."""
-        return {"rule": type(self.rule).__name__, "quorum": str(self.method.quorum)}
-
     def summary(self) -> None:
         """Log the rule and the sampling of nodes."""
         log.info("\t├── Rule: %s", self.rule)

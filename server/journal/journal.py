@@ -49,8 +49,7 @@ class Journal:
     ) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self._durable, self._keep_every, self._notes = durable, keep_every, notes or {}
+        self.folder, self._durable, self._keep_every, self._notes = folder, durable, keep_every, notes or {}
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
         self._last_commit = time.monotonic()

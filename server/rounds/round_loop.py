@@ -70,10 +70,6 @@ class RoundLoop(Strategy):
     def about(self) -> dict[str, str]:
         """Return what must not change when the run is resumed, for the journal."""
 
-    def plan(self) -> dict[str, str]:
-        """Return further facts about the run for the journal, such as the quorum."""
-        return {}
-
     @abstractmethod
     def requests_of(self, messages: list[Message]) -> Requests:
         """Return the requests of the phase that `configure_train` or `configure_evaluate` has begun with `messages`."""
@@ -102,7 +98,8 @@ class RoundLoop(Strategy):
         self.summary()
         if self.journal is not None:
             self.journal.begin(self.about(), self.resume)
-            self.journal.note({"rounds": str(num_rounds), "deadline": str(timeout or 0), **self.plan()})
+            plan = {"rounds": num_rounds, "deadline": timeout or 0, "quorum": self.method.quorum}
+            self.journal.note({key: str(value) for key, value in plan.items()})  # which pages show
         self.timeout = timeout
         result = Result(arrays=self.set_model(initial_arrays))
         del initial_arrays  # frees the second copy of the model
