@@ -15,9 +15,9 @@ from rich.table import Table
 
 from corymb.cli_deployment import join, provision, serve
 from corymb.cli_federation import backup, doctor, restore, run, status
-from corymb.cli_operators import app_hash, model, supervisor
-from corymb.cli_research import Jobs, export, figures, results, summary_table, sweep
-from corymb.cli_site import approve, audit, gate
+from corymb.cli_operators import alerts, app_hash, dashboard, model, supervisor
+from corymb.cli_research import Jobs, export, figures, report, results, summary_table, sweep
+from corymb.cli_site import approve, audit, gate, site_page
 
 app = typer.Typer(
     help="Federated learning with pluggable aggregation rules, on Flower.",
@@ -161,6 +161,7 @@ for command in (
     sweep,
     figures,
     export,
+    report,
     results,
     provision,
     serve,
@@ -174,9 +175,12 @@ for command in (
     gate,
     audit,
     supervisor,
+    dashboard,
+    alerts,
 ):
     app.command()(command)
 app.command("table")(summary_table)
+app.command("site")(site_page)
 app.command("hash")(app_hash)
 app.add_typer(model, name="model")
 

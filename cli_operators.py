@@ -106,3 +106,45 @@ def app_hash(
     with tempfile.TemporaryDirectory() as scratch:
         write_app(Path(scratch))
         print(f"{build_bundle(Path(scratch)).names[-1]}  experiments")
+
+
+def dashboard(
+    folder: Annotated[Path, typer.Argument(metavar="RUNS", help="A server's kit, or any folder with journals.")] = Path(
+        "runs"
+    ),
+    port: Annotated[int, typer.Option(help="The port on this machine.")] = 8450,
+) -> None:
+    """Show runs in a browser: the sites of a federation, and every run whose journal lies in RUNS.
+
+    It answers on this machine only, and changes nothing. `corymb serve` has
+    the same page at the port `pages_port` of its kit.
+
+    Example: corymb dashboard runs
+    """
+    from corymb.pages.app import make_app, serve
+    from corymb.pages.numbers import Federation, Runs
+    from corymb.server.deployment.federation import KIT
+
+    folder = folder.resolve()
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}; give one with journals, such as runs.")
+    source = Federation(folder) if (folder / KIT).exists() else Runs(folder)
+    console.print(f"http://127.0.0.1:{port}/   (Ctrl-C ends it)")
+    serve(make_app(source), port)
+
+
+def alerts(
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Print a dashboard to import in Grafana instead.")
+    ] = False,
+) -> None:
+    """Print the alarms as rules for Prometheus.
+
+    Example: corymb alerts > alerts.yml
+    """
+    from importlib.resources import files
+
+    from corymb.pages.metrics import alert_rules
+
+    drawn = files("corymb.pages") / "monitoring" / "dashboard.json"
+    typer.echo(drawn.read_text() if dashboard else alert_rules(), nl=False)

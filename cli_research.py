@@ -114,3 +114,17 @@ def results(
     from corymb.simulations.results.commands import measure_claims
 
     measure_claims(experiments or [], data, out, document, jobs, console)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Results folders of experiments.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("report.html"),
+) -> None:
+    """Write a page that compares finished experiments: one file, with the data inside, that opens offline.
+
+    Example: corymb report runs/demo runs/other --out comparison.html
+    """
+    from corymb.pages.report import write_report
+
+    path = write_report(folders, out)
+    console.print(f"Wrote {path}, {path.stat().st_size / 1e6:.1f} MB.", markup=False, soft_wrap=True)

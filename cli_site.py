@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -46,30 +46,13 @@ def audit(
     """
     import json
 
-    from corymb.client.gate.ledger import Ledger
+    from corymb.client.gate.ledger import Ledger, in_words
 
     ledger = Ledger(folder / "ledger.jsonl")
     for entry in ledger.entries():
-        print(json.dumps(entry) if as_json else _in_words(entry))
+        print(json.dumps(entry) if as_json else in_words(entry))
     if not as_json:
         print(f"The ledger is whole. Its last line has the SHA-256 {ledger.head()}.")
-
-
-def _in_words(entry: dict[str, Any]) -> str:
-    """Return an entry of a ledger as a line."""
-    task = f"round {entry['round']} of run {entry['run']}" if "run" in entry else f"app {entry['app'][:12]}"
-    purpose = f", {entry['purpose']}" if "purpose" in entry else ""
-    what = entry.get("reason") or entry.get("error") or ""
-    if "bytes" in entry:
-        metrics = ", ".join(
-            f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in entry["metrics"].items()
-        )
-        withheld = f"; withheld: {', '.join(entry['withheld'])}" if entry["withheld"] else ""
-        what = f"{entry['arrays']} arrays, {entry['bytes']} bytes; {metrics}{withheld}"
-    detail = f": {what}" if what else ""
-    line = f"{entry['at']} {entry['event']:8} {entry.get('kind', ''):8} {task}{purpose}{detail}"
-    return "".join(c if c.isprintable() else "?" for c in line)  # some of it comes from apps
 
 
 def approve(
@@ -100,3 +83,22 @@ def approve(
         raise ValueError(f"No app was refused in {folder} that is not in the policy already; name one with --app.")
     add(folder / "policy.toml", app or waiting[-1], purpose, until.date())
     console.print(f"Approved the app {app or waiting[-1]} until {until.date()}.", soft_wrap=True)
+
+
+def site_page(
+    folder: Annotated[Path, typer.Argument(metavar="KIT", help="The kit of a site, or the folder of its gate.")],
+    port: Annotated[int, typer.Option(help="The port on this machine.")] = 8451,
+) -> None:
+    """Show a site's own page: what ran on its data, what left, approvals, limits and whether it has paused.
+
+    \b
+    corymb site north
+
+    It answers on this machine only, and changes nothing.
+    """
+    from corymb.pages.app import serve
+    from corymb.pages.site import make_site_app
+
+    app = make_site_app(folder.resolve())
+    console.print(f"http://127.0.0.1:{port}/   (Ctrl-C ends it)")
+    serve(app, port)

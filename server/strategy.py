@@ -17,9 +17,10 @@ from corymb.protocol.codec import to_arrays
 from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, METRICS
 from corymb.server.journal import Journal
 from corymb.server.rounds.candidate_election import CandidateElection
+from corymb.server.rounds.codes import ADMITTED
 from corymb.server.rounds.conclude import conclude, conclude_evaluation
 from corymb.server.rounds.policy import Policy
-from corymb.server.rounds.record import ADMITTED, RoundRecord, Verdict, as_metrics, log_reasons
+from corymb.server.rounds.record import RoundRecord, Verdict, as_metrics, log_reasons
 from corymb.server.rounds.requests import Keys, Phase
 from corymb.server.rounds.roster import Sampling
 from corymb.server.rounds.round import Requests, Round
@@ -109,8 +110,7 @@ class FlowerStrategy(RoundLoop):
         )  # fmt: skip
         self._aggregate_metrics = {"train": train_metrics_aggr_fn, "evaluate": evaluate_metrics_aggr_fn}
         self.buffers, self.asynchrony = buffers, asynchrony
-        self.journal = journal
-        self.resume = resume
+        self.journal, self.resume = journal, resume
         self.max_abandoned = max_abandoned
         self.on_round = on_round
         self.record = RoundRecord(0)  # of the current round

@@ -25,6 +25,7 @@ from flwr.serverapp import Grid
 
 from corymb.protocol.flower_tasks import describe_task, run_serverapp_command, run_task
 from corymb.protocol.signed_grid import Signer, with_signatures
+from corymb.server.deployment.logs import set_up
 from corymb.server.rounds.run_failed import RunFailed
 
 RAISED, FAILED = 3, 4  # exit codes of the child: the app raised an exception; the run has achieved nothing
@@ -100,7 +101,7 @@ def _be_the_child() -> None:
     task = json.loads(sys.stdin.readline())
     Thread(target=_die_with_the_parent, daemon=True).start()
     try:
-        run_task(task, _sign)
+        run_task(task, _prepare)
     except Exception as error:
         sys.stdout.flush()
         traceback.print_exc()
@@ -109,8 +110,9 @@ def _be_the_child() -> None:
     os._exit(0)  # pulls may still hang in their threads
 
 
-def _sign(grid: Grid) -> None:
-    """Sign the messages of a federation that `corymb serve` runs, and check the signatures of the replies."""
+def _prepare(grid: Grid) -> None:
+    """Set up the logs, and sign the messages of a federation that `corymb serve` runs, and check the replies'."""
+    set_up(str(grid.run.run_id))
     if kit := os.environ.get("CORYMB_KIT"):
         with_signatures(grid, Signer(Path(kit)))
 

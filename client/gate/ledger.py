@@ -62,3 +62,20 @@ class Ledger:
 
 def _hash(line: str) -> str:
     return hashlib.sha256(line.encode()).hexdigest()
+
+
+def in_words(entry: dict[str, Any]) -> str:
+    """Return an entry of a ledger as a line."""
+    task = f"round {entry['round']} of run {entry['run']}" if "run" in entry else f"app {entry['app'][:12]}"
+    purpose = f", {entry['purpose']}" if "purpose" in entry else ""
+    what = entry.get("reason") or entry.get("error") or ""
+    if "bytes" in entry:
+        metrics = ", ".join(
+            f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in entry["metrics"].items()
+        )
+        withheld = f"; withheld: {', '.join(entry['withheld'])}" if entry["withheld"] else ""
+        what = f"{entry['arrays']} arrays, {entry['bytes']} bytes; {metrics}{withheld}"
+    detail = f": {what}" if what else ""
+    line = f"{entry['at']} {entry['event']:8} {entry.get('kind', ''):8} {task}{purpose}{detail}"
+    return "".join(c if c.isprintable() else "?" for c in line)  # some of it comes from apps

@@ -57,6 +57,10 @@ class ServerKit(Settings):
     """The port at which nginx listens for the sites."""
     superlink_port: int
     """The port at which the SuperLink listens, on this machine only."""
+    pages_port: int = 0
+    """The port of the metrics and of the operator's page, on this machine only; 0 for none."""
+    json_logs: bool = False
+    """Whether Corymb's own logs are lines of JSON."""
     largest_message_mib: int = 64
     """The largest body of one request."""
     requests_per_second: int = 50

@@ -19,6 +19,7 @@ from corymb.protocol.certificates import WARN_DAYS, days_left, fingerprint, publ
 from corymb.protocol.flower_control import ControlError, NodeState, SuperLink, key_bytes
 from corymb.server.deployment.edge import HEALTH
 from corymb.server.deployment.federation import ServerKit, read_kit
+from corymb.server.deployment.logs import set_up
 from corymb.server.deployment.provision import ROSTER
 from corymb.server.deployment.status import SITES
 
@@ -32,6 +33,7 @@ class Monitor:
     def __init__(self, folder: Path, superlink: SuperLink) -> None:
         self._folder, self._superlink = folder, superlink
         self._online: dict[str, bool] = {}
+        self._active: tuple[str, set[str]] = "", set()  # since when which runs are under way
         self._warned: set[str] = set()
         self._refused: set[str] = set()
 
@@ -49,23 +51,26 @@ class Monitor:
             if key not in known:
                 self._register(name, key)
         states = {name: known.get(key) for name, key in keys.items()}
-        self._publish({name: fingerprint(public_key_of(roster[name])) for name in roster}, states)
+        runs = {str(run_id): state for run_id, state in self._superlink.run_statuses().items()}
+        self._publish({name: fingerprint(public_key_of(roster[name])) for name in roster}, states, runs)
         for name, certificate in roster.items():
             left = days_left(certificate)
             if left < WARN_DAYS and name not in self._warned:
                 self._warned.add(name)
-                log.warning("The certificate of %s is valid for %.0f more days; renew it.", name, left)
+                log.warning(
+                    "The certificate of %s is valid for %.0f more days; renew it.", name, left, extra={"site": name}
+                )
 
     def _register(self, name: str, key: bytes) -> None:
         try:
             self._superlink.register(key, name)
-            log.info("Registered the key of the site %s.", name)
+            log.info("Registered the key of the site %s.", name, extra={"site": name})
         except ControlError as error:  # such as a key that was unregistered before; other sites must not suffer
             if name not in self._refused:
                 log.error("The SuperLink does not take the key of %s, which needs a new one: %s", name, error)
             self._refused.add(name)
 
-    def _publish(self, fingerprints: dict[str, str], states: dict[str, NodeState | None]) -> None:
+    def _publish(self, fingerprints: dict[str, str], states: dict[str, NodeState | None], runs: dict[str, str]) -> None:
         health = self._folder / "var" / HEALTH
         health.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -73,12 +78,15 @@ class Monitor:
         for name, state in states.items():
             online = state is not None and state.status == "online"
             if self._online.get(name) != online:
-                log.info("The site %s is %s.", name, "online" if online else "offline")
+                log.info("The site %s is %s.", name, "online" if online else "offline", extra={"site": name})
             self._online[name] = online
             since = state and (state.last_activated_at if online else state.last_deactivated_at)
             sites[name] = {"online": online, "since": since or "", "node": str(state.node_id) if state else ""}
             _write(health / fingerprints[name], {"online": online, "at": now, "flwr": version("flwr")})
-        _write(self._folder / "var" / SITES, {"at": now, "sites": sites})
+        active = {run_id for run_id, state in runs.items() if not state.startswith("finished")}
+        if active != self._active[1]:
+            self._active = now, active
+        _write(self._folder / "var" / SITES, {"at": now, "sites": sites, "runs": runs, "runs_since": self._active[0]})
         for path in health.iterdir():
             if path.name not in fingerprints.values():
                 path.unlink()
@@ -93,6 +101,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 def main(folder: Path) -> None:
     """Look every few seconds, for ever."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    set_up()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     kit = read_kit(folder)
     assert isinstance(kit, ServerKit)

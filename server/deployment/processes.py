@@ -12,6 +12,7 @@ from pathlib import Path
 
 from corymb.server.deployment.edge import nginx_program, write_edge
 from corymb.server.deployment.federation import ServerKit, SiteKit
+from corymb.server.deployment.logs import JSON_LOGS
 from corymb.server.deployment.status import SITES
 from corymb.server.supervisor_program import write_program
 
@@ -55,9 +56,12 @@ def server_processes(folder: Path, kit: ServerKit) -> list[Process]:
         "--superexec-auth-secret-file", str(var / "secret"),
     ]  # fmt: skip
     ours = {"CORYMB_KIT": str(folder), "CORYMB_HOME": str(var / "corymb"), "FLWR_HOME": str(var / "flwr")}
+    if kit.json_logs:
+        ours[JSON_LOGS] = "1"
     processes = [
         Process("superlink", superlink, QUIET | ours),
         Process("superexec", superexec, QUIET | ours | _path(programs)),
+        *_pages(folder, kit, QUIET | ours),
         Process("monitor", [sys.executable, "-m", "corymb.server.deployment.monitor", str(folder)], QUIET | ours),
     ]
     if kit.edge:
@@ -73,6 +77,12 @@ def server_processes(folder: Path, kit: ServerKit) -> list[Process]:
     else:
         superlink[superlink.index("127.0.0.1")] = "0.0.0.0"
     return processes
+
+
+def _pages(folder: Path, kit: ServerKit, environment: dict[str, str]) -> list[Process]:
+    """Return the process of the metrics and of the operator's page, if the kit has a port for them."""
+    command = [sys.executable, "-m", "corymb.pages.program", str(folder), "--port", str(kit.pages_port)]
+    return [Process("pages", command, environment)] if kit.pages_port else []
 
 
 def site_processes(folder: Path, kit: SiteKit, gate: Path, node: Node) -> list[Process]:

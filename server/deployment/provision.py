@@ -156,6 +156,7 @@ class Federation:
             self._write_certificate(name, role)
         kit = ServerKit(
             federation=settings.name, server=settings.server, port=settings.port, superlink_port=settings.port + 1,
+            pages_port=settings.port + 2,
             largest_message_mib=settings.largest_message_mib, requests_per_second=settings.requests_per_second,
         )  # fmt: skip
         (self.server / KIT).write_text(tomli_w.dumps(kit.model_dump()))

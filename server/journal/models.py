@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from corymb.server.journal.files import sha256
 from corymb.server.journal.journal import BEST, FINISHED, Journal
-from corymb.server.journal.rows import DATABASE
+from corymb.server.journal.tables import DATABASE
 
 log = logging.getLogger("flwr.corymb")
 APP = "app"  # in the notes of a journal: the id of the Flower app

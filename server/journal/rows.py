@@ -10,11 +10,10 @@ from contextlib import closing
 from operator import attrgetter
 from pathlib import Path
 
+from corymb.server.journal.tables import DATABASE, VERSION
 from corymb.server.rounds.record import RoundRecord, Verdict
 from corymb.server.rounds.rejections import Code
 
-DATABASE = "journal.sqlite"
-VERSION = 5  # of the tables
 _BYTES = "; ".join(f"ALTER TABLE verdicts ADD COLUMN bytes_{way} INTEGER NOT NULL DEFAULT 0" for way in ("down", "up"))
 # From each older version that is read.
 MIGRATIONS = {2: f"ALTER TABLE rounds ADD COLUMN state_sha256 TEXT; {_BYTES}", 3: _BYTES, 4: _BYTES}

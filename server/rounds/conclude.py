@@ -15,6 +15,7 @@ from flwr.app import Message
 
 from corymb.protocol.sizes import bytes_of
 from corymb.server.rounds.array_checks import is_bounded
+from corymb.server.rounds.codes import BELOW_QUORUM
 from corymb.server.rounds.door import Door
 from corymb.server.rounds.guard_memory import GuardMemory
 from corymb.server.rounds.policy import OFFENCES, with_share
@@ -27,7 +28,6 @@ from corymb.strategies import Model, Outcome, Reply, Report
 from corymb.strategies.core.allocation import allocating
 from corymb.strategies.core.random_state import seeded_generators
 
-BELOW_QUORUM = "below-quorum"  # a note of a round that was abandoned; its value is the quorum
 NamedReplies = Iterable[tuple[str, Message]]  # replies with the names of their nodes
 Evaluate = Callable[[Model], NamedReplies]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -63,6 +63,7 @@ class EventLog:
             size,
             detail,
             rest,
+            extra={"round": event.round, "site": event.node},
         )
 
     def store(self, event: Event) -> None:
@@ -70,10 +71,10 @@ class EventLog:
         if self._sink is not None:
             self._sink.note_event(event)
 
-    def log(self, text: str, *values: object) -> None:
-        """Write a line to the log."""
+    def log(self, text: str, *values: object, extra: Mapping[str, object] | None = None) -> None:
+        """Write a line to the log; `extra` are fields for structured logs."""
         if self._visible:
-            log.info(text, *values)
+            log.info(text, *values, extra=extra)
 
 
 def some(names: Iterable[str]) -> str:

@@ -21,9 +21,10 @@ from corymb.protocol.grids import SigningGrid
 from corymb.protocol.records import DEADLINE, NONCE
 from corymb.server.rounds.arrivals import arrivals, first, polled
 from corymb.server.rounds.asking import Asking
+from corymb.server.rounds.codes import ADMITTED, SILENT
 from corymb.server.rounds.events import Event, EventLog, some
 from corymb.server.rounds.late import LateReplies
-from corymb.server.rounds.record import ADMITTED, SILENT, Verdict
+from corymb.server.rounds.record import Verdict
 from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.requests import push
 from corymb.server.rounds.roster import is_complete

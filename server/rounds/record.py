@@ -12,14 +12,13 @@ from math import fsum
 
 from flwr.app import MetricRecord
 
+from corymb.server.rounds.codes import ADMITTED, SILENT
 from corymb.server.rounds.rejections import Code, Rejection
 from corymb.strategies import Report
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
 
 log = logging.getLogger("flwr.corymb")
 LIST_ENTRY = re.compile(r"(?P<name>.+)\[\d+\]")  # the name of an entry of a metric that is a list
-ADMITTED = "admitted"
-SILENT = "silent"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from corymb.server.rounds.buffered_loop import BufferedLoop
-from corymb.server.rounds.conclude import BELOW_QUORUM
+from corymb.server.rounds.codes import BELOW_QUORUM
 from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.rejections import Code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from corymb.server.rounds.conclude import BELOW_QUORUM
+from corymb.server.rounds.codes import BELOW_QUORUM
 from corymb.server.rounds.record import RoundRecord
 
 

@@ -13,8 +13,9 @@ from torch.utils.data import TensorDataset
 from corymb.client import make_client_app
 from corymb.protocol.flower import unchecked_messages
 from corymb.protocol.records import ARRAYS, CONFIG, ROUND
+from corymb.server.rounds.codes import ADMITTED
 from corymb.server.rounds.door import Door
-from corymb.server.rounds.record import ADMITTED, Verdict
+from corymb.server.rounds.record import Verdict
 from corymb.simulations.data.population import Population
 from corymb.simulations.experiments.scenario import Scenario
 from corymb.simulations.grid.local_grid import LocalGrid

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from corymb.server.rounds.record import ADMITTED
+from corymb.server.rounds.codes import ADMITTED
 from corymb.simulations.experiments.resolved import Resolved
 from corymb.simulations.results.folder import FinishedRun
 

@@ -22,7 +22,7 @@ from corymb.client.algorithms.memory_files import PLACE
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.shared_state import shared_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
-from corymb.server.rounds.record import ADMITTED
+from corymb.server.rounds.codes import ADMITTED
 from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.round_size import WaitForShare
 from corymb.server.rounds.staleness import Asynchrony

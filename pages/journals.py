@@ -1,0 +1,246 @@
+"""Read a journal that a run may be writing at the same time."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from corymb.server.journal.tables import DATABASE, VERSION
+
+ANSWERS = ("replied", "failed", "late")  # events with which the wait for a site ends
+MAX_CELLS = 200_000  # verdicts that are read at a time
+RECENT = "rowid > (SELECT MAX(rowid) FROM events) - 400000"  # events that say how things are now
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A finished round: its number, its duration, and the metrics of the clients' training, their tests and ours."""
+
+    round: int
+    seconds: float
+    train: dict[str, float]
+    evaluate: dict[str, float]
+    server: dict[str, float]
+    notes: dict[str, float]
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The metrics of the test: the server's own, else the clients'."""
+        return self.server or self.evaluate
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """The verdict on a client's reply in a round."""
+
+    round: int
+    node: str
+    code: str
+    reason: str
+    examples: float
+    weight: float | None
+    metrics: dict[str, float]
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """An event; `id` grows with time."""
+
+    id: int
+    at: float
+    round: int
+    phase: str
+    node: str
+    what: str
+    seconds: float | None
+    size: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What was asked in the phase under way: at the Unix time `at`, and who has not answered."""
+
+    round: int
+    phase: str
+    at: float
+    asked: tuple[str, ...]
+    waiting: tuple[str, ...]
+
+
+@dataclass
+class Totals:
+    """What a run has cost up to round `last`: replies by verdict, and bytes each way."""
+
+    last: int = 0
+    verdicts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+class JournalReader:
+    """Reads the journal in `folder`. Every method may be called at any time, also before the first round.
+
+    Raises `ValueError` if the journal is of another version of Corymb.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._totals = Totals()
+        with self._open() as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise ValueError(f"The journal in {folder} has tables of version {version}; this Corymb reads {VERSION}.")
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        with closing(sqlite3.connect(f"file:{self.folder / DATABASE}?mode=ro", uri=True)) as database:
+            yield database
+
+    def _rows(self, query: str, values: Sequence[object] = ()) -> list[Any]:
+        with self._open() as database:
+            try:
+                return database.execute(query, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if "no such table" in str(error):  # the run has just begun
+                    return []
+                raise
+
+    def about(self) -> dict[str, str]:
+        """Return what is known of the run."""
+        return dict(self._rows("SELECT key, value FROM run"))
+
+    def rounds(self, after: int = 0) -> list[RoundRow]:
+        """Return the finished rounds after round `after`, in order."""
+        query = "SELECT round, seconds, train, evaluate, server, notes FROM rounds WHERE round > ? ORDER BY round"
+        return [
+            RoundRow(number, seconds, *(json.loads(text) for text in texts))
+            for number, seconds, *texts in self._rows(query, (after,))
+        ]
+
+    def last_round(self) -> int:
+        """Return the number of the last finished round; 0 if there is none."""
+        rows = self._rows("SELECT MAX(round) FROM rounds")
+        return rows[0][0] or 0 if rows else 0
+
+    def verdicts(self, first: int, last: int) -> list[VerdictRow]:
+        """Return the verdicts of the rounds from `first` to `last`, by round, then by name; not on nodes offline."""
+        query = (
+            "SELECT round, node, code, reason, examples, weight, metrics, bytes_down, bytes_up FROM verdicts "
+            "WHERE round BETWEEN ? AND ? ORDER BY round, node"
+        )
+        return [
+            VerdictRow(number, node, code, reason, examples, weight, json.loads(metrics), down, up)
+            for number, node, code, reason, examples, weight, metrics, down, up in self._rows(query, (first, last))
+        ]
+
+    def codes(self, first: int, last: int) -> list[tuple[int, str, str]]:
+        """Return round, node and verdict of the rounds from `first` to `last`; "offline" for nodes that were."""
+        found = self._rows("SELECT round, node, code FROM verdicts WHERE round BETWEEN ? AND ?", (first, last))
+        offline = self._rows("SELECT round, reasons FROM offline WHERE round BETWEEN ? AND ?", (first, last))
+        return found + [(number, node, "offline") for number, reasons in offline for node in json.loads(reasons)]
+
+    def window(self, sites: int, last: int) -> int:
+        """Return the first round of a window that ends with round `last` and holds at most `MAX_CELLS` verdicts."""
+        return max(1, last + 1 - max(1, MAX_CELLS // max(1, sites)))
+
+    def cells(self, first: int, last: int) -> list[tuple[int, str, str, float, float | None]]:
+        """Return round, node, verdict, examples and weight of the rounds from `first` to `last`, in order."""
+        query = "SELECT round, node, code, examples, weight FROM verdicts WHERE round BETWEEN ? AND ? ORDER BY round"
+        return self._rows(query, (first, last))
+
+    def reasons(self, first: int, last: int) -> dict[str, tuple[int, str, str]]:
+        """Return for each node the last round in which its reply was not admitted, the verdict and the reason."""
+        query = (
+            "SELECT node, round, code, reason FROM verdicts WHERE round BETWEEN ? AND ? AND code != 'admitted' "
+            "ORDER BY round"
+        )
+        return {node: (number, code, reason) for node, number, code, reason in self._rows(query, (first, last))}
+
+    def evaluations(self, number: int) -> list[tuple[str, str, float, dict[str, float]]]:
+        """Return node, verdict, examples and metrics of the clients' tests in a round."""
+        rows = self._rows(
+            "SELECT node, code, examples, metrics FROM evaluations WHERE round = ? ORDER BY node", (number,)
+        )
+        return [(node, code, examples, json.loads(metrics)) for node, code, examples, metrics in rows]
+
+    def totals(self) -> Totals:
+        """Return what the run has cost so far. Only rounds that are new since the last call are read."""
+        last = self.last_round()
+        if last < self._totals.last:  # the run was resumed from an earlier round
+            self._totals = Totals()
+        rows = self._rows(
+            "SELECT code, COUNT(*), SUM(bytes_down), SUM(bytes_up) FROM verdicts WHERE round > ? AND round <= ? "
+            "GROUP BY code",
+            (self._totals.last, last),
+        )
+        for code, count, down, up in rows:
+            self._totals.verdicts[code] += count
+            self._totals.bytes_down += down
+            self._totals.bytes_up += up
+        self._totals.last = last
+        return self._totals
+
+    def last_event(self) -> tuple[int, float]:
+        """Return the id and the Unix time of the newest event; zeros if there is none."""
+        rows = self._rows("SELECT rowid, at FROM events ORDER BY rowid DESC LIMIT 1")
+        return (int(rows[0][0]), float(rows[0][1])) if rows else (0, 0.0)
+
+    def events(self, after: int = 0, most: int = 100, node: str | None = None) -> list[EventRow]:
+        """Return the newest events with ids above `after`, at most `most`, oldest first; of one `node` if given."""
+        query = "SELECT rowid, * FROM events WHERE rowid > ? "
+        values: list[object] = [after]
+        if node is not None:
+            query += "AND node = ? "
+            values.append(node)
+        return [EventRow(*row) for row in reversed(self._rows(query + "ORDER BY rowid DESC LIMIT ?", [*values, most]))]
+
+    def ask(self) -> Ask | None:
+        """Return what was asked in the phase under way, or None between two phases."""
+        rows = self._rows("SELECT round, phase, at, requests FROM asks ORDER BY at DESC LIMIT 1")
+        if not rows:
+            return None
+        number, phase, at, requests = rows[0]
+        nodes = tuple(json.loads(requests)["nodes"])
+        answered = {
+            node
+            for (node,) in self._rows(
+                f"SELECT DISTINCT node FROM events WHERE {RECENT} AND round = ? AND phase = ? AND at >= ? "
+                f"AND what IN ({', '.join('?' * len(ANSWERS))})",
+                (number, phase, at - 1, *ANSWERS),
+            )
+        }
+        return Ask(number, phase, at, nodes, tuple(node for node in nodes if node not in answered))
+
+    def answers(self, after_round: int) -> dict[str, list[tuple[int, float]]]:
+        """Return for each node the round and the seconds of its answers to training since round `after_round`."""
+        found: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        rows = self._rows(
+            f"SELECT node, round, seconds FROM events WHERE {RECENT} AND round > ? AND phase = 'train' "
+            "AND what = 'replied' AND seconds IS NOT NULL ORDER BY rowid",
+            (after_round,),
+        )
+        for node, number, seconds in rows:
+            found[node].append((number, seconds))
+        return found
+
+    def last_counted_at(self) -> float | None:
+        """Return the Unix time at which the last round with an admitted reply ended, as far as events tell."""
+        rows = self._rows(
+            f"SELECT MAX(at) FROM events WHERE {RECENT} AND what = 'replied' AND round <= ?", (self.last_round(),)
+        )
+        return rows[0][0] if rows else None
+
+
+def journals_under(folder: Path) -> list[Path]:
+    """Return the folders of all journals in `folder` and below, the one written last at the end."""
+    found = sorted(folder.glob(f"**/{DATABASE}"), key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in found]

@@ -1,0 +1,200 @@
+"""The numbers that describe a federation now, read from its server's kit: what metrics, alarms and the page share."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from corymb.pages.journals import JournalReader, journals_under
+from corymb.pages.machine import available_bytes, clock_error, free_bytes, server_processes
+from corymb.protocol.certificates import days_left, read_certificate
+from corymb.server.deployment.federation import ServerKit, read_kit
+from corymb.server.deployment.provision import ROSTER
+from corymb.server.deployment.status import SITES
+from corymb.server.rounds.codes import ADMITTED, BELOW_QUORUM, SILENT
+
+DAY = 86400.0  # seconds
+OVERDUE_FACTOR, OVERDUE_SECONDS = 3.0, 60.0  # an answer is overdue after three median times, at least a minute
+ZOMBIE_ROUNDS = 3  # rounds in a row without an answer of a site that is online
+GRACE = 60.0  # seconds after a deadline, or after a run was started, until it counts as stalled
+
+
+@dataclass(frozen=True)
+class Number:
+    """The value of a metric, with its labels."""
+
+    metric: str
+    value: float
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Runs:
+    """The journals in `folder`, without a federation around them."""
+
+    folder: Path
+    _readers: dict[Path, JournalReader] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the journals."""
+        return self.folder
+
+    def seen(self) -> dict[str, Any]:
+        """Return what is known of the sites and of the runs under way: nothing."""
+        return {"at": "", "sites": {}, "runs": {}}
+
+    def certificates(self) -> dict[str, float]:
+        """Return for how many days certificates are valid: there are none."""
+        return {}
+
+    def numbers(self, now: float) -> list[Number]:
+        """Return the numbers of the newest run."""
+        journal = self.journal()
+        return list(_of_run(journal, set(), now, False)) if journal else []
+
+    def journal(self, name: str = "") -> JournalReader | None:
+        """Return the reader of the journal with this name below `runs`, or of the one written last, or None."""
+        folders = journals_under(self.runs)
+        if name:
+            folders = [folder for folder in folders if str(folder.relative_to(self.runs)) == name]
+        return self.reader(folders[-1]) if folders else None
+
+    def reader(self, folder: Path) -> JournalReader:
+        """Return the reader of the journal in `folder`, the same one in every call."""
+        if folder not in self._readers:
+            self._readers[folder] = JournalReader(folder)
+        return self._readers[folder]
+
+
+@dataclass
+class Federation(Runs):
+    """The federation whose server's kit lies in `folder`; `parent` is the process id of `corymb serve`."""
+
+    parent: int = field(default_factory=os.getppid)
+
+    @property
+    def kit(self) -> ServerKit:
+        """The settings of the kit."""
+        kit = read_kit(self.folder)
+        if not isinstance(kit, ServerKit):
+            raise ValueError(f"{self.folder} is the kit of a site; give that of a server.")
+        return kit
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the journals."""
+        return self.folder / "var" / "corymb" / "runs"
+
+    def seen(self) -> dict[str, Any]:
+        """Return what the monitor saw last; without sites and runs if it has seen nothing yet."""
+        with suppress(OSError, ValueError):
+            seen: dict[str, Any] = json.loads((self.folder / "var" / SITES).read_text())
+            return seen
+        return {"at": "", "sites": {}, "runs": {}}
+
+    def numbers(self, now: float) -> list[Number]:
+        """See `numbers`."""
+        return numbers(self, now)
+
+    def certificates(self) -> dict[str, float]:
+        """Return for how many days the certificate of each site is valid, and that of the server, under ""."""
+        found = {path.stem: days_left(read_certificate(path)) for path in (self.folder / ROSTER).glob("*.crt")}
+        return found | {"": days_left(read_certificate(self.folder / "server.crt"))}
+
+
+def age(text: str, now: float) -> float:
+    """Return how many seconds ago the ISO time `text` was; infinity for none."""
+    return now - datetime.fromisoformat(text).timestamp() if text else float("inf")
+
+
+def numbers(federation: Federation, now: float | None = None) -> list[Number]:
+    """Return all numbers at the Unix time `now` (default: the machine's)."""
+    now = time.time() if now is None else now
+    seen = federation.seen()
+    found = list(_machine(federation))
+    found += [Number("corymb_monitor_age_seconds", min(age(seen["at"], now), 1e9))]
+    for name, days in federation.certificates().items():
+        metric = "corymb_site_certificate_seconds" if name else "corymb_server_certificate_seconds"
+        found.append(Number(metric, DAY * days, (("site", name),) if name else ()))
+    online = {name for name, site in seen["sites"].items() if site["online"]}
+    found.append(Number("corymb_sites_online", len(online)))
+    found.append(Number("corymb_sites_enrolled", len(federation.certificates()) - 1))
+    found += [Number("corymb_site_online", float(name in online), (("site", name),)) for name in seen["sites"]]
+    journal = federation.journal()
+    is_running = any(not state.startswith("finished") for state in seen["runs"].values())
+    found.append(Number("corymb_run_active", float(is_running)))
+    if journal is not None:
+        found += _of_run(journal, online, now, is_running)
+    elif is_running:  # the run has not yet begun to write its journal
+        started = age(seen.get("runs_since", ""), now)
+        found.append(Number("corymb_stalled", float(started > GRACE)))
+    return found
+
+
+def _machine(federation: Federation) -> Iterator[Number]:
+    yield Number("corymb_disk_free_bytes", free_bytes(federation.folder))
+    yield Number("corymb_memory_available_bytes", available_bytes())
+    error = clock_error()
+    yield Number("corymb_clock_synchronised", float(error is not None))
+    yield Number("corymb_clock_error_seconds", error or 0.0)
+    for name, (is_running, size) in server_processes(federation.parent).items():
+        if name == "edge" and not federation.kit.edge:
+            continue
+        yield Number("corymb_process_up", float(is_running), (("process", name),))
+        yield Number("corymb_process_memory_bytes", size, (("process", name),))
+
+
+def _of_run(journal: JournalReader, online: set[str], now: float, is_running: bool) -> Iterator[Number]:
+    about, totals, last = journal.about(), journal.totals(), journal.last_round()
+    planned, quorum = int(about.get("rounds", 0)), int(about.get("quorum", 0))
+    yield Number("corymb_round", last)
+    yield Number("corymb_rounds_left", max(0, planned - last))
+    yield Number("corymb_quorum", quorum)
+    yield Number("corymb_sites_missing", max(0, quorum - len(online)) if is_running else 0)
+    for code, count in sorted(totals.verdicts.items()):
+        yield Number("corymb_replies_total", count, (("verdict", code),))
+    for way, size in (("down", totals.bytes_down), ("up", totals.bytes_up)):
+        yield Number("corymb_bytes_total", size, (("direction", way),))
+    rounds = journal.rounds(last - 1) if last else []
+    yield Number("corymb_round_seconds", rounds[-1].seconds if rounds else 0.0)
+    yield Number("corymb_round_abandoned", float(bool(rounds) and BELOW_QUORUM in rounds[-1].notes))
+    for name, value in sorted(rounds[-1].measured.items()) if rounds else ():
+        yield Number("corymb_score", value, (("metric", name),))
+    codes = journal.codes(max(1, last + 1 - ZOMBIE_ROUNDS), last)
+    bad = {node for number, node, code in codes if number == last and code not in (ADMITTED, SILENT, "offline")}
+    yield Number("corymb_replies_rejected", len(bad))
+    yield Number("corymb_zombies", len(zombies(codes, online)))
+    ask = journal.ask() if is_running else None
+    yield Number("corymb_replies_overdue", len(ask.waiting) if ask and now - ask.at > patience(journal) else 0)
+    counted = journal.last_counted_at()
+    yield Number("corymb_seconds_since_counted_round", max(0.0, now - counted) if counted else 0.0)
+    yield Number("corymb_stalled", float(is_running and is_stalled(journal, now)))
+
+
+def zombies(codes: list[tuple[int, str, str]], online: set[str]) -> list[str]:
+    """Return the sites that are online, and were asked and silent in each of the last rounds of `codes`."""
+    silent = [node for _, node, code in codes if code == SILENT]
+    return sorted(node for node in online if silent.count(node) >= ZOMBIE_ROUNDS)
+
+
+def patience(journal: JournalReader) -> float:
+    """Return after how many seconds an answer is overdue: three median times of recent answers, at least a minute."""
+    seconds = [value for answers in journal.answers(journal.last_round() - 10).values() for _, value in answers]
+    return max(OVERDUE_SECONDS, OVERDUE_FACTOR * median(seconds)) if seconds else OVERDUE_SECONDS
+
+
+def is_stalled(journal: JournalReader, now: float) -> bool:
+    """Return whether nothing has happened for longer than the deadline of a phase allows."""
+    deadline = float(journal.about().get("deadline", 0))
+    _, at = journal.last_event()
+    at = max(at, (journal.folder / "journal.sqlite").stat().st_mtime)
+    return now - at > deadline + GRACE

@@ -1,0 +1,127 @@
+"""The data of the researcher's page: the runs of finished experiments, as one JSON value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from corymb.pages.operator import CODES
+from corymb.protocol.run_config import flatten
+from corymb.server import RoundRecord
+from corymb.simulations.experiments.experiment import Experiment
+from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.results.client_results import client_results
+from corymb.simulations.results.folder import CONFIG, FinishedRun, finished_runs
+from corymb.simulations.results.score import NEW_CLIENT, VIRTUAL
+from corymb.simulations.results.summary import summary_rows, table
+
+MAX_CLIENTS = 400  # in rasters and heat maps
+DIGITS = 5  # of numbers in the page
+
+
+def experiments_under(folder: Path) -> list[Path]:
+    """Return the folders of all experiments in `folder` and below, by name."""
+    return sorted(path.parent for path in folder.glob(f"**/{CONFIG}") if (path.parent / "summary.json").exists())
+
+
+def payload(folders: Sequence[Path]) -> dict[str, Any]:
+    """Return all that the page shows of the finished experiments in `folders`.
+
+    Raises `ValueError` for a folder without a finished experiment.
+    """
+    found = [finished_runs(folder) for folder in folders]
+    configs = [
+        flatten(experiment.model_dump(mode="json", exclude_none=True, exclude={"rules", "claims", "seeds"}))
+        for experiment, _ in found
+    ]
+    keys = {key for config in configs for key in config}
+    differing = sorted(key for key in keys if len({str(config.get(key)) for config in configs}) > 1)
+    return {
+        "experiments": [
+            _experiment(experiment, runs, {key: str(config.get(key, "")) for key in differing})
+            for (experiment, runs), config in zip(found, configs, strict=True)
+        ],
+        "differing": differing,
+    }
+
+
+def _experiment(experiment: Experiment, runs: list[FinishedRun], config: dict[str, str]) -> dict[str, Any]:
+    score, rows = runs[0].score, summary_rows(runs)
+    clients = [
+        {"rule": each.rule, "values": {name: _round(value) for name, value in each.by_client.items()}}
+        for each in client_results(runs)
+    ]
+    return {
+        "name": experiment.name,
+        "setting": experiment.setting,
+        "score": score.key,
+        "lower": score.lower_is_better,
+        "percent": score.is_percent,
+        "config": config,
+        "summary": {kind: table(rows, kind) for kind in ("markdown", "latex", "csv")},
+        "rows": [{key: _shown(value) for key, value in row.items()} for row in rows],
+        "clients": clients,
+        "labels": _labels(experiment),
+        "runs": [_run(run, detailed=run.seed == runs[0].seed) for run in runs],
+    }
+
+
+def _run(run: FinishedRun, detailed: bool) -> dict[str, Any]:
+    """Return a run: the curves of its metrics, and if `detailed` each client's verdicts and weights."""
+    up_to_now, megabytes = 0.0, []
+    for record in run.records:
+        up_to_now += (record.bytes_up + record.bytes_down) / 1e6
+        megabytes.append(_round(up_to_now))
+    virtual = [record.notes.get(VIRTUAL) for record in run.records]
+    names = sorted({name for record in run.records for name in record.server})
+    found: dict[str, Any] = {
+        "rule": run.rule,
+        "seed": run.seed,
+        "rounds": [record.round for record in run.records],
+        "megabytes": megabytes,
+        "virtual": [_round(value) for value in virtual if value is not None] if None not in virtual else [],
+        "metrics": {
+            **{name: [_optional(record.server, name) for record in run.records] for name in names},
+            "train loss": [_optional(record.train, "loss") for record in run.records],
+        },
+    }
+    return {**found, **_per_client(run.records)} if detailed else found
+
+
+def _per_client(records: Sequence[RoundRecord]) -> dict[str, Any]:
+    """Return the clients, a character for each client and round, and the weights as [round, client, share of most]."""
+    clients = sorted({verdict.node for record in records for verdict in record.verdicts})[:MAX_CLIENTS]
+    places = {name: place for place, name in enumerate(clients)}
+    lines = [[" "] * len(records) for _ in clients]
+    weights: list[tuple[int, int, float]] = []
+    for index, record in enumerate(records):
+        most = max((verdict.weight or 0.0 for verdict in record.verdicts), default=0.0)
+        for verdict in record.verdicts:
+            if verdict.node in places:
+                lines[places[verdict.node]][index] = CODES.get(verdict.code, "x")
+                if verdict.weight and most:
+                    weights.append((index, places[verdict.node], _round(verdict.weight / most)))
+    return {"clients": clients, "raster": ["".join(line) for line in lines], "weights": weights}
+
+
+def _labels(experiment: Experiment) -> dict[str, Any]:
+    """Return the label distribution of the first seed's clients; empty if the data are no longer there."""
+    try:
+        scenario = resolve(experiment).first
+    except (ValueError, OSError, ImportError):
+        return {}
+    counts = scenario.labels * scenario.population.sizes[:, None]
+    return {"clients": scenario.names[:MAX_CLIENTS], "counts": counts[:MAX_CLIENTS].round().astype(int).tolist()}
+
+
+def _optional(metrics: Any, name: str) -> float | None:
+    return _round(metrics[name]) if name in metrics and name != NEW_CLIENT else None
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
