@@ -216,8 +216,9 @@ def _cards(journal: JournalReader, rounds: list[RoundRow], sites: Sites, ask: As
         cards.append({"title": "answered now", "value": f"{len(ask.asked) - len(ask.waiting)} of {len(ask.asked)}"})
     if rounds:
         cards.append({"title": "median round", "value": f"{median(row.seconds for row in rounds[-50:]):.1f} s"})
-    cards.append({"title": "to the sites", "value": _size(totals.bytes_down)})
-    cards.append({"title": "from the sites", "value": _size(totals.bytes_up)})
+    until = f", up to round {totals.last}" if rounds and totals.last < rounds[-1].round else ""
+    cards.append({"title": f"to the sites{until}", "value": _size(totals.bytes_down)})
+    cards.append({"title": f"from the sites{until}", "value": _size(totals.bytes_up)})
     return cards
 
 

@@ -1,0 +1,97 @@
+"""What the operator's page says, from journals that the round loop has written."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from corymb.pages import journals
+from corymb.pages.app import _changes, make_app
+from corymb.pages.journals import Ask, JournalReader, RoundRow
+from corymb.pages.numbers import Federation, Runs
+from corymb.pages.operator import Operator, sentence
+from corymb.server.journal import Journal
+from corymb.server.rounds.events import Event
+from corymb.tests.pages.world import federation, publish
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    return federation(tmp_path_factory.mktemp("finished"), wrong="south")
+
+
+def test_the_sentence() -> None:
+    about = {"rounds": "50", "deadline": "300"}
+    rounds = [RoundRow(11, 1.0, {}, {}, {}, {})]
+    ask = Ask(12, "train", 1000.0, tuple("abcdefghijklmn"), tuple("abc"))
+    said = sentence(about, rounds, ask, True, 1180.0)
+    assert said == "Round 12 of 50, training: waiting for 3 of 14 sites, deadline in 2 min."
+    assert "deadline over" in sentence(about, rounds, ask, True, 1400.0)
+    assert sentence(about, rounds, None, True, 0) == "Round 11 is finished, of 50."
+    assert sentence({**about, "finished": "yes"}, rounds, ask, False, 0) == "Finished after round 11 of 50."
+    assert sentence({}, [], None, False, 0) == "Ended after round 0."
+
+
+def test_the_table_of_sites(finished: Federation) -> None:
+    publish(finished.folder, online=("north", "south"), runs={"1": "finished:completed"})
+    rows = {row["name"]: row for row in Operator(finished).sites()["rows"]}
+    assert [row["state"] for row in rows.values()] == ["0 problem", "1 offline", "3 online"]
+    assert rows["north"]["raster"] == "+++"
+    assert rows["south"]["raster"] == "xxx"
+    assert rows["north"]["share"] == pytest.approx(0.5)
+    assert rows["south"]["error"].startswith("Round 3: south: tensor 'w' has NaN")
+    assert list(rows) == ["south", "west", "north"]
+    assert [row["name"] for row in Operator(finished).sites(order="name", offset=1, limit=1)["rows"]] == ["south"]
+    with pytest.raises(ValueError, match="The order 'colour' is unknown"):
+        Operator(finished).sites(order="colour")
+    history = Operator(finished).site("south")
+    assert [verdict["code"] for verdict in history["verdicts"]] == ["not-finite"] * 3
+
+
+def test_totals_read_a_bounded_number_of_verdicts(finished: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = JournalReader(finished.runs / "run-1")
+    monkeypatch.setattr(journals, "MAX_CELLS", 1)
+    assert [reader.totals().last for _ in range(4)] == [1, 2, 3, 3]
+    assert reader.totals().verdicts == {"admitted": 6, "not-finite": 3}
+
+
+def test_requests_for_other_hosts_and_wrong_ones_are_refused(finished: Federation) -> None:
+    transport = httpx.ASGITransport(make_app(finished))
+
+    async def ask(method: str, path: str, host: str = "127.0.0.1") -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return await client.request(method, path)
+
+    def answer(*request: str) -> httpx.Response:
+        return asyncio.run(ask(*request))
+
+    assert answer("GET", "/api/view").json()["sentence"] == "Finished after round 3 of 3."
+    assert answer("GET", "/api/sites?order=colour").status_code == 400
+    assert answer("GET", "/api/view", "evil.example").status_code == 400
+    assert answer("GET", "/api/view?run=../../etc").json()["run"] == ""
+    assert answer("GET", "/ready").status_code == 503  # no server runs in this test
+    assert answer("POST", "/api/view").status_code == 405
+
+
+def test_a_page_that_was_away_gets_what_it_has_missed(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    journal = Journal(folder)
+    asks = journal.asks
+    assert asks is not None
+    for number in range(1, 6):
+        asks.note_event(Event(number, "train", f"site-{number}", "replied", 1.0))
+
+    async def first(after: int | None) -> dict[str, str]:
+        stream = _changes(Runs(tmp_path), "", after)
+        text = await anext(stream)
+        return dict(line.split(": ", 1) for line in text.strip().splitlines())
+
+    begun, again = asyncio.run(first(None)), asyncio.run(first(3))
+    journal.close()
+    assert (begun["id"], json.loads(begun["data"])["events"]) == ("5", [])
+    assert again["id"] == "5"
+    assert [event["node"] for event in json.loads(again["data"])["events"]] == ["site-4", "site-5"]
