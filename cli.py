@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from corymb.cli_deployment import join, provision, serve
-from corymb.cli_federation import backup, doctor, restore, run, status
+from corymb.cli_federation import backup, doctor, order, restore, run, status
 from corymb.cli_operators import alerts, app_hash, dashboard, model, supervisor
 from corymb.cli_research import Jobs, export, figures, report, results, summary_table, sweep
 from corymb.cli_site import approve, audit, gate, site_page
@@ -168,6 +168,7 @@ for command in (
     join,
     run,
     status,
+    order,
     doctor,
     backup,
     restore,

@@ -198,3 +198,36 @@ def restore(
 
     flower = unpack(archive, folder)
     console.print(f"Restored {folder}, made with Flower {flower}; here is Flower {version('flwr')}.")
+
+
+def order(
+    folder: Folder,
+    action: Annotated[str, typer.Argument(help="pause, resume, stop, exclude or include.")],
+    site: Annotated[str, typer.Argument(help="The site, for exclude and include.")] = "",
+) -> None:
+    """Pause or stop the newest run of a federation, or exclude a site from its rounds.
+
+    \b
+    corymb order hearts/server pause
+    corymb order hearts/server exclude north
+
+    It takes effect before the next round; stop ends the run after the
+    present one. Who ordered what, and when, is kept in orders.jsonl in
+    the run's journal.
+    """
+    from getpass import getuser
+    from os import environ
+
+    from corymb.pages.numbers import Federation
+    from corymb.server.deployment.provision import ROSTER
+    from corymb.server.rounds.orders import add_order
+
+    federation = Federation(folder.resolve())
+    journal = federation.journal()
+    if journal is None or "finished" in journal.about():
+        raise ValueError(f"No run of {federation.kit.federation} is under way with a journal.")
+    names = sorted(path.stem for path in (federation.folder / ROSTER).glob("*.crt"))
+    if site and site not in names:
+        raise ValueError(f"There is no site {site!r}; the roster has {', '.join(names)}.")
+    add_order(journal.folder, action, environ.get("SUDO_USER") or getuser(), site)
+    console.print(f"Ordered: {action} {site}".rstrip() + f", for {journal.folder.name}.", markup=False, soft_wrap=True)

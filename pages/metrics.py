@@ -23,6 +23,7 @@ METRICS = {
     "corymb_site_online": "Whether the SuperLink sees a site online.",
     "corymb_sites_missing": "Sites that a run under way lacks for its quorum.",
     "corymb_run_active": "Whether a run is under way.",
+    "corymb_run_paused": "Whether an operator has paused the run under way.",
     "corymb_stalled": "Whether a run is under way and nothing happens any more.",
     "corymb_round": "The last finished round of the newest run.",
     "corymb_rounds_left": "Rounds of the newest run that are still to come.",

@@ -20,10 +20,12 @@ from corymb.server.deployment.federation import ServerKit, read_kit
 from corymb.server.deployment.provision import ROSTER
 from corymb.server.deployment.status import SITES
 from corymb.server.rounds.codes import ADMITTED, BELOW_QUORUM, SILENT
+from corymb.server.rounds.orders import read_orders
 
 DAY = 86400.0  # seconds
 OVERDUE_FACTOR, OVERDUE_SECONDS = 3.0, 60.0  # an answer is overdue after three median times, at least a minute
 ZOMBIE_ROUNDS = 3  # rounds in a row without an answer of a site that is online
+NOT_BEGUN = ("pending", "starting")  # Flower's words for a run whose ServerApp does not yet run
 GRACE = 60.0  # seconds after a deadline, or after a run was started, until it counts as stalled
 
 
@@ -129,14 +131,17 @@ def numbers(federation: Federation, now: float | None = None) -> list[Number]:
     found.append(Number("corymb_sites_online", len(online)))
     found.append(Number("corymb_sites_enrolled", len(federation.certificates()) - 1))
     found += [Number("corymb_site_online", float(name in online), (("site", name),)) for name in seen["sites"]]
+    active = {run_id: state for run_id, state in seen["runs"].items() if not state.startswith("finished")}
+    found.append(Number("corymb_run_active", float(bool(active))))
     journal = federation.journal()
-    is_running = any(not state.startswith("finished") for state in seen["runs"].values())
-    found.append(Number("corymb_run_active", float(is_running)))
+    is_stalled = any(state.startswith(NOT_BEGUN) for state in active.values()) and age(seen["runs_since"], now) > GRACE
     if journal is not None:
+        is_running = journal.about().get("flower-run", "") in active  # an app of others may keep no journal
         found += _of_run(journal, online, now, is_running)
-    elif is_running:  # the run has not yet begun to write its journal
-        started = age(seen.get("runs_since", ""), now)
-        found.append(Number("corymb_stalled", float(started > GRACE)))
+        is_paused = bool(read_orders(journal.folder).paused_by)
+        found.append(Number("corymb_run_paused", float(is_running and is_paused)))
+        is_stalled |= is_running and not is_paused and is_silent(journal, now)
+    found.append(Number("corymb_stalled", float(is_stalled)))
     return found
 
 
@@ -177,7 +182,6 @@ def _of_run(journal: JournalReader, online: set[str], now: float, is_running: bo
     yield Number("corymb_replies_overdue", len(ask.waiting) if ask and now - ask.at > patience(journal) else 0)
     counted = journal.last_counted_at()
     yield Number("corymb_seconds_since_counted_round", max(0.0, now - counted) if counted else 0.0)
-    yield Number("corymb_stalled", float(is_running and is_stalled(journal, now)))
 
 
 def zombies(codes: list[tuple[int, str, str]], online: set[str]) -> list[str]:
@@ -192,7 +196,7 @@ def patience(journal: JournalReader) -> float:
     return max(OVERDUE_SECONDS, OVERDUE_FACTOR * median(seconds)) if seconds else OVERDUE_SECONDS
 
 
-def is_stalled(journal: JournalReader, now: float) -> bool:
+def is_silent(journal: JournalReader, now: float) -> bool:
     """Return whether nothing has happened for longer than the deadline of a phase allows."""
     deadline = float(journal.about().get("deadline", 0))
     _, at = journal.last_event()

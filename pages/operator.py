@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,7 @@ from corymb.pages.journals import Ask, JournalReader, RoundRow
 from corymb.pages.metrics import ringing
 from corymb.pages.numbers import Runs, patience, zombies
 from corymb.server.rounds.codes import ADMITTED
+from corymb.server.rounds.orders import Orders, read_orders
 
 RASTER_ROUNDS = 120  # at most
 CURVE_POINTS = 500  # at most
@@ -62,11 +64,12 @@ class Operator:
         rounds = journal.rounds()
         is_active = self._is_active(journal, seen)
         ask = ask if is_active else None
+        orders = read_orders(journal.folder)
         sites = self._of(journal, last)
         return found | {
             "run": str(journal.folder.relative_to(self.source.runs)),
             "round": last,
-            "sentence": sentence(about, rounds, ask, is_active, now),
+            "sentence": sentence(about, rounds, ask, is_active, now, orders),
             "is_active": is_active,
             "cards": _cards(journal, rounds, sites, ask),
             "curve": _curve(rounds),
@@ -111,6 +114,7 @@ class Operator:
         names = sorted({*seen["sites"], *sites.raster, *(name for name in certificates if name)})
         online = {name for name in seen["sites"] if seen["sites"][name]["online"]}
         dead = set(zombies(journal.codes(max(1, sites.last - 2), sites.last), online)) if journal else set()
+        excluded = read_orders(journal.folder).excluded if journal else frozenset()
         rows = []
         for name in names:
             state = seen["sites"].get(name)
@@ -119,8 +123,7 @@ class Operator:
             has_problem = name in late or name in dead or (reason is not None and reason[0] == sites.last)
             rows.append({
                 "name": name,
-                "state": "0 problem" if has_problem else "1 offline" if state and not state["online"] else
-                         "2 working" if name in waiting else "3 online" if state else "4 unknown",
+                "state": _state_of(state, has_problem, name in excluded, name in waiting),
                 "since": state["since"] if state else "",
                 "spark": [round(value, 2) for value in seconds],
                 "seconds": median(seconds) if seconds else 0.0,
@@ -148,6 +151,17 @@ class Operator:
         return not state.startswith("finished")
 
 
+def _state_of(state: Any, has_problem: bool, is_excluded: bool, is_waiting: bool) -> str:
+    """Return the state of a site in words, after a number by which the table is ordered."""
+    if has_problem:
+        return "0 problem"
+    if is_excluded:
+        return "1 excluded"
+    if state is None:
+        return "4 unknown"
+    return "1 offline" if not state["online"] else "2 working" if is_waiting else "3 online"
+
+
 CODES = {ADMITTED: "+", "silent": "s", "offline": "-"}  # a reply that was rejected is "x", nothing asked is " "
 
 
@@ -173,15 +187,20 @@ def _sites_of(journal: JournalReader, last: int) -> Sites:
     return Sites(first, last, raster, examples, shares, journal.reasons(first, last), counted)
 
 
-def sentence(about: dict[str, str], rounds: list[RoundRow], ask: Ask | None, is_active: bool, now: float) -> str:
+def sentence(
+    about: dict[str, str], rounds: list[RoundRow], ask: Ask | None, is_active: bool, now: float, orders: Orders
+) -> str:
     """Return in one sentence what happens now, such as "Round 12 of 50, waiting for 3 of 14 sites"."""
     planned = about.get("rounds", "")
     of = f" of {planned}" if planned not in ("", "0") else ""
     last = rounds[-1].round if rounds else 0
     if about.get("finished"):
-        return f"Finished after round {last}{of}."
+        by = f", stopped by {orders.stopped_by}" if orders.stopped_by else ""
+        return f"Finished after round {last}{of}{by}."
     if not is_active:
         return f"Ended after round {last}{of}."
+    if ask is None and orders.paused_by:
+        return f"Paused by {orders.paused_by} after round {last}{of}."
     if ask is None:
         return f"Round {last} is finished{of and f', {of.strip()}'}."
     what = "training" if ask.phase == "train" else "evaluating"
@@ -237,6 +256,6 @@ def _score_name(rounds: list[RoundRow]) -> str:
 
 def _curve(rounds: list[RoundRow]) -> list[tuple[int, float]]:
     name = _score_name(rounds)
-    points = [(row.round, row.measured[name]) for row in rounds if name in row.measured]
+    points = [(row.round, row.measured[name]) for row in rounds if isfinite(row.measured.get(name, nan))]
     step = -(-len(points) // CURVE_POINTS) or 1
     return [point for index, point in enumerate(points) if index % step == 0 or index == len(points) - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from corymb.pages.operator import CODES
 from corymb.protocol.run_config import flatten
 from corymb.server import RoundRecord
 from corymb.simulations.experiments.experiment import Experiment
-from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.experiments.scenario import scenario_of
 from corymb.simulations.results.client_results import client_results
 from corymb.simulations.results.folder import CONFIG, FinishedRun, finished_runs
 from corymb.simulations.results.score import NEW_CLIENT, VIRTUAL
@@ -49,7 +50,10 @@ def payload(folders: Sequence[Path]) -> dict[str, Any]:
 def _experiment(experiment: Experiment, runs: list[FinishedRun], config: dict[str, str]) -> dict[str, Any]:
     score, rows = runs[0].score, summary_rows(runs)
     clients = [
-        {"rule": each.rule, "values": {name: _round(value) for name, value in each.by_client.items()}}
+        {
+            "rule": each.rule,
+            "values": {name: _round(value) for name, value in each.by_client.items() if isfinite(value)},
+        }
         for each in client_results(runs)
     ]
     return {
@@ -108,7 +112,7 @@ def _per_client(records: Sequence[RoundRecord]) -> dict[str, Any]:
 def _labels(experiment: Experiment) -> dict[str, Any]:
     """Return the label distribution of the first seed's clients; empty if the data are no longer there."""
     try:
-        scenario = resolve(experiment).first
+        scenario = scenario_of(experiment, experiment.data.load(experiment.task.kind), experiment.seeds[0])
     except (ValueError, OSError, ImportError):
         return {}
     counts = scenario.labels * scenario.population.sizes[:, None]
@@ -116,7 +120,8 @@ def _labels(experiment: Experiment) -> dict[str, Any]:
 
 
 def _optional(metrics: Any, name: str) -> float | None:
-    return _round(metrics[name]) if name in metrics and name != NEW_CLIENT else None
+    is_known = name in metrics and name != NEW_CLIENT and isfinite(metrics[name])  # JSON has no NaN
+    return _round(metrics[name]) if is_known else None
 
 
 def _round(value: float) -> float:

@@ -149,7 +149,7 @@ class FlowerStrategy(RoundLoop):
         """Return a training message for each sampled node. Neither `arrays` nor `config` is changed."""
         self.set_model(arrays)
         self._grid = grid
-        out = self.state.guard.quarantined(server_round)
+        out = {*self.state.guard.quarantined(server_round), *self.orders.excluded}
         connected, chosen = self.sampling.for_training(grid, server_round, out, self.busy, self.connected_before)
         self.connected_before = len(connected)
         second = self.rule.second_vector(self.state.model.parameters, self.state.memory)
@@ -183,7 +183,7 @@ class FlowerStrategy(RoundLoop):
     ) -> list[Message]:
         """Return an evaluation message for each sampled node."""
         self.set_model(arrays)
-        out = self.state.guard.quarantined(server_round)
+        out = {*self.state.guard.quarantined(server_round), *self.orders.excluded}
         connected, chosen = self.sampling.for_evaluation(grid, server_round, out, self.busy)
         return self._phase.begin(
             MessageType.EVALUATE, server_round, config, connected, chosen, self._model_for, self.record_of

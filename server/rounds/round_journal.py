@@ -6,6 +6,7 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from flwr.app import Message
@@ -44,6 +45,9 @@ class AskJournal(Protocol):
 
 class RoundJournal(Protocol):
     """The methods of `Journal` that the round loop uses."""
+
+    folder: Path
+    """The folder of the journal, in which the orders of operators are looked for."""
 
     @property
     def asks(self) -> AskJournal | None:

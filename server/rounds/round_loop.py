@@ -14,7 +14,9 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from corymb.server.rounds.buffered_loop import BufferedLoop
 from corymb.server.rounds.codes import BELOW_QUORUM
+from corymb.server.rounds.events import Event
 from corymb.server.rounds.exchange import Exchange
+from corymb.server.rounds.orders import Orders, read_orders
 from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.round import Requests
@@ -26,6 +28,7 @@ from corymb.server.rounds.state import Method, RunState
 from corymb.strategies import Model
 
 log = logging.getLogger("flwr.corymb")  # a child of Flower's logger, so that Flower's handlers show its lines
+PAUSE_POLL = 1.0  # seconds between two looks at the orders while a run is paused
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds after a round that was abandoned
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
@@ -46,6 +49,7 @@ class RoundLoop(Strategy):
     resume: bool
     busy: frozenset[str]  # the nodes that are not to be asked in the next phase
     connected_before: int | None  # the number of nodes that were connected in the round before; None in the first
+    orders: Orders = Orders()  # of operators, as they were before the present round
     max_abandoned: int
     on_round: Callable[[RoundRecord], None] | None
     timeout: float | None
@@ -114,6 +118,10 @@ class RoundLoop(Strategy):
         exchange = Exchange(grid, timeout, self.journal.asks if self.journal is not None else None)
         started, abandoned = time.monotonic(), 0
         for number in range(self.state.round + 1, num_rounds + 1):
+            started += self._await_orders(number)
+            if self.orders.stopped_by:
+                log.info("%s has stopped the run after round %d.", self.orders.stopped_by, number - 1)
+                break
             self.record = RoundRecord(number)
             self.busy = exchange.busy(number)
             config = exchange.begin(number, "train", train_config)
@@ -143,6 +151,21 @@ class RoundLoop(Strategy):
         if self.state.cost.messages and not self.state.cost.admitted:
             raise NoReplyAdmitted(num_rounds, self.record)
         return result
+
+    def _await_orders(self, number: int) -> float:
+        """Read the orders of operators before round `number`, and wait while the run is paused. Returns the seconds."""
+        if self.journal is None or self.journal.asks is None:
+            return 0.0
+        began = time.monotonic()
+        while True:
+            known, self.orders = len(self.orders.all), read_orders(self.journal.folder)
+            for order in self.orders.all[known:]:
+                log.info("[ROUND %d] %s orders: %s %s", number, order.by, order.action, order.site)
+                event = Event(number, "order", order.site, order.action, detail=f"by {order.by}", at=order.at)
+                self.journal.asks.note_event(event)
+            if not self.orders.paused_by or self.orders.stopped_by:
+                return time.monotonic() - began
+            time.sleep(PAUSE_POLL)
 
     def _train(self, exchange: Exchange, number: int, messages: list[Message], result: Result) -> MetricRecord | None:
         """Send `messages`, aggregate the replies, and put the new model into `result`."""

@@ -16,6 +16,7 @@ from corymb.pages.numbers import Federation, Runs
 from corymb.pages.operator import Operator, sentence
 from corymb.server.journal import Journal
 from corymb.server.rounds.events import Event
+from corymb.server.rounds.orders import Orders
 from corymb.tests.pages.world import federation, publish
 
 
@@ -28,12 +29,12 @@ def test_the_sentence() -> None:
     about = {"rounds": "50", "deadline": "300"}
     rounds = [RoundRow(11, 1.0, {}, {}, {}, {})]
     ask = Ask(12, "train", 1000.0, tuple("abcdefghijklmn"), tuple("abc"))
-    said = sentence(about, rounds, ask, True, 1180.0)
+    said = sentence(about, rounds, ask, True, 1180.0, Orders())
     assert said == "Round 12 of 50, training: waiting for 3 of 14 sites, deadline in 2 min."
-    assert "deadline over" in sentence(about, rounds, ask, True, 1400.0)
-    assert sentence(about, rounds, None, True, 0) == "Round 11 is finished, of 50."
-    assert sentence({**about, "finished": "yes"}, rounds, ask, False, 0) == "Finished after round 11 of 50."
-    assert sentence({}, [], None, False, 0) == "Ended after round 0."
+    assert "deadline over" in sentence(about, rounds, ask, True, 1400.0, Orders())
+    assert sentence(about, rounds, None, True, 0, Orders()) == "Round 11 is finished, of 50."
+    assert sentence({**about, "finished": "yes"}, rounds, ask, False, 0, Orders()) == "Finished after round 11 of 50."
+    assert sentence({}, [], None, False, 0, Orders()) == "Ended after round 0."
 
 
 def test_the_table_of_sites(finished: Federation) -> None:

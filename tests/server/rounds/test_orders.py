@@ -1,0 +1,77 @@
+"""Orders of operators to a run under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from corymb.pages.journals import JournalReader
+from corymb.pages.numbers import Runs
+from corymb.pages.operator import Operator
+from corymb.server.rounds.orders import add_order, read_orders
+from corymb.tests.pages.world import run_rounds
+
+
+def test_orders_are_read_in_their_order(tmp_path: Path) -> None:
+    assert read_orders(tmp_path).all == ()
+    for action, site in (("pause", ""), ("exclude", "north"), ("exclude", "south"), ("include", "north")):
+        add_order(tmp_path, action, "ada", site)
+    orders = read_orders(tmp_path)
+    assert (orders.paused_by, orders.stopped_by, set(orders.excluded)) == ("ada", "", {"south"})
+    add_order(tmp_path, "resume", "ben")
+    add_order(tmp_path, "stop", "ben")
+    with (tmp_path / "orders.jsonl").open("a") as file:
+        file.write('{"action": "pau')  # cut off
+    orders = read_orders(tmp_path)
+    assert (orders.paused_by, orders.stopped_by, len(orders.all)) == ("", "ben", 6)
+
+
+@pytest.mark.parametrize(("action", "site", "problem"), [
+    ("halt", "", "The action 'halt' is unknown; use one of pause, resume"),
+    ("exclude", "", "exclude needs the name of a site"),
+    ("pause", "north", "pause takes no site"),
+])  # fmt: skip
+def test_wrong_orders(action: str, site: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=problem):
+        add_order(tmp_path, action, "ada", site)
+    assert not (tmp_path / "orders.jsonl").exists()
+
+
+def until(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_is_paused_goes_on_without_a_site_and_is_stopped(tmp_path: Path) -> None:
+    folder = tmp_path / "run-1"
+    folder.mkdir()
+    add_order(folder, "pause", "ada")
+    running = threading.Thread(target=run_rounds, args=(folder, 500), kwargs={"quorum": 1, "seconds": 0.02})
+    running.start()
+    until(lambda: (folder / "journal.sqlite").exists())
+    reader, page = JournalReader(folder), Operator(Runs(tmp_path))
+    until(lambda: reader.last_event()[0] == 1)
+    time.sleep(0.5)
+    assert reader.last_round() == 0
+    assert page.view()["sentence"] == "Paused by ada after round 0 of 500."
+    add_order(folder, "exclude", "ben", "south")
+    add_order(folder, "resume", "ben")
+    until(lambda: reader.last_round() >= 3)
+    assert {verdict.node for verdict in reader.verdicts(1, 3)} == {"north", "west"}
+    assert {row["name"]: row["state"] for row in page.sites()["rows"]}.get("south", "1 excluded") == "1 excluded"
+    add_order(folder, "include", "ben", "south")
+    last = reader.last_round()
+    until(lambda: reader.last_round() >= last + 2)
+    assert {verdict.node for verdict in reader.verdicts(last + 2, last + 2)} == {"north", "south", "west"}
+    add_order(folder, "stop", "ada")
+    running.join(60)
+    assert not running.is_alive()
+    assert reader.last_round() < 500
+    assert page.view()["sentence"].endswith(" of 500, stopped by ada.")
+    noted = [(event.what, event.node, event.detail) for event in reader.events(0, 100)]
+    assert noted[:3] == [("pause", "", "by ada"), ("exclude", "south", "by ben"), ("resume", "", "by ben")]
