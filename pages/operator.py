@@ -195,8 +195,9 @@ def sentence(
     of = f" of {planned}" if planned not in ("", "0") else ""
     last = rounds[-1].round if rounds else 0
     if about.get("finished"):
-        by = f", stopped by {orders.stopped_by}" if orders.stopped_by else ""
-        return f"Finished after round {last}{of}{by}."
+        return f"Finished after round {last}{of}."
+    if orders.stopped_by and ask is None:
+        return f"Stopped by {orders.stopped_by} after round {last}{of}."
     if not is_active:
         return f"Ended after round {last}{of}."
     if ask is None and orders.paused_by:

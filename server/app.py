@@ -30,6 +30,7 @@ from corymb.protocol.run_config import flatten
 from corymb.protocol.shared_state import shared_state
 from corymb.server.journal import Journal
 from corymb.server.journal.models import APP, unfinished_run
+from corymb.server.rounds.orders import add_order, read_orders
 from corymb.server.settings import ServerSettings, runs_folder
 from corymb.server.strategy import FlowerStrategy
 from corymb.strategies import Layout, Proxy
@@ -52,9 +53,12 @@ def main(grid: Grid, context: Context) -> None:
         folder = unfinished_run(runs_folder(), app_id) or folder
     notes = {"flower-run": str(context.run_id)}  # so that a ServerApp that Flower starts again under this run goes on
     journal = Journal(folder, keep_every=settings.keep_every, notes={**notes, APP: app_id}) if folder else None
-    resume = journal is not None and (settings.resume or notes.items() <= journal.about().items())
+    is_same_run = journal is not None and notes.items() <= journal.about().items()
+    resume = journal is not None and (settings.resume or is_same_run)
     if journal is not None:
         log.info("Journal: %s", folder)
+        if resume and not is_same_run and read_orders(journal.folder).stopped_by:
+            add_order(journal.folder, "resume", "the next run")  # which was started to go on after the stop
     shared = shared_state(module, rule.train_under(settings.train))
     strategy = FlowerStrategy(
         rule.make(),

@@ -44,8 +44,10 @@ def read_orders(folder: Path) -> Orders:
             continue
     paused, stopped, excluded = "", "", set[str]()
     for order in found:
-        if order.action in ("pause", "resume"):
-            paused = order.by if order.action == "pause" else ""
+        if order.action == "pause":
+            paused = order.by
+        elif order.action == "resume":
+            paused = stopped = ""
         elif order.action == "stop":
             stopped = order.by
         elif order.action == "exclude":

@@ -146,7 +146,7 @@ class RoundLoop(Strategy):
                 raise QuorumMissed(abandoned, self.record)
             if abandoned and number < num_rounds:  # the sites that are away may need some time
                 time.sleep(min(FIRST_PAUSE * 2 ** (abandoned - 1), LONGEST_PAUSE))
-        if self.journal is not None:
+        if self.journal is not None and not self.orders.stopped_by:  # a run that was stopped can go on
             finish_patiently(self.journal)
         if self.state.cost.messages and not self.state.cost.admitted:
             raise NoReplyAdmitted(num_rounds, self.record)

@@ -8,6 +8,7 @@ import random
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 from http.client import HTTPSConnection
 from pathlib import Path
@@ -119,6 +120,19 @@ class Hospitals:
     def app_hash(self, app: Path) -> str:
         """Return the SHA-256 of an app's bundle, as the sites see it."""
         return self.corymb("hash", app).split()[0]
+
+    def page(self, path: str) -> tuple[int, str]:
+        """Return the status and the body of a page on the machine of the server; 0 if it does not answer."""
+        code = (
+            "import sys, urllib.request, urllib.error\n"
+            "try: answer = urllib.request.urlopen(sys.argv[1], timeout=20)\n"
+            "except urllib.error.HTTPError as error: answer = error\n"
+            "print(answer.status, answer.read().decode())"
+        )
+        command = [*self.within(SERVER), sys.executable, "-c", code, f"http://127.0.0.1:{PORT + 2}{path}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        status, _, body = done.stdout.partition(" ")
+        return int(status or 0), body
 
     def fetch(self, method: str, path: str, body_mib: int = 0) -> int:
         """Send a request to the server's port, as a stranger would. Returns the HTTP status; 0 if there is none."""

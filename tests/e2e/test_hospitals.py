@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -52,6 +53,13 @@ def test_from_a_file_to_the_first_round_and_the_exported_model(hospitals: Hospit
     first = time.monotonic() - began
     until(lambda: run.poll() is not None, 240, "the end of the run")
     assert run.returncode == 0, hospitals.said()
+    assert hospitals.page("/ready") == (200, '{"ok":true,"problems":[]}\n')
+    metrics = hospitals.page("/metrics")[1]
+    assert 'corymb_replies_total{verdict="admitted"} 9.0' in metrics
+    assert "corymb_sites_online 3.0" in metrics
+    view = json.loads(hospitals.page("/api/view")[1])
+    assert (view["sentence"], view["alarms"]) == ("Finished after round 3 of 3.", [])
+    assert {event["what"] for event in view["events"]} >= {"asked", "replied"}
     model = hospitals.folder / "model.safetensors"
     hospitals.corymb("model", "export", hospitals.journal(), "--out", model)
     with safe_open(model, "pt") as file:
@@ -63,6 +71,31 @@ def test_from_a_file_to_the_first_round_and_the_exported_model(hospitals: Hospit
     print(hospitals.said())
     print(f"provisioned after {provisioned:.0f} s, online after {online:.0f} s, first round after {first:.0f} s")
     assert first < 180
+
+
+def test_ready_sees_that_nothing_takes_up_a_run_and_orders_reach_it(hospitals: Hospitals) -> None:
+    hospitals.provision()
+    hospitals.approve(APP, *SITES)
+    hospitals.start(SERVER, *SITES)
+    hospitals.wait_for_all()
+    secret = f"--superexec-auth-secret-file {hospitals.kit(SERVER) / 'var' / 'secret'}"
+    found = subprocess.run(["pgrep", "-f", f"flower-superexec.*{secret}"], capture_output=True, text=True).stdout
+    superexec = [int(number) for number in found.split()]
+    assert superexec
+    for number in superexec:
+        os.kill(number, signal.SIGSTOP)
+    run = hospitals.run(APP, "rounds=50")
+    until(lambda: hospitals.page("/ready")[0] == 503, 180, "the server to say that it makes no progress")
+    assert "nothing happens" in hospitals.page("/ready")[1]
+    assert hospitals.page("/health")[0] == 200  # all processes are there
+    for number in superexec:
+        os.kill(number, signal.SIGCONT)
+    until(lambda: "round 1:" in hospitals.said(), 180, "the first round")
+    assert hospitals.page("/ready")[0] == 200
+    hospitals.corymb("order", hospitals.kit(SERVER), "stop")
+    until(lambda: run.poll() is not None, 120, "the end of the run")
+    assert run.returncode == 0, hospitals.said()
+    assert "Stopped by" in json.loads(hospitals.page("/api/view")[1])["sentence"]
 
 
 def test_an_app_runs_only_where_it_is_approved_and_cannot_leave_its_sandbox(hospitals: Hospitals) -> None:

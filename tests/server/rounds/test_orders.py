@@ -21,12 +21,14 @@ def test_orders_are_read_in_their_order(tmp_path: Path) -> None:
         add_order(tmp_path, action, "ada", site)
     orders = read_orders(tmp_path)
     assert (orders.paused_by, orders.stopped_by, set(orders.excluded)) == ("ada", "", {"south"})
+    add_order(tmp_path, "stop", "ada")
     add_order(tmp_path, "resume", "ben")
+    assert (read_orders(tmp_path).paused_by, read_orders(tmp_path).stopped_by) == ("", "")
     add_order(tmp_path, "stop", "ben")
     with (tmp_path / "orders.jsonl").open("a") as file:
         file.write('{"action": "pau')  # cut off
     orders = read_orders(tmp_path)
-    assert (orders.paused_by, orders.stopped_by, len(orders.all)) == ("", "ben", 6)
+    assert (orders.paused_by, orders.stopped_by, len(orders.all)) == ("", "ben", 7)
 
 
 @pytest.mark.parametrize(("action", "site", "problem"), [
@@ -72,6 +74,7 @@ def test_a_run_is_paused_goes_on_without_a_site_and_is_stopped(tmp_path: Path) -
     running.join(60)
     assert not running.is_alive()
     assert reader.last_round() < 500
-    assert page.view()["sentence"].endswith(" of 500, stopped by ada.")
+    assert page.view()["sentence"] == f"Stopped by ada after round {reader.last_round()} of 500."
+    assert "finished" not in reader.about()  # so that it can go on
     noted = [(event.what, event.node, event.detail) for event in reader.events(0, 100)]
     assert noted[:3] == [("pause", "", "by ada"), ("exclude", "south", "by ben"), ("resume", "", "by ben")]
