@@ -169,10 +169,22 @@ def _parquet(path: Path, options: Options) -> Source:
         table, note = examples([path])
         return replace(split(table, options), notes=(note,))
     parts = [sorted(path.glob(f"{part}*.parquet")) for part in ("train", "test")]
+    if not any(parts):
+        return _parquet_per_site(sorted(path.glob("*.parquet")), options)
     if not all(parts):
         raise ValueError(f"the folder {path} needs files train*.parquet and test*.parquet")
     (train, note), (test, _) = map(examples, parts)
     return Source(train, test, (note,))
+
+
+def _parquet_per_site(files: list[Path], options: Options) -> Source:
+    """Read one file per site; the file's name is the site's."""
+    if isinstance(options.label, list):
+        raise ValueError("parquet files have one label column; name one in data.label")
+    inputs, targets, labels = zip(*(read_parquet([file], options.label) for file in files), strict=True)
+    sites = tuple(file.stem for file, own in zip(files, targets, strict=True) for _ in own)
+    examples = made(np.concatenate(inputs), np.concatenate(targets), options, sites=sites)
+    return replace(split(examples, options), notes=(f"Each file is a site. The label is the column {labels[0]!r}.",))
 
 
 def _table(path: Path, options: Options) -> Source:

@@ -219,6 +219,20 @@ def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(str(numbers)).train.inputs.shape == (8, 2)
 
 
+def test_a_parquet_file_per_site(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for site, examples in (("north", 10), ("south", 20)):
+        columns = {"a": [float(examples)] * examples, "target": [0, 1] * (examples // 2)}
+        parquet.write_table(pa.table(columns), tmp_path / f"{site}.parquet")
+    source = load(str(tmp_path))
+    assert source.train.sites == ("north",) * 8 + ("south",) * 16
+    assert source.train.inputs[:, 0].tolist() == [10.0] * 8 + [20.0] * 16
+    assert source.test.sites == ("north",) * 2 + ("south",) * 4
+    assert source.notes == ("Each file is a site. The label is the column 'target'.",)
+
+
 def test_missing_data_and_unknown_formats(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no data at 'nowhere'"):
         load("nowhere")
