@@ -57,9 +57,9 @@ class DataSettings(Settings):
         A folder contains idx files (with MNIST's names, gzipped or not), train*.parquet and test*.parquet, the arrays
         x_train.npy, y_train.npy, x_test.npy and y_test.npy (x_train memory-mapped; uint8 pixels or float32), or one
         file per site (.parquet, .csv or .data; the file's name is the site's). A file is .npz (with `x_train`,
-        `y_train`, `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In tables, columns with over a third of their
-        cells missing are dropped, then rows with missing cells; the remaining columns are standardised by the mean
-        and deviation of the training examples.
+        `y_train`, `x_test`, `y_test`, or `x` and `y`), .csv, .data or .parquet. In tables, columns with over a third of
+        their cells missing are dropped, then rows with missing cells; the remaining columns are standardised by the
+        mean and deviation of the training examples.
 
         Pixels of bytes are scaled to 0 to 1, in every format. For partition.kind = "site", arrays may have `offsets
         [N + 1]` from 0 beside `y_train`: the contiguous ranges of examples of N sites.
