@@ -51,7 +51,7 @@ BASE = 'rounds = 2\nrules = ["fedavg"]\n'
     [
         (
             'rounds = 2\nrules = ["fedavgg"]',
-            r"rules\.0: Unknown rule 'fedavgg'\. Did you mean 'fedavg'\? Known names: bulyan",
+            r"rules\.0: Unknown rule 'fedavgg'\. Did you mean 'fedavg'\? Known names: apfl, bulyan",
         ),
         (
             'rounds = 2\n[[rules]]\nname = "fedau"\nparameters = { cutof = 3 }',
@@ -357,7 +357,7 @@ APP = '[tool.flwr.app.components]\nclientapp = "x:y"\n'
     [
         (
             ["compare", "--rules", "fedavg,nonsense"],
-            "Known names: bulyan, centred_clipping, fedau",
+            "Known names: apfl, bulyan, central, centred_clipping, ditto, fedau",
         ),
         (["simulate", "--set", "partition.alpha=0"], "partition.alpha = 0: input should be greater than 0"),
         (["simulate", "--set", "trian.steps=3"], "did you mean 'train'?"),
