@@ -224,7 +224,9 @@ def order(
 
     federation = Federation(folder.resolve())
     journal = federation.journal()
-    if journal is None or "finished" in journal.about():
+    runs = federation.seen()["runs"]
+    state = "" if journal is None else runs.get(journal.about().get("flower-run", ""), "finished")
+    if journal is None or state.startswith("finished"):
         raise ValueError(f"No run of {federation.kit.federation} is under way with a journal.")
     names = sorted(path.stem for path in (federation.folder / ROSTER).glob("*.crt"))
     if site and site not in names:

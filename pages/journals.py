@@ -7,8 +7,9 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from corymb.server.journal.tables import DATABASE, VERSION
@@ -94,7 +95,7 @@ class JournalReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._totals = Totals()
+        self._totals, self._lock = Totals(), Lock()
         with self._open() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
         if version not in (0, VERSION):
@@ -131,15 +132,19 @@ class JournalReader:
         rows = self._rows("SELECT MAX(round) FROM rounds")
         return rows[0][0] or 0 if rows else 0
 
-    def verdicts(self, first: int, last: int) -> list[VerdictRow]:
-        """Return the verdicts of the rounds from `first` to `last`, by round, then by name; not on nodes offline."""
+    def verdicts(self, first: int, last: int, node: str | None = None) -> list[VerdictRow]:
+        """Return the verdicts of the rounds from `first` to `last`, by round, then by name; not on nodes offline.
+
+        With `node`, only those on this node.
+        """
         query = (
             "SELECT round, node, code, reason, examples, weight, metrics, bytes_down, bytes_up FROM verdicts "
-            "WHERE round BETWEEN ? AND ? ORDER BY round, node"
+            f"WHERE round BETWEEN ? AND ? {'' if node is None else 'AND node = ?'} ORDER BY round, node"
         )
+        values = (first, last) if node is None else (first, last, node)
         return [
             VerdictRow(number, node, code, reason, examples, weight, json.loads(metrics), down, up)
-            for number, node, code, reason, examples, weight, metrics, down, up in self._rows(query, (first, last))
+            for number, node, code, reason, examples, weight, metrics, down, up in self._rows(query, values)
         ]
 
     def codes(self, first: int, last: int) -> list[tuple[int, str, str]]:
@@ -177,6 +182,10 @@ class JournalReader:
 
         A call reads a million verdicts at most, so that no page waits for a large journal.
         """
+        with self._lock:  # requests come in several threads
+            return self._read_totals()
+
+    def _read_totals(self) -> Totals:
         last = self.last_round()
         if last < self._totals.last:  # the run was resumed from an earlier round
             self._totals = Totals()
@@ -193,7 +202,7 @@ class JournalReader:
             self._totals.bytes_down += down
             self._totals.bytes_up += up
         self._totals.last = last
-        return self._totals
+        return replace(self._totals, verdicts=dict(self._totals.verdicts))
 
     def last_event(self) -> tuple[int, float]:
         """Return the id and the Unix time of the newest event; zeros if there is none."""
@@ -248,5 +257,10 @@ class JournalReader:
 
 def journals_under(folder: Path) -> list[Path]:
     """Return the folders of all journals in `folder` and below, the one written last at the end."""
-    found = sorted(folder.glob(f"**/{DATABASE}"), key=lambda path: path.stat().st_mtime)
-    return [path.parent for path in found]
+    return [path.parent for path in sorted(folder.glob(f"**/{DATABASE}"), key=_written)]
+
+
+def _written(path: Path) -> float:
+    """Return when a database was written last: what is new lies in a second file until SQLite moves it."""
+    both = (path, path.with_name(f"{path.name}-wal"))
+    return max(each.stat().st_mtime for each in both if each.exists())

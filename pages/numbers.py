@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from cryptography.x509 import Certificate
 
 from corymb.pages.journals import JournalReader, journals_under
 from corymb.pages.machine import available_bytes, clock_error, free_bytes, server_processes
@@ -58,17 +61,18 @@ class Runs:
         """Return for how many days certificates are valid: there are none."""
         return {}
 
-    def numbers(self, now: float) -> list[Number]:
-        """Return the numbers of the newest run."""
-        journal = self.journal()
+    def numbers(self, now: float, run: str = "") -> list[Number]:
+        """Return the numbers of a run, by default the newest."""
+        journal = self.journal(run)
         return list(_of_run(journal, set(), now, False)) if journal else []
 
     def journal(self, name: str = "") -> JournalReader | None:
         """Return the reader of the journal with this name below `runs`, or of the one written last, or None."""
-        folders = journals_under(self.runs)
-        if name:
-            folders = [folder for folder in folders if str(folder.relative_to(self.runs)) == name]
-        return self.reader(folders[-1]) if folders else None
+        for folder in reversed(journals_under(self.runs)):
+            if not name or str(folder.relative_to(self.runs)) == name:
+                with suppress(ValueError):  # of another version of Corymb
+                    return self.reader(folder)
+        return None
 
     def reader(self, folder: Path) -> JournalReader:
         """Return the reader of the journal in `folder`, the same one in every call."""
@@ -103,14 +107,24 @@ class Federation(Runs):
             return seen
         return {"at": "", "sites": {}, "runs": {}}
 
-    def numbers(self, now: float) -> list[Number]:
+    def numbers(self, now: float, run: str = "") -> list[Number]:
         """See `numbers`."""
-        return numbers(self, now)
+        return numbers(self, now, run)
 
     def certificates(self) -> dict[str, float]:
         """Return for how many days the certificate of each site is valid, and that of the server, under ""."""
-        found = {path.stem: days_left(read_certificate(path)) for path in (self.folder / ROSTER).glob("*.crt")}
-        return found | {"": days_left(read_certificate(self.folder / "server.crt"))}
+        found: dict[str, float] = {}
+        for path in [*(self.folder / ROSTER).glob("*.crt"), self.folder / "server.crt"]:
+            with suppress(OSError, ValueError):  # one that is being written
+                name = "" if path.parent == self.folder else path.stem
+                found[name] = days_left(_certificate(path, path.stat().st_mtime_ns))
+        return found
+
+
+@lru_cache(maxsize=20_000)
+def _certificate(path: Path, version: int) -> Certificate:
+    """Return the certificate in a file; `version` is the time when it was written."""
+    return read_certificate(path)
 
 
 def age(text: str, now: float) -> float:
@@ -118,22 +132,23 @@ def age(text: str, now: float) -> float:
     return now - datetime.fromisoformat(text).timestamp() if text else float("inf")
 
 
-def numbers(federation: Federation, now: float | None = None) -> list[Number]:
-    """Return all numbers at the Unix time `now` (default: the machine's)."""
+def numbers(federation: Federation, now: float | None = None, run: str = "") -> list[Number]:
+    """Return all numbers at the Unix time `now` (default: the machine's), of a run (default: the newest)."""
     now = time.time() if now is None else now
     seen = federation.seen()
     found = list(_machine(federation))
     found += [Number("corymb_monitor_age_seconds", min(age(seen["at"], now), 1e9))]
-    for name, days in federation.certificates().items():
+    certificates = federation.certificates()
+    for name, days in certificates.items():
         metric = "corymb_site_certificate_seconds" if name else "corymb_server_certificate_seconds"
         found.append(Number(metric, DAY * days, (("site", name),) if name else ()))
     online = {name for name, site in seen["sites"].items() if site["online"]}
     found.append(Number("corymb_sites_online", len(online)))
-    found.append(Number("corymb_sites_enrolled", len(federation.certificates()) - 1))
+    found.append(Number("corymb_sites_enrolled", sum(bool(name) for name in certificates)))
     found += [Number("corymb_site_online", float(name in online), (("site", name),)) for name in seen["sites"]]
     active = {run_id: state for run_id, state in seen["runs"].items() if not state.startswith("finished")}
     found.append(Number("corymb_run_active", float(bool(active))))
-    journal = federation.journal()
+    journal = federation.journal(run)
     is_stalled = any(state.startswith(NOT_BEGUN) for state in active.values()) and age(seen["runs_since"], now) > GRACE
     if journal is not None:
         is_running = journal.about().get("flower-run", "") in active  # an app of others may keep no journal

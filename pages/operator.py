@@ -11,7 +11,7 @@ from typing import Any
 
 from corymb.pages.journals import Ask, JournalReader, RoundRow
 from corymb.pages.metrics import ringing
-from corymb.pages.numbers import Runs, patience, zombies
+from corymb.pages.numbers import Runs, is_silent, patience, zombies
 from corymb.server.rounds.codes import ADMITTED
 from corymb.server.rounds.orders import Orders, read_orders
 
@@ -47,7 +47,7 @@ class Operator:
         """Return all of the page but the table of sites, for the run with this name (default: the newest)."""
         now = time.time() if now is None else now
         seen, journal = self.source.seen(), self.source.journal(run)
-        numbers = self.source.numbers(now)
+        numbers = self.source.numbers(now, run)
         alarms = [
             {"name": alarm.name, "severity": alarm.severity, "text": alarm.text, "who": who[:20], "more": len(who[20:])}
             for alarm, who in ringing(numbers)
@@ -100,7 +100,7 @@ class Operator:
         if journal is None:
             return {"name": name, "verdicts": [], "events": []}
         last = journal.last_round()
-        verdicts = [vars(v) for v in journal.verdicts(max(1, last - RASTER_ROUNDS), last) if v.node == name]
+        verdicts = [vars(verdict) for verdict in journal.verdicts(max(1, last - RASTER_ROUNDS), last, name)]
         return {"name": name, "verdicts": verdicts, "events": [vars(e) for e in journal.events(0, EVENTS, name)]}
 
     def _rows(self, run: str, now: float) -> list[dict[str, Any]]:
@@ -147,6 +147,8 @@ class Operator:
         about = journal.about()
         if about.get("finished"):
             return False
+        if not seen["at"]:  # no federation around it says whether the run still lives
+            return not is_silent(journal, time.time())
         state = seen["runs"].get(about.get("flower-run", ""), "")
         return not state.startswith("finished")
 

@@ -13,7 +13,7 @@ from corymb.server import RoundRecord
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.scenario import scenario_of
 from corymb.simulations.results.client_results import client_results
-from corymb.simulations.results.folder import CONFIG, FinishedRun, finished_runs
+from corymb.simulations.results.folder import CONFIG, FinishedRun, finished_runs, stored_experiment
 from corymb.simulations.results.score import NEW_CLIENT, VIRTUAL
 from corymb.simulations.results.summary import summary_rows, table
 
@@ -22,8 +22,9 @@ DIGITS = 5  # of numbers in the page
 
 
 def experiments_under(folder: Path) -> list[Path]:
-    """Return the folders of all experiments in `folder` and below, by name."""
-    return sorted(path.parent for path in folder.glob(f"**/{CONFIG}") if (path.parent / "summary.json").exists())
+    """Return the folders of all finished experiments in `folder` and below that this Corymb can read, by name."""
+    found = sorted(path.parent for path in folder.glob(f"**/{CONFIG}") if (path.parent / "summary.json").exists())
+    return [path for path in found if stored_experiment(path) is not None]
 
 
 def payload(folders: Sequence[Path]) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def payload(folders: Sequence[Path]) -> dict[str, Any]:
     Raises `ValueError` for a folder without a finished experiment.
     """
     found = [finished_runs(folder) for folder in folders]
+    names = _names([experiment.name for experiment, _ in found], folders)
     configs = [
         flatten(experiment.model_dump(mode="json", exclude_none=True, exclude={"rules", "claims", "seeds"}))
         for experiment, _ in found
@@ -40,14 +42,19 @@ def payload(folders: Sequence[Path]) -> dict[str, Any]:
     differing = sorted(key for key in keys if len({str(config.get(key)) for config in configs}) > 1)
     return {
         "experiments": [
-            _experiment(experiment, runs, {key: str(config.get(key, "")) for key in differing})
-            for (experiment, runs), config in zip(found, configs, strict=True)
+            _experiment(name, experiment, runs, {key: str(config.get(key, "")) for key in differing})
+            for name, (experiment, runs), config in zip(names, found, configs, strict=True)
         ],
         "differing": differing,
     }
 
 
-def _experiment(experiment: Experiment, runs: list[FinishedRun], config: dict[str, str]) -> dict[str, Any]:
+def _names(names: list[str], folders: Sequence[Path]) -> list[str]:
+    """Return the experiments' names, with the folder where several have the same, as those of a sweep do."""
+    return [f"{n} ({f.name})" if names.count(n) > 1 else n for n, f in zip(names, folders, strict=True)]
+
+
+def _experiment(name: str, experiment: Experiment, runs: list[FinishedRun], config: dict[str, str]) -> dict[str, Any]:
     score, rows = runs[0].score, summary_rows(runs)
     clients = [
         {
@@ -57,7 +64,7 @@ def _experiment(experiment: Experiment, runs: list[FinishedRun], config: dict[st
         for each in client_results(runs)
     ]
     return {
-        "name": experiment.name,
+        "name": name,
         "setting": experiment.setting,
         "score": score.key,
         "lower": score.lower_is_better,
@@ -113,7 +120,7 @@ def _labels(experiment: Experiment) -> dict[str, Any]:
     """Return the label distribution of the first seed's clients; empty if the data are no longer there."""
     try:
         scenario = scenario_of(experiment, experiment.data.load(experiment.task.kind), experiment.seeds[0])
-    except (ValueError, OSError, ImportError):
+    except Exception:  # the data are gone, or a user's own function fails
         return {}
     counts = scenario.labels * scenario.population.sizes[:, None]
     return {"clients": scenario.names[:MAX_CLIENTS], "counts": counts[:MAX_CLIENTS].round().astype(int).tolist()}

@@ -57,7 +57,7 @@ def main(grid: Grid, context: Context) -> None:
     resume = journal is not None and (settings.resume or is_same_run)
     if journal is not None:
         log.info("Journal: %s", folder)
-        if resume and not is_same_run and read_orders(journal.folder).stopped_by:
+        if not is_same_run and read_orders(journal.folder).stopped_by:
             add_order(journal.folder, "resume", "the next run")  # which was started to go on after the stop
     shared = shared_state(module, rule.train_under(settings.train))
     strategy = FlowerStrategy(

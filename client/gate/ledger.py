@@ -66,6 +66,8 @@ def _hash(line: str) -> str:
 
 def in_words(entry: dict[str, Any]) -> str:
     """Return an entry of a ledger as a line."""
+    if entry["event"] == "mended":
+        return f"{entry['at']} mended   a line that was cut off, as by a power cut"
     task = f"round {entry['round']} of run {entry['run']}" if "run" in entry else f"app {entry['app'][:12]}"
     purpose = f", {entry['purpose']}" if "purpose" in entry else ""
     what = entry.get("reason") or entry.get("error") or ""

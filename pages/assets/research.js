@@ -28,7 +28,7 @@ function keyOf({ experiment, run }) {
   const key = byId("group").value;
   if (key === "rule") return data.experiments.length > 1 ? `${experiment.name}: ${run.rule}` : run.rule;
   if (key === "run") return `${experiment.name}: ${run.rule}, seed ${run.seed}`;
-  return `${key} = ${experiment.config[key]}`;
+  return `${run.rule}, ${key} = ${experiment.config[key]}`;
 }
 
 function matches({ experiment, run }) {
@@ -233,7 +233,9 @@ function redraw() { drawGroups(); drawCurves(); drawTable(); drawClients(); }
 
 async function start() {
   const inside = byId("data");
-  data = inside ? JSON.parse(inside.textContent) : await (await fetch(`/api/research${location.search}`)).json();
+  const answer = inside ? null : await fetch(`/api/research${location.search}`);
+  data = inside ? JSON.parse(inside.textContent) : await answer.json();
+  if (answer && !answer.ok) { byId("curves").textContent = data.error || "The server cannot read the experiments."; return; }
   if (!data.experiments.length) { byId("curves").textContent = "No experiment is finished here yet."; return; }
   const runs = allRuns().map((each) => each.run);
   choices("group", ["rule", "run", ...data.differing]);
@@ -242,7 +244,9 @@ async function start() {
   byId("metric").value = data.experiments[0].score;
   choices("axis", ["round", "megabytes", ...(runs.every((run) => run.virtual.length) ? ["virtual seconds"] : [])]);
   choices("experiment", data.experiments.map((_, index) => String(index)), data.experiments.map((each) => each.name));
-  byId("replay").max = byId("replay").value = Math.max(...runs.map((run) => run.rounds.at(-1)));
+  const most = Math.max(...runs.map((run) => run.rounds.at(-1)));
+  byId("replay").max = most; // before the value, which may not exceed it
+  byId("replay").value = most;
   ["metric", "axis"].forEach((id) => byId(id).addEventListener("change", drawCurves));
   byId("group").addEventListener("change", () => { hidden = new Set(); redraw(); });
   byId("filter").addEventListener("input", () => { drawGroups(); drawCurves(); });

@@ -49,6 +49,7 @@ class RoundLoop(Strategy):
     resume: bool
     busy: frozenset[str]  # the nodes that are not to be asked in the next phase
     connected_before: int | None  # the number of nodes that were connected in the round before; None in the first
+    since = 0.0  # the Unix time at which `start` was called
     orders: Orders = Orders()  # of operators, as they were before the present round
     max_abandoned: int
     on_round: Callable[[RoundRecord], None] | None
@@ -100,6 +101,7 @@ class RoundLoop(Strategy):
         with fewer admitted replies than the quorum.
         """
         self.summary()
+        self.since = time.time()
         if self.journal is not None:
             self.journal.begin(self.about(), self.resume)
             plan = {"rounds": num_rounds, "deadline": timeout or 0, "quorum": self.method.quorum}
@@ -162,7 +164,8 @@ class RoundLoop(Strategy):
             for order in self.orders.all[known:]:
                 log.info("[ROUND %d] %s orders: %s %s", number, order.by, order.action, order.site)
                 event = Event(number, "order", order.site, order.action, detail=f"by {order.by}", at=order.at)
-                self.journal.asks.note_event(event)
+                if order.at > self.since:  # an earlier process has noted the others
+                    self.journal.asks.note_event(event)
             if not self.orders.paused_by or self.orders.stopped_by:
                 return time.monotonic() - began
             time.sleep(PAUSE_POLL)

@@ -39,6 +39,8 @@ def export(folders: list[Path], tracker: str, place: Path) -> int:
         for run, rule in zip(runs, (rule for rule in experiment.rules for _ in experiment.seeds), strict=True):
             own = {**settings, "rule": run.rule, "seed": run.seed, "rule_settings": rule.model_dump_json()}
             name = f"{rule.slug}-seed{run.seed}"
+            if len(folders) > 1:  # those of a sweep have one name
+                name = f"{folder.name}-{name}"
             try:
                 with TRACKERS[tracker](place, experiment.name, name, own) as log:
                     for server_round, metrics in _metrics_of(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -100,6 +101,10 @@ def tune(path: Path, space: Space, out: Path, trials: int, console: Console, for
             sampler=optuna.samplers.TPESampler(seed=0),
             pruner=optuna.pruners.MedianPruner(n_warmup_steps=WARMUP * whole.evaluate.every),
         )
+        asked = json.dumps([own, only(whole, [rule]).model_dump(mode="json")], default=str)
+        if study.user_attrs.setdefault("asked", asked) != asked:
+            raise ValueError(f"{out} has trials of another search; give --force to begin anew, or another --out.")
+        study.set_user_attr("asked", asked)
         objective = partial(_try, path, first, rule.title, own, out, console)
         over = [trial for trial in study.trials if trial.state.is_finished()]
         study.optimize(objective, max(0, (trials if own else 1) - len(over)))

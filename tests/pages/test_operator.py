@@ -14,9 +14,11 @@ from corymb.pages.app import _changes, make_app
 from corymb.pages.journals import Ask, JournalReader, RoundRow
 from corymb.pages.numbers import Federation, Runs
 from corymb.pages.operator import Operator, sentence
+from corymb.pages.research import experiments_under, payload
 from corymb.server.journal import Journal
 from corymb.server.rounds.events import Event
 from corymb.server.rounds.orders import Orders
+from corymb.simulations import Experiment, run
 from corymb.tests.pages.world import federation, publish
 
 
@@ -96,3 +98,14 @@ def test_a_page_that_was_away_gets_what_it_has_missed(tmp_path: Path) -> None:
     assert (begun["id"], json.loads(begun["data"])["events"]) == ("5", [])
     assert again["id"] == "5"
     assert [event["node"] for event in json.loads(again["data"])["events"]] == ["site-4", "site-5"]
+
+
+def test_an_experiment_with_many_rounds_and_two_of_one_name(tmp_path: Path) -> None:
+    experiment = Experiment(name="same", rounds=120, rules=["fedavg"], partition={"clients": 2}, data={"examples": 40})
+    for name in ("one", "two"):
+        run(experiment, folder=tmp_path / name, progress=False)
+    (tmp_path / "two" / "config.toml").write_text("rounds = 'many'")
+    assert experiments_under(tmp_path) == [tmp_path / "one"]
+    found = payload([tmp_path / "one", tmp_path / "one"])
+    assert [each["name"] for each in found["experiments"]] == ["same (one)", "same (one)"]
+    assert len(found["experiments"][0]["runs"][0]["metrics"]["accuracy"]) == 120

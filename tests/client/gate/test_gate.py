@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from corymb.client.gate.gate import Gate
-from corymb.client.gate.ledger import Ledger
+from corymb.client.gate.ledger import Ledger, in_words
 from corymb.client.gate.policy import Refusal, SitePolicy, template
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import set_message_id, set_task_identity
@@ -254,12 +254,13 @@ def test_a_line_that_was_cut_off_is_taken_out_and_noted(tmp_path: Path) -> None:
     ledger.add("left", NOON, round=1)
     assert [entry["event"] for entry in ledger.entries()] == ["ran", "mended", "left"]
     assert list(ledger.entries())[1]["cut"] == '{"at": "2026'
+    assert "a line that was cut off" in in_words(list(ledger.entries())[1])
 
 
 def test_processes_that_write_at_once_leave_the_ledger_whole(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     code = f"""
-from datetime import datetime; from pathlib import Path; from corymb.client.gate.ledger import Ledger
+from datetime import datetime; from pathlib import Path; from corymb.client.gate.ledger import Ledger, in_words
 for number in range(50): Ledger(Path({str(path)!r})).add("ran", datetime(2026, 11, 28), round=number)
 """
     writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]

@@ -57,7 +57,6 @@ def test_a_run_is_paused_goes_on_without_a_site_and_is_stopped(tmp_path: Path) -
     running.start()
     until(lambda: (folder / "journal.sqlite").exists())
     reader, page = JournalReader(folder), Operator(Runs(tmp_path))
-    until(lambda: reader.last_event()[0] == 1)
     time.sleep(0.5)
     assert reader.last_round() == 0
     assert page.view()["sentence"] == "Paused by ada after round 0 of 500."
@@ -77,4 +76,5 @@ def test_a_run_is_paused_goes_on_without_a_site_and_is_stopped(tmp_path: Path) -
     assert page.view()["sentence"] == f"Stopped by ada after round {reader.last_round()} of 500."
     assert "finished" not in reader.about()  # so that it can go on
     noted = [(event.what, event.node, event.detail) for event in reader.events(0, 100)]
-    assert noted[:3] == [("pause", "", "by ada"), ("exclude", "south", "by ben"), ("resume", "", "by ben")]
+    orders = [each for each in noted if each[2].startswith("by ")]
+    assert orders[:2] == [("exclude", "south", "by ben"), ("resume", "", "by ben")]  # and nothing from before the start
