@@ -63,3 +63,9 @@ def shell(tmp_path: Path) -> dict[str, str]:
         (tools / name).write_text(f"#!/bin/sh\n{command}\n")
         (tools / name).chmod(0o755)
     return os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "COLUMNS": "200"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files with the longest tests first, so that no worker waits for another at the end."""
+    longest = ("test_quickstart.py", "test_docs.py", "test_add_a_rule.py", "test_packaging.py", "test_browser.py")
+    items.sort(key=lambda item: item.path.name not in longest)

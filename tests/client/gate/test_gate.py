@@ -260,7 +260,7 @@ def test_a_line_that_was_cut_off_is_taken_out_and_noted(tmp_path: Path) -> None:
 def test_processes_that_write_at_once_leave_the_ledger_whole(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     code = f"""
-from datetime import datetime; from pathlib import Path; from corymb.client.gate.ledger import Ledger, in_words
+from datetime import datetime; from pathlib import Path; from corymb.client.gate.ledger import Ledger
 for number in range(50): Ledger(Path({str(path)!r})).add("ran", datetime(2026, 11, 28), round=number)
 """
     writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]

@@ -32,9 +32,10 @@ def test_tensorboard_has_every_metric_of_every_round(results: Results, tmp_path:
         assert {"train-loss", "loss", "participants", "bytes-up"} <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.nightly  # it needs MLflow, which brings many packages and is not in the developers' environment
 @pytest.mark.filterwarnings("ignore")  # of SQLAlchemy, about MLflow
 def test_mlflow_has_every_metric_of_every_round(results: Results, tmp_path: Path) -> None:
-    mlflow = pytest.importorskip("mlflow")  # not in the developers' environment: it brings many packages
+    mlflow = pytest.importorskip("mlflow")
     assert export([results.folder], "mlflow", tmp_path) == 4
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("small").experiment_id])
