@@ -9,7 +9,7 @@ const COLUMNS = [
 const CODES = { "+": "--good", x: "--bad", s: "--silent", "-": "--away" };
 const run = new URLSearchParams(location.search).get("run") || "";
 const byId = (id) => document.getElementById(id);
-let order = "state", slice = { total: 0, offset: 0, rows: [] }, chart = null, shown = "", pending = null;
+let order = "state", slice = { total: 0, offset: 0, rows: [] }, chart = null, drawn = "", pending = null;
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const query = (values) => new URLSearchParams({ run, ...values }).toString();
@@ -106,6 +106,9 @@ async function showSites(force) {
   const isInside = first >= slice.offset && first + count <= slice.offset + slice.rows.length;
   if (!force && (isInside || slice.offset + slice.rows.length >= slice.total && first >= slice.offset)) return;
   slice = await ask(`/api/sites?${query({ offset: first, limit: count + 2 * MARGIN, order })}`);
+  const text = order + JSON.stringify(slice);
+  if (text === drawn) return; // a row that is replaced while it is clicked would lose the click
+  drawn = text;
   columns();
   const above = element("tr"), below = element("tr");
   above.append(element("td", "", { colSpan: COLUMNS.length }));
@@ -196,12 +199,12 @@ async function openSite(name) {
 
 function listen() {
   const source = new EventSource(`/api/events?${query({})}`);
-  source.addEventListener("change", (message) => { shown = message.lastEventId; refresh(); });
+  source.addEventListener("change", refresh);
   source.onerror = () => { byId("link").textContent = "The connection to the server is lost; this page tries again."; };
 }
 
 columns();
 byId("sites").addEventListener("scroll", () => showSites(false));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", refresh);
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { drawn = ""; refresh(); });
 addEventListener("resize", () => chart && chart.resize());
 refresh().then(listen);
