@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -89,10 +88,8 @@ def make_app(source: Runs, hosts: list[str] | None = None) -> FastAPI:
         return operator.site(name, run)
 
     @app.get("/api/events")
-    async def events(request: Request, run: str = "") -> Response:
-        after = request.headers.get("last-event-id", "")
-        stream = _changes(source, run, int(after) if after.isdecimal() else None)
-        return StreamingResponse(stream, media_type="text/event-stream")
+    async def events(run: str = "") -> Response:
+        return StreamingResponse(_changes(source, run), media_type="text/event-stream")
 
     return app
 
@@ -120,28 +117,23 @@ def _verdict(problems: list[str]) -> Response:
     return JSONResponse({"ok": not problems, "problems": problems}, 503 if problems else 200)
 
 
-async def _changes(source: Runs, run: str, after: int | None) -> AsyncIterator[str]:
-    """Yield a server-sent event for each change: its id is that of the newest event of the journal.
+async def _changes(source: Runs, run: str) -> AsyncIterator[str]:
+    """Yield a server-sent event at the beginning and for each change; the page then asks for its state anew.
 
-    `after` is the id that the page saw last, before its connection broke; what it has missed comes first.
+    So a page whose connection broke has missed nothing once it is connected again.
     """
     known: Any = None
     beat = time.monotonic()
     while True:
         journal = await run_in_threadpool(source.journal, run)
-        if journal is None:
-            state, fresh = ("", 0, 0), []
-        else:
-            event, _ = journal.last_event()
-            state = (str(journal.folder), journal.last_round(), event)
-            fresh = journal.events(after, 200) if after is not None and event > after else []
-            after = event
+        state = ("", 0, 0)
+        if journal is not None:
+            state = (str(journal.folder), journal.last_round(), journal.last_event()[0])
         seen = source.seen()
         whole = (state, sorted(name for name, site in seen["sites"].items() if site["online"]), seen["runs"])
         if whole != known:
             known, beat = whole, time.monotonic()
-            text = json.dumps({"round": state[1], "events": [vars(each) for each in fresh]})
-            yield f"id: {state[2]}\nevent: change\ndata: {text}\n\n"
+            yield f"id: {state[2]}\nevent: change\ndata: round {state[1]}\n\n"
         elif time.monotonic() - beat > BEAT_SECONDS:
             beat = time.monotonic()
             yield ": still here\n\n"

@@ -257,10 +257,10 @@ class JournalReader:
 
 def journals_under(folder: Path) -> list[Path]:
     """Return the folders of all journals in `folder` and below, the one written last at the end."""
-    return [path.parent for path in sorted(folder.glob(f"**/{DATABASE}"), key=_written)]
+    return sorted((path.parent for path in folder.glob(f"**/{DATABASE}")), key=written_at)
 
 
-def _written(path: Path) -> float:
-    """Return when a database was written last: what is new lies in a second file until SQLite moves it."""
-    both = (path, path.with_name(f"{path.name}-wal"))
+def written_at(folder: Path) -> float:
+    """Return when a journal was written last: what is new lies in a second file until SQLite moves it."""
+    both = (folder / DATABASE, folder / f"{DATABASE}-wal")
     return max(each.stat().st_mtime for each in both if each.exists())

@@ -16,7 +16,7 @@ from typing import Any
 
 from cryptography.x509 import Certificate
 
-from corymb.pages.journals import JournalReader, journals_under
+from corymb.pages.journals import JournalReader, journals_under, written_at
 from corymb.pages.machine import available_bytes, clock_error, free_bytes, server_processes
 from corymb.protocol.certificates import days_left, read_certificate
 from corymb.server.deployment.federation import ServerKit, read_kit
@@ -215,5 +215,5 @@ def is_silent(journal: JournalReader, now: float) -> bool:
     """Return whether nothing has happened for longer than the deadline of a phase allows."""
     deadline = float(journal.about().get("deadline", 0))
     _, at = journal.last_event()
-    at = max(at, (journal.folder / "journal.sqlite").stat().st_mtime)
+    at = max(at, written_at(journal.folder))
     return now - at > deadline + GRACE

@@ -36,7 +36,7 @@ from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import Plan, run_all
-from corymb.simulations.results.summary import mean_others, summary_rows
+from corymb.simulations.results.summary import further_metrics, summary_rows
 from corymb.simulations.results.summary import table as summary_as
 
 FIGURES = ("pdf", "svg", "png")
@@ -123,19 +123,13 @@ def _ranking(runs: list[FinishedRun]) -> Table:
     ranking = Table(box=None, pad_edge=False, header_style="bold")
     ranking.add_column("rule")
     ranking.add_column(score.title, justify="right")
-    others = {rule: mean_others([run for run in runs if run.rule == rule]) for rule in results}
-    further = list(dict.fromkeys(other for each in others.values() for other in each))
+    further = further_metrics(runs)
     for other in further:
         ranking.add_column(other.name + " %" * other.is_percent, justify="right")
     for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -score.rank(item[1][0])):
         style = "bold" if rule == best else ""
         shown = score.text(mean) + (f" ± {score.text(deviation)}" if has_deviation else "")
-        ranking.add_row(
-            escape(rule),
-            shown,
-            *(other.text(others[rule][other]) if other in others[rule] else "" for other in further),
-            style=style,
-        )
+        ranking.add_row(escape(rule), shown, *(by_rule[rule] for by_rule in further.values()), style=style)
     return ranking
 
 

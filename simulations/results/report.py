@@ -15,7 +15,7 @@ from corymb.simulations.results.client_results import client_columns, client_res
 from corymb.simulations.results.folder import FinishedRun, scores
 from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
-from corymb.simulations.results.summary import mean_others
+from corymb.simulations.results.summary import further_metrics
 
 
 def _settings(rule: RuleSettings) -> str:
@@ -28,7 +28,7 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
     experiment, scenario = resolved.experiment, resolved.first
     plots = draw_all(runs, scenario, folder)
     results, tested = scores(runs), client_results(runs)
-    score = runs[0].score
+    score, further = runs[0].score, further_metrics(runs)
     best = max(results, key=lambda rule: score.rank(results[rule][0]))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
@@ -40,16 +40,13 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
         notes=resolved.notes,
         never_counted=never_counted(runs, resolved),
         participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
-        others=[other.name for other in runs[0].others],
+        others=[other.name for other in further],
         rows=[
             {
                 "title": rule.title,
                 "mean": score.text(results[rule.title][0]),
                 "deviation": score.text(results[rule.title][1]),
-                "others": [
-                    other.text(value)
-                    for other, value in mean_others([run for run in runs if run.rule == rule.title]).items()
-                ],
+                "others": [by_rule[rule.title] for by_rule in further.values()],
                 "seconds": np.mean([run.wall_seconds for run in runs if run.rule == rule.title]),
                 "settings": _settings(rule),
                 "best": rule.title == best,

@@ -52,6 +52,15 @@ def mean_others(runs: Sequence[FinishedRun]) -> dict[Score, float]:
     return {other: _mean([run.others[other] for run in runs if other in run.others]) for other in names}
 
 
+def further_metrics(runs: Sequence[FinishedRun]) -> dict[Score, dict[str, str]]:
+    """Return the task's further metrics, and each rule's mean as text; "" for a rule under which it is not defined."""
+    means = {rule: mean_others([run for run in runs if run.rule == rule]) for rule in {run.rule for run in runs}}
+    names = dict.fromkeys(other for run in runs for other in run.others)
+    return {
+        other: {rule: other.text(own[other]) if other in own else "" for rule, own in means.items()} for other in names
+    }
+
+
 def table(rows: Sequence[Row], kind: str = "markdown") -> str:
     """Return `rows` as a table of the `kind` "markdown", "latex" or "csv". Raises `ValueError` for another kind."""
     if kind not in FORMATS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 
 import httpx
@@ -80,32 +79,28 @@ def test_requests_for_other_hosts_and_wrong_ones_are_refused(finished: Federatio
     assert answer("POST", "/api/view").status_code == 405
 
 
-def test_a_page_that_was_away_gets_what_it_has_missed(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "one"
-    journal = Journal(folder)
+def test_a_page_is_told_at_once_when_it_connects_and_of_each_change(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "runs" / "one")
     asks = journal.asks
     assert asks is not None
-    for number in range(1, 6):
-        asks.note_event(Event(number, "train", f"site-{number}", "replied", 1.0))
 
-    async def first(after: int | None) -> dict[str, str]:
-        stream = _changes(Runs(tmp_path), "", after)
-        text = await anext(stream)
-        return dict(line.split(": ", 1) for line in text.strip().splitlines())
+    async def told() -> list[str]:
+        stream = _changes(Runs(tmp_path), "")
+        found = [await anext(stream)]
+        asks.note_event(Event(1, "train", "north", "replied", 1.0))
+        return [*found, await anext(stream)]
 
-    begun, again = asyncio.run(first(None)), asyncio.run(first(3))
+    found = asyncio.run(told())
     journal.close()
-    assert (begun["id"], json.loads(begun["data"])["events"]) == ("5", [])
-    assert again["id"] == "5"
-    assert [event["node"] for event in json.loads(again["data"])["events"]] == ["site-4", "site-5"]
+    assert found == ["id: 0\nevent: change\ndata: round 0\n\n", "id: 1\nevent: change\ndata: round 0\n\n"]
 
 
 def test_an_experiment_with_many_rounds_and_two_of_one_name(tmp_path: Path) -> None:
     experiment = Experiment(name="same", rounds=120, rules=["fedavg"], partition={"clients": 2}, data={"examples": 40})
     for name in ("one", "two"):
         run(experiment, folder=tmp_path / name, progress=False)
+    found = payload([tmp_path / "one", tmp_path / "two"])
+    assert [each["name"] for each in found["experiments"]] == ["same (one)", "same (two)"]
+    assert len(found["experiments"][0]["runs"][0]["metrics"]["accuracy"]) == 120
     (tmp_path / "two" / "config.toml").write_text("rounds = 'many'")
     assert experiments_under(tmp_path) == [tmp_path / "one"]
-    found = payload([tmp_path / "one", tmp_path / "one"])
-    assert [each["name"] for each in found["experiments"]] == ["same (one)", "same (one)"]
-    assert len(found["experiments"][0]["runs"][0]["metrics"]["accuracy"]) == 120

@@ -20,6 +20,9 @@ from corymb.client.app import batch_generator, make_seeded
 from corymb.client.batches import training_batches
 from corymb.simulations import Experiment, Results, run
 from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.results.folder import FinishedRun
+from corymb.simulations.results.score import Score
+from corymb.simulations.results.summary import further_metrics
 
 SMALL: dict[str, Any] = {
     "name": "small", "rounds": 3, "partition": {"clients": 6, "alpha": 0.5}, "evaluate": {"clients": True},
@@ -152,3 +155,14 @@ def test_personal_layers_need_tests_at_the_clients() -> None:
         resolve(Experiment(**{**SMALL, "rules": ["fedper"], "evaluate": {}}))
     with pytest.raises(ValueError, match="personal = 'head' matches no entry of the model, which has"):
         resolve(Experiment(**{**SMALL, "train": {"personal": ["head"]}}))
+
+
+def test_a_metric_that_a_rule_lacks_leaves_its_cell_empty() -> None:
+    first, second = Score("mae", "mae"), Score("r2", "r2")
+    runs = [
+        FinishedRun("local", 0, [], 1.0, 1.0, "", first, {second: 0.5}),
+        FinishedRun("fedavg", 0, [], 1.0, 1.0, "", first, {first: 0.25, second: 0.75}),
+    ]
+    assert further_metrics(runs) == {
+        second: {"local": "0.5000", "fedavg": "0.7500"}, first: {"local": "", "fedavg": "0.2500"}
+    }  # fmt: skip
