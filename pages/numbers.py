@@ -21,7 +21,7 @@ from corymb.pages.machine import available_bytes, clock_error, free_bytes, serve
 from corymb.protocol.certificates import days_left, read_certificate
 from corymb.server.deployment.federation import ServerKit, read_kit
 from corymb.server.deployment.provision import ROSTER
-from corymb.server.deployment.status import SITES
+from corymb.server.deployment.status import SITES, software_of_sites
 from corymb.server.rounds.codes import ADMITTED, BELOW_QUORUM, SILENT
 from corymb.server.rounds.orders import read_orders
 
@@ -59,6 +59,10 @@ class Runs:
 
     def certificates(self) -> dict[str, float]:
         """Return for how many days certificates are valid: there are none."""
+        return {}
+
+    def software(self) -> dict[str, str]:
+        """Return what sites run: that is not known."""
         return {}
 
     def numbers(self, now: float, run: str = "") -> list[Number]:
@@ -106,6 +110,10 @@ class Federation(Runs):
             seen: dict[str, Any] = json.loads((self.folder / "var" / SITES).read_text())
             return seen
         return {"at": "", "sites": {}, "runs": {}}
+
+    def software(self) -> dict[str, str]:
+        """Return the versions of Corymb and Flower at the sites that have said so."""
+        return software_of_sites(self.folder)
 
     def numbers(self, now: float, run: str = "") -> list[Number]:
         """See `numbers`."""

@@ -5,21 +5,19 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from math import isfinite, nan
 from statistics import median
 from typing import Any
 
-from corymb.pages.journals import Ask, JournalReader, RoundRow
+from corymb.pages.journals import JournalReader
 from corymb.pages.metrics import ringing
+from corymb.pages.now import cards, curve, score_name, sentence
 from corymb.pages.numbers import Runs, is_silent, patience, zombies
 from corymb.server.rounds.codes import ADMITTED
-from corymb.server.rounds.orders import Orders, read_orders
+from corymb.server.rounds.orders import read_orders
 
 RASTER_ROUNDS = 120  # at most
-CURVE_POINTS = 500  # at most
 SPARK_POINTS = 20
 EVENTS = 80
-HOURS, MINUTES = 3600, 60
 ORDERS = ("name", "state", "seconds", "share", "examples", "certificate")
 
 
@@ -71,9 +69,9 @@ class Operator:
             "round": last,
             "sentence": sentence(about, rounds, ask, is_active, now, orders),
             "is_active": is_active,
-            "cards": _cards(journal, rounds, sites, ask),
-            "curve": _curve(rounds),
-            "score": _score_name(rounds),
+            "cards": cards(journal, rounds, sites.raster, ask),
+            "curve": curve(rounds),
+            "score": score_name(rounds),
             "raster": {"first": sites.first, "last": sites.last},
             "events": [vars(event) for event in journal.events(0, EVENTS)],
             "last_event": journal.last_event()[0],
@@ -105,7 +103,7 @@ class Operator:
 
     def _rows(self, run: str, now: float) -> list[dict[str, Any]]:
         seen, journal = self.source.seen(), self.source.journal(run)
-        certificates = self.source.certificates()
+        certificates, software = self.source.certificates(), self.source.software()
         sites = self._of(journal, journal.last_round()) if journal else Sites(1, 0, {}, {}, {}, {}, {})
         answers = journal.answers(sites.first - 1) if journal else {}
         ask = journal.ask() if journal and self._is_active(journal, seen) else None
@@ -132,6 +130,7 @@ class Operator:
                 "counted": sites.counted.get(name, 0),
                 "error": "" if reason is None else f"Round {reason[0]}: {reason[2] or reason[1]}",
                 "certificate": round(certificates[name], 1) if name in certificates else 1e6,
+                "software": software.get(name, ""),
                 "raster": sites.raster.get(name, ""),
             })  # fmt: skip
         return rows
@@ -187,78 +186,3 @@ def _sites_of(journal: JournalReader, last: int) -> Sites:
     shares = {node: weight / total for node, weight in weights.items()}
     raster = {node: "".join(line) for node, line in lines.items()}
     return Sites(first, last, raster, examples, shares, journal.reasons(first, last), counted)
-
-
-def sentence(
-    about: dict[str, str], rounds: list[RoundRow], ask: Ask | None, is_active: bool, now: float, orders: Orders
-) -> str:
-    """Return in one sentence what happens now, such as "Round 12 of 50, waiting for 3 of 14 sites"."""
-    planned = about.get("rounds", "")
-    of = f" of {planned}" if planned not in ("", "0") else ""
-    last = rounds[-1].round if rounds else 0
-    if about.get("finished"):
-        return f"Finished after round {last}{of}."
-    if orders.stopped_by and ask is None:
-        return f"Stopped by {orders.stopped_by} after round {last}{of}."
-    if not is_active:
-        return f"Ended after round {last}{of}."
-    if ask is None and orders.paused_by:
-        return f"Paused by {orders.paused_by} after round {last}{of}."
-    if ask is None:
-        return f"Round {last} is finished{of and f', {of.strip()}'}."
-    what = "training" if ask.phase == "train" else "evaluating"
-    if not ask.waiting:
-        return f"Round {ask.round}{of}: all {len(ask.asked)} sites have answered."
-    text = f"Round {ask.round}{of}, {what}: waiting for {len(ask.waiting)} of {len(ask.asked)} sites"
-    deadline = float(about.get("deadline", 0))
-    if deadline:
-        text += f", deadline {_in_words(ask.at + deadline - now)}"
-    return text + "."
-
-
-def _in_words(seconds: float) -> str:
-    if seconds < 0:
-        return "over"
-    if seconds >= 2 * HOURS:
-        return f"in {seconds / HOURS:.0f} h"
-    return f"in {seconds / MINUTES:.0f} min" if seconds >= MINUTES else f"in {seconds:.0f} s"
-
-
-def _cards(journal: JournalReader, rounds: list[RoundRow], sites: Sites, ask: Ask | None) -> list[dict[str, str]]:
-    totals, cards = journal.totals(), []
-    name = _score_name(rounds)
-    tested = [row for row in rounds if name in row.measured]
-    if tested:
-        value = tested[-1].measured[name]
-        cards.append({"title": name, "value": f"{100 * value:.2f} %" if name.endswith("accuracy") else f"{value:.4g}"})
-    column = [line[-1] for line in sites.raster.values() if line]
-    asked = sum(code != " " and code != "-" for code in column)
-    cards.append({"title": "counted in the last round", "value": f"{column.count('+')} of {asked}"})
-    if ask is not None:
-        cards.append({"title": "answered now", "value": f"{len(ask.asked) - len(ask.waiting)} of {len(ask.asked)}"})
-    if rounds:
-        cards.append({"title": "median round", "value": f"{median(row.seconds for row in rounds[-50:]):.1f} s"})
-    until = f", up to round {totals.last}" if rounds and totals.last < rounds[-1].round else ""
-    cards.append({"title": f"to the sites{until}", "value": _size(totals.bytes_down)})
-    cards.append({"title": f"from the sites{until}", "value": _size(totals.bytes_up)})
-    return cards
-
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"
-
-
-def _score_name(rounds: list[RoundRow]) -> str:
-    """Return the metric that the page shows: accuracy if it was measured, else loss, else the first."""
-    names = list(dict.fromkeys(name for row in rounds[-50:] for name in row.measured))
-    return next((name for name in ("accuracy", "loss") if name in names), names[0] if names else "")
-
-
-def _curve(rounds: list[RoundRow]) -> list[tuple[int, float]]:
-    name = _score_name(rounds)
-    points = [(row.round, row.measured[name]) for row in rounds if isfinite(row.measured.get(name, nan))]
-    step = -(-len(points) // CURVE_POINTS) or 1
-    return [point for index, point in enumerate(points) if index % step == 0 or index == len(points) - 1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from corymb.pages.research import payload
 
 ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("echarts.min.js", "panels.js", "research.js")
 
 
 def write_report(folders: Sequence[Path], path: Path) -> Path:
@@ -19,7 +20,7 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
     data = json.dumps(payload(folders), separators=(",", ":")).replace("<", "\\u003c")  # no tag ends the script
     page = (ASSETS / "research.html").read_text()
     style = f"<style>{(ASSETS / 'page.css').read_text()}{(ASSETS / 'research.css').read_text()}</style>"
-    scripts = "".join(f"<script>{(ASSETS / name).read_text()}</script>" for name in ("echarts.min.js", "research.js"))
+    scripts = "".join(f"<script>{(ASSETS / name).read_text()}</script>" for name in SCRIPTS)
     head, _, rest = page.partition("<!-- assets -->")
     _, _, rest = rest.partition("<!-- end of assets -->")
     body = f'<script type="application/json" id="data">{data}</script>{scripts}</body>'

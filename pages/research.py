@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from corymb.client.local_work import algorithm_of
 from corymb.pages.operator import CODES
 from corymb.protocol.run_config import flatten
 from corymb.server import RoundRecord
+from corymb.server.rounds.drift import COSINE, NORM
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.scenario import scenario_of
 from corymb.simulations.results.client_results import client_results
 from corymb.simulations.results.folder import CONFIG, FinishedRun, finished_runs, stored_experiment
 from corymb.simulations.results.score import NEW_CLIENT, VIRTUAL
 from corymb.simulations.results.summary import summary_rows, table
+from corymb.simulations.results.sweep import RULES
 
 MAX_CLIENTS = 400  # in rasters and heat maps
 DIGITS = 5  # of numbers in the page
@@ -38,14 +42,39 @@ def payload(folders: Sequence[Path]) -> dict[str, Any]:
         flatten(experiment.model_dump(mode="json", exclude_none=True, exclude={"rules", "claims", "seeds"}))
         for experiment, _ in found
     ]
-    keys = {key for config in configs for key in config}
-    differing = sorted(key for key in keys if len({str(config.get(key)) for config in configs}) > 1)
+    parameters = [_parameters(experiment) for experiment, _ in found]
+    titles = sorted({title for by_title in parameters for title in by_title})
+    of_rules = {key for title in titles for key in _differing(by[title] for by in parameters if title in by)}
+    differing = sorted(_differing(configs))
     return {
         "experiments": [
-            _experiment(name, experiment, runs, {key: str(config.get(key, "")) for key in differing})
-            for name, (experiment, runs), config in zip(names, found, configs, strict=True)
+            _experiment(
+                name, experiment, runs, {key: str(config.get(key, "")) for key in differing},
+                {title: {key: str(values.get(key, "")) for key in of_rules} for title, values in by_title.items()},
+            )
+            for name, (experiment, runs), config, by_title in zip(names, found, configs, parameters, strict=True)
         ],
         "differing": differing,
+        "parameters": sorted(of_rules),
+    }  # fmt: skip
+
+
+def _differing(configs: Iterable[dict[str, Any]]) -> set[str]:
+    """Return the keys whose values are not the same in all `configs`."""
+    known = list(configs)
+    keys = {key for config in known for key in config}
+    return {key for key in keys if len({str(config.get(key)) for config in known}) > 1}
+
+
+def _parameters(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Return for each rule's title its parameters and those of its algorithm at the clients, named as in sweeps."""
+    return {
+        rule.title: {
+            f"{RULES}{field.name}": getattr(part, field.name)
+            for part in (rule.make(), algorithm_of(experiment.train_for(rule)))
+            for field in fields(part)
+        }
+        for rule in experiment.rules
     }
 
 
@@ -54,7 +83,13 @@ def _names(names: list[str], folders: Sequence[Path]) -> list[str]:
     return [f"{n} ({f.name})" if names.count(n) > 1 else n for n, f in zip(names, folders, strict=True)]
 
 
-def _experiment(name: str, experiment: Experiment, runs: list[FinishedRun], config: dict[str, str]) -> dict[str, Any]:
+def _experiment(
+    name: str,
+    experiment: Experiment,
+    runs: list[FinishedRun],
+    config: dict[str, str],
+    parameters: dict[str, dict[str, str]],
+) -> dict[str, Any]:
     score, rows = runs[0].score, summary_rows(runs)
     clients = [
         {
@@ -74,11 +109,11 @@ def _experiment(name: str, experiment: Experiment, runs: list[FinishedRun], conf
         "rows": [{key: _shown(value) for key, value in row.items()} for row in rows],
         "clients": clients,
         "labels": _labels(experiment),
-        "runs": [_run(run, detailed=run.seed == runs[0].seed) for run in runs],
+        "runs": [_run(run, config | parameters.get(run.rule, {}), detailed=run.seed == runs[0].seed) for run in runs],
     }
 
 
-def _run(run: FinishedRun, detailed: bool) -> dict[str, Any]:
+def _run(run: FinishedRun, config: dict[str, str], detailed: bool) -> dict[str, Any]:
     """Return a run: the curves of its metrics, and if `detailed` each client's verdicts and weights."""
     up_to_now, megabytes = 0.0, []
     for record in run.records:
@@ -89,6 +124,8 @@ def _run(run: FinishedRun, detailed: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "rule": run.rule,
         "seed": run.seed,
+        "config": config,
+        "final": _round(run.final) if isfinite(run.final) else None,
         "rounds": [record.round for record in run.records],
         "megabytes": megabytes,
         "virtual": [_round(value) for value in virtual if value is not None] if None not in virtual else [],
@@ -101,11 +138,14 @@ def _run(run: FinishedRun, detailed: bool) -> dict[str, Any]:
 
 
 def _per_client(records: Sequence[RoundRecord]) -> dict[str, Any]:
-    """Return the clients, a character for each client and round, and the weights as [round, client, share of most]."""
+    """Return the clients, a character for each client and round, the weights as [round, client, share of most], and the
+    drift as [round, client, length of the update, cosine], if the run has recorded it.
+    """
     clients = sorted({verdict.node for record in records for verdict in record.verdicts})[:MAX_CLIENTS]
     places = {name: place for place, name in enumerate(clients)}
     lines = [[" "] * len(records) for _ in clients]
     weights: list[tuple[int, int, float]] = []
+    drift: list[tuple[int, int, float, float]] = []
     for index, record in enumerate(records):
         most = max((verdict.weight or 0.0 for verdict in record.verdicts), default=0.0)
         for verdict in record.verdicts:
@@ -113,7 +153,10 @@ def _per_client(records: Sequence[RoundRecord]) -> dict[str, Any]:
                 lines[places[verdict.node]][index] = CODES.get(verdict.code, "x")
                 if verdict.weight and most:
                     weights.append((index, places[verdict.node], _round(verdict.weight / most)))
-    return {"clients": clients, "raster": ["".join(line) for line in lines], "weights": weights}
+                if COSINE in verdict.metrics and NORM in verdict.metrics:
+                    both = _round(verdict.metrics[NORM]), _round(verdict.metrics[COSINE])
+                    drift.append((index, places[verdict.node], *both))
+    return {"clients": clients, "raster": ["".join(line) for line in lines], "weights": weights, "drift": drift}
 
 
 def _labels(experiment: Experiment) -> dict[str, Any]:

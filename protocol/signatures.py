@@ -41,8 +41,11 @@ def signed(
     return ConfigRecord({"claims": text, "signature": key.sign(text.encode(), ALGORITHM), **extra})
 
 
-def check(content: RecordDict, key: ec.EllipticCurvePublicKey, claims: Mapping[str, Any]) -> None:
-    """Check that `content` is signed with `key`, with these `claims`. Raises `ForgedMessage`."""
+def check(content: RecordDict, key: ec.EllipticCurvePublicKey, claims: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that `content` is signed with `key`, with these `claims`, and return all that was signed.
+
+    Raises `ForgedMessage`.
+    """
     record = record_in(content)
     text, signature = record.get("claims"), record.get("signature")
     if not isinstance(text, str) or not isinstance(signature, bytes):
@@ -52,7 +55,7 @@ def check(content: RecordDict, key: ec.EllipticCurvePublicKey, claims: Mapping[s
     except InvalidSignature:
         raise ForgedMessage("its signature was made with another key") from None
     try:
-        said = json.loads(text)
+        said: dict[str, Any] = json.loads(text)
         expires = float(said["expires"])
     except (ValueError, TypeError, KeyError):
         raise ForgedMessage("its signature cannot be read") from None
@@ -63,6 +66,7 @@ def check(content: RecordDict, key: ec.EllipticCurvePublicKey, claims: Mapping[s
         raise ForgedMessage("its signature has expired")
     if said.get("digest") != digest(content):
         raise ForgedMessage("it was altered after it was signed")
+    return said
 
 
 def record_in(content: RecordDict) -> ConfigRecord:

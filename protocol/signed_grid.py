@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from corymb.protocol.certificates import SITE, check_issued, pem, public_key_of,
 from corymb.protocol.flower import with_content, with_error
 from corymb.protocol.signatures import FORGED, RECORD, ForgedMessage, check, claims_of, signed
 
+SOFTWARE = "software"  # the folder in `var` of a kit with a file for each site: its versions of Corymb and Flower
 CERTIFICATE = "certificate"  # in the record of a request's signature: that of the server's key, as PEM
 
 
@@ -25,6 +27,7 @@ class Signer:
         self._key = read_key(kit / "tasks.key")
         self._certificate = pem(read_certificate(kit / "tasks.crt"))
         self._authority, self._roster = read_certificate(kit / "ca.crt"), kit / "roster"
+        self._software, self._noted = kit / "var" / SOFTWARE, dict[str, str]()
         nothing = RecordDict()
         self._last: tuple[RecordDict, dict[str, Any], RecordDict] = nothing, {}, nothing  # messages share contents
 
@@ -53,10 +56,20 @@ class Signer:
         try:
             if metadata.reply_to_message_id not in asked:
                 raise ForgedMessage("it refers to another message")
-            check(reply.content, self._key_of(name), claims)
+            said = check(reply.content, self._key_of(name), claims)
         except ForgedMessage as problem:
             return with_error(reply, Error(FORGED, str(problem)))
+        self._note_software(name, str(said.get("software", "")))
         return with_content(reply, RecordDict({n: r for n, r in reply.content.items() if n != RECORD}))
+
+    def _note_software(self, name: str, software: str) -> None:
+        """Write down, for `corymb status` and the pages, what a site runs."""
+        if self._noted.get(name) == software:
+            return
+        with suppress(OSError):  # such as a full disk; the reply counts all the same
+            self._software.mkdir(parents=True, exist_ok=True)
+            (self._software / name).write_text(software[:100])
+            self._noted[name] = software
 
     def _key_of(self, name: str) -> ec.EllipticCurvePublicKey:
         """Return the key of a site. The roster is read each time: it may change during a run."""

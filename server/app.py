@@ -80,6 +80,7 @@ def main(grid: Grid, context: Context) -> None:
         journal=journal,
         resume=resume,
         shares_nothing=not shared,
+        drift=settings.drift,
     )
     train = ConfigRecord({**flatten({"train": rule.train_table()})})  # settings in a message override the run config
     try:

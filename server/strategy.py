@@ -52,13 +52,12 @@ class FlowerStrategy(RoundLoop):
     reply may do. Of the models that a rule sees together, at most `spill_bytes` are in memory, the rest in files. A
     round with fewer than `quorum` admitted replies is abandoned: model, memory and optimiser stay as they were.
 
-    With `shares_nothing`, the model may be empty, as each client trains a model of its own. With `asynchrony`, there
-    are no rounds: under this class's own `start()`, the model changes after a number of replies.
-
-    Five arguments have an effect only under this class's own `start()`: `max_abandoned` such rounds in a row end the
-    run with `QuorumMissed`, with growing pauses between them. `round_size` decides how many replies a round waits for,
-    `journal` stores each finished round, `resume` goes on after the last round in the journal, and `on_round` is called
-    with the record of each finished round.
+    With `shares_nothing`, the model may be empty, as each client trains a model of its own. With `drift`, the records
+    have the length of each update, and its cosine with the rule's step. With `asynchrony`, there are no rounds: the
+    model changes after a number of replies. That and five more arguments need this class's own `start()`:
+    `max_abandoned` such rounds in a row end the run with `QuorumMissed`, with growing pauses between them. `round_size`
+    decides how many replies a round waits for, `journal` stores each finished round, `resume` goes on after the last
+    one in it, and `on_round` is called with the record of each.
 
     `train_metrics_aggr_fn` and `evaluate_metrics_aggr_fn` replace the mean of the metrics. They are called as in
     Flower, with the content of each admitted reply and `weighted_by_key`; the content has the metrics only.
@@ -92,6 +91,7 @@ class FlowerStrategy(RoundLoop):
         policy: Policy | None = None,
         spill_bytes: float = SPILL_BYTES,
         shares_nothing: bool = False,
+        drift: bool = False,
         asynchrony: Asynchrony | None = None,
         max_abandoned: int = 5,
         journal: Journal | None = None,
@@ -102,7 +102,7 @@ class FlowerStrategy(RoundLoop):
             raise TypeError(f"rule is {rule!r}; pass an instance of a rule, such as FedAU().")
         self.method = Method(
             rule, server_optimizer, candidate_election, round_size, proxy, weighted_by_key, seed, quorum, policy,
-            spill_bytes, shares_nothing,
+            spill_bytes, shares_nothing, drift,
         )  # fmt: skip
         self.sampling = Sampling(
             fraction_train, fraction_evaluate, min_available_nodes, wait_seconds, seed, min_train_nodes,
@@ -110,9 +110,8 @@ class FlowerStrategy(RoundLoop):
         )  # fmt: skip
         self._aggregate_metrics = {"train": train_metrics_aggr_fn, "evaluate": evaluate_metrics_aggr_fn}
         self.buffers, self.asynchrony = buffers, asynchrony
-        self.journal, self.resume = journal, resume
+        self.journal, self.resume, self.on_round = journal, resume, on_round
         self.max_abandoned = max_abandoned
-        self.on_round = on_round
         self.record = RoundRecord(0)  # of the current round
         self._state: RunState | None = None
         self._sent: SentModel | None = None  # the state's model as a record

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from cryptography import x509
 from flwr.app import Message
 
+from corymb import __version__
 from corymb.protocol.certificates import TASKS, Key, check_issued, name_of, public_key_of, read_certificate, read_key
 from corymb.protocol.signatures import RECORD, ForgedMessage, check, claims_of, record_in, signed
 
@@ -45,4 +47,5 @@ class Identity:
         """Add a signature to `reply`, in place."""
         metadata = reply.metadata
         claims = {"site": self.name, "run": metadata.run_id, "request": metadata.reply_to_message_id}
+        claims["software"] = f"Corymb {__version__}, Flower {version('flwr')}"
         reply.content[RECORD] = signed(reply.content, self.key, claims)

@@ -28,11 +28,11 @@ function keyOf({ experiment, run }) {
   const key = byId("group").value;
   if (key === "rule") return data.experiments.length > 1 ? `${experiment.name}: ${run.rule}` : run.rule;
   if (key === "run") return `${experiment.name}: ${run.rule}, seed ${run.seed}`;
-  return `${run.rule}, ${key} = ${experiment.config[key]}`;
+  return `${run.rule}, ${key} = ${run.config[key] ?? "none"}`;
 }
 
 function matches({ experiment, run }) {
-  const text = `${experiment.name} ${run.rule} seed ${run.seed} ${Object.entries(experiment.config).flat().join(" ")}`.toLowerCase();
+  const text = `${experiment.name} ${run.rule} seed ${run.seed} ${Object.entries(run.config).flat().join(" ")}`.toLowerCase();
   return byId("filter").value.toLowerCase().split(/\s+/).every((word) => text.includes(word));
 }
 
@@ -78,17 +78,19 @@ function curvesOf() {
   });
 }
 
+// A line through the means of points [x, mean, least, most], in the colour of this place, and a band around it.
+function withBand(name, points, place) {
+  const color = PALETTE[place % PALETTE.length], type = DASHES[Math.floor(place / PALETTE.length) % DASHES.length];
+  const line = { name, type: "line", data: points.map(([x, mean]) => [x, mean]), color, showSymbol: points.length < 30, lineStyle: { width: 2, type } };
+  if (!points.some(([, , low, high]) => low < high)) return [line];
+  const edge = { type: "line", stack: name, lineStyle: { opacity: 0 }, showSymbol: false, color, tooltip: { show: false }, silent: true };
+  return [line, { ...edge, name: `${name}, least`, data: points.map(([x, , low]) => [x, low]) },
+    { ...edge, name: `${name}, band`, data: points.map(([x, , low, high]) => [x, high - low]), areaStyle: { opacity: 0.18 }, stackStrategy: "all" }];
+}
+
 function curveOptions() {
-  const series = [], names = [...groups().keys()];
-  curvesOf().forEach(({ name, points }) => {
-    const place = names.indexOf(name), color = PALETTE[place % PALETTE.length];
-    const type = DASHES[Math.floor(place / PALETTE.length) % DASHES.length];
-    series.push({ name, type: "line", data: points.map(([x, mean]) => [x, mean]), color, showSymbol: points.length < 30, lineStyle: { width: 2, type } });
-    if (points.some(([, mean, low, high]) => low < high)) {
-      series.push({ name: `${name}, least`, type: "line", data: points.map(([x, , low]) => [x, low]), stack: name, lineStyle: { opacity: 0 }, showSymbol: false, color, tooltip: { show: false }, silent: true });
-      series.push({ name: `${name}, band`, type: "line", data: points.map(([x, , low, high]) => [x, high - low]), stack: name, lineStyle: { opacity: 0 }, areaStyle: { opacity: 0.18 }, showSymbol: false, color, tooltip: { show: false }, silent: true, stackStrategy: "all" });
-    }
-  });
+  const names = [...groups().keys()];
+  const series = curvesOf().flatMap(({ name, points }) => withBand(name, points, names.indexOf(name)));
   return { animation: false, backgroundColor: colour("--back"), grid: { left: 60, right: 20, top: 40, bottom: 45 },
     legend: { top: 0, data: names.filter((name) => !hidden.has(name)), type: "scroll", textStyle: { color: colour("--text") } },
     tooltip: { trigger: "axis", renderMode: "richText" },
@@ -134,60 +136,6 @@ function drawTable() {
   byId("differences-title").parentElement.hidden = !data.differing.length;
 }
 
-function heat(id, cells, clients, rounds, pieces, gradient) {
-  const isLong = clients.length > 30;
-  chartOf(id).setOption({ animation: false, grid: { left: isLong ? 50 : 100, right: 90, top: 8, bottom: 25 }, tooltip: { renderMode: "richText" },
-    xAxis: { type: "category", data: rounds, ...axisStyle() },
-    yAxis: { type: "category", data: isLong ? clients.map((_, index) => index + 1) : clients, inverse: true, ...axisStyle() },
-    visualMap: { right: 0, top: 0, textStyle: { color: colour("--quiet") }, ...(pieces ? { type: "piecewise", pieces } : { min: 0, max: 1, calculable: true, inRange: { color: gradient } }) },
-    series: [{ type: "heatmap", data: cells, progressive: 20000 }] }, true);
-}
-
-function drawClients() {
-  const experiment = chosen(), detailed = experiment.runs.filter((run) => run.clients);
-  choices("run", detailed.map((_, index) => String(index)), detailed.map((run) => `${run.rule}, seed ${run.seed}`));
-  const run = detailed[Number(byId("run").value)], until = Number(byId("replay").value);
-  const last = run.rounds.filter((round) => round <= until).length;
-  const codes = "+xs-", cells = [];
-  run.raster.forEach((line, place) => [...line.slice(0, last)].forEach((code, index) => { if (code !== " ") cells.push([index, place, codes.indexOf(code)]); }));
-  heat("raster", cells, run.clients, run.rounds, ["counted", "rejected", "silent", "offline"].map((label, value) => ({ value, label, color: colour(["--good", "--bad", "--silent", "--away"][value]) })));
-  heat("weights", run.weights.filter(([index]) => index < last), run.clients, run.rounds, null, [colour("--panel"), colour("--good")]);
-  drawBars(experiment);
-  drawLabels(experiment);
-  drawCertified(experiment);
-}
-
-function drawBars(experiment) {
-  const names = [...new Set(experiment.clients.flatMap((each) => Object.keys(each.values)))].sort();
-  byId("bars").hidden = byId("sites-title").hidden = !names.length;
-  if (!names.length) return;
-  chartOf("bars").setOption({ animation: false, grid: { left: 60, right: 20, top: 35, bottom: 45 }, tooltip: { trigger: "axis", renderMode: "richText" },
-    legend: { top: 0, type: "scroll", textStyle: { color: colour("--text") } },
-    xAxis: { type: "category", data: names, ...axisStyle() }, yAxis: { type: "value", name: experiment.score, ...axisStyle() },
-    series: experiment.clients.map((each, index) => ({ name: each.rule, type: "bar", color: PALETTE[index % PALETTE.length], data: names.map((name) => each.values[name] ?? null) })) }, true);
-}
-
-function drawLabels(experiment) {
-  const { clients, counts } = experiment.labels;
-  byId("labels").hidden = byId("labels-title").hidden = !clients;
-  if (!clients) return;
-  chartOf("labels").setOption({ animation: false, grid: { left: 60, right: 100, top: 15, bottom: 45 }, tooltip: { trigger: "axis", renderMode: "richText" },
-    legend: { type: "scroll", orient: "vertical", right: 0, textStyle: { color: colour("--text") } },
-    xAxis: { type: "category", data: clients, ...axisStyle() }, yAxis: { type: "value", ...axisStyle() },
-    series: counts[0].map((_, label) => ({ name: String(label), type: "bar", stack: "all", color: PALETTE[label % PALETTE.length], itemStyle: { opacity: label < PALETTE.length ? 1 : 0.55 }, data: counts.map((row) => row[label]) })) }, true);
-}
-
-function drawCertified(experiment) {
-  const series = experiment.runs.map((run) => {
-    const points = Object.entries(run.metrics).filter(([name]) => /^certified-\d+$/.test(name))
-      .map(([name, values]) => [Number(name.slice(10)), values.filter((value) => value !== null).at(-1)]).sort((a, b) => a[0] - b[0]);
-    return { name: `${run.rule}, seed ${run.seed}`, type: "line", step: "end", data: points };
-  }).filter((each) => each.data.length);
-  byId("certified-section").hidden = !series.length;
-  if (series.length) chartOf("certified").setOption({ animation: false, color: PALETTE, grid: { left: 60, right: 20, top: 35, bottom: 40 }, tooltip: { trigger: "axis", renderMode: "richText" },
-    legend: { top: 0, type: "scroll", textStyle: { color: colour("--text") } }, xAxis: { type: "value", ...axisStyle() }, yAxis: { type: "value", max: 1, ...axisStyle() }, series }, true);
-}
-
 function save(kind) {
   const name = `${byId("metric").value.replace(/[^\w-]+/g, "-")}.${kind}`;
   let address;
@@ -229,7 +177,7 @@ function replay() {
   }, 60);
 }
 
-function redraw() { drawGroups(); drawCurves(); drawTable(); drawClients(); }
+function redraw() { drawGroups(); drawCurves(); drawScores(); drawTable(); drawClients(); }
 
 async function start() {
   const inside = byId("data");
@@ -238,7 +186,8 @@ async function start() {
   if (answer && !answer.ok) { byId("curves").textContent = data.error || "The server cannot read the experiments."; return; }
   if (!data.experiments.length) { byId("curves").textContent = "No experiment is finished here yet."; return; }
   const runs = allRuns().map((each) => each.run);
-  choices("group", ["rule", "run", ...data.differing]);
+  choices("group", ["rule", "run", ...data.differing, ...data.parameters]);
+  choices("setting", numericSettings());
   const metrics = [...new Set(runs.flatMap((run) => Object.keys(run.metrics)))].sort();
   choices("metric", metrics);
   byId("metric").value = data.experiments[0].score;
@@ -249,10 +198,12 @@ async function start() {
   byId("replay").value = most;
   ["metric", "axis"].forEach((id) => byId(id).addEventListener("change", drawCurves));
   byId("group").addEventListener("change", () => { hidden = new Set(); redraw(); });
-  byId("filter").addEventListener("input", () => { drawGroups(); drawCurves(); });
+  byId("filter").addEventListener("input", () => { drawGroups(); drawCurves(); drawScores(); });
+  byId("setting").addEventListener("change", drawScores);
+  byId("all").addEventListener("click", () => pick([]));
   byId("replay").addEventListener("input", () => { drawCurves(); drawClients(); });
-  byId("experiment").addEventListener("change", () => { drawTable(); drawClients(); });
-  byId("run").addEventListener("change", drawClients);
+  byId("experiment").addEventListener("change", () => { drawTable(); pick([]); });
+  byId("run").addEventListener("change", () => pick([]));
   byId("play").addEventListener("click", replay);
   document.querySelectorAll("[data-save]").forEach((button) => button.addEventListener("click", () => save(button.dataset.save)));
   document.querySelectorAll("[data-copy]").forEach((button) => button.addEventListener("click", () => copy(button.dataset.copy)));

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corymb.protocol.certificates import days_left, read_certificate
+from corymb.protocol.signed_grid import SOFTWARE
 from corymb.server.deployment.provision import ROSTER
 
 SITES = "sites.json"  # in var: what the monitor sees
@@ -23,15 +24,22 @@ def status(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"The server of {folder} does not run, or has just been started; see `corymb serve --help`.")
     seen = json.loads(path.read_text())
+    software = software_of_sites(folder)
     last = _last_replies(folder / "var" / "corymb" / "runs")
     sites = {}
     for certificate in sorted((folder / ROSTER).glob("*.crt")):
         name = certificate.stem
         state = seen["sites"].get(name, {"online": False, "since": "", "node": ""})
         left = round(days_left(read_certificate(certificate)), 1)
-        sites[name] = {**state, "certificate_days": left, **last.get(name, {})}
+        runs = {"software": software[name]} if name in software else {}
+        sites[name] = {**state, "certificate_days": left, **runs, **last.get(name, {})}
     server = {"certificate_days": round(days_left(read_certificate(folder / "server.crt")), 1), "seen_at": seen["at"]}
     return {"server": server, "sites": sites}
+
+
+def software_of_sites(folder: Path) -> dict[str, str]:
+    """Return the versions of Corymb and Flower at each site that has said so in a signed reply."""
+    return {path.name: path.read_text() for path in (folder / "var" / SOFTWARE).glob("*")}
 
 
 def _last_replies(runs: Path) -> dict[str, dict[str, Any]]:

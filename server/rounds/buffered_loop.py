@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from corymb.server.rounds.run_failed import NoReplyAdmitted
 from corymb.server.rounds.staleness import Asynchrony, Start
 from corymb.strategies import Model
 
+log = logging.getLogger("flwr.corymb")
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -56,6 +58,10 @@ class BufferedLoop:
         strategy, started = self.strategy, time.monotonic()
         while strategy.state.round < versions:
             number = strategy.state.round + 1
+            started += strategy.await_orders(number)
+            if strategy.orders.stopped_by:
+                log.info("%s has stopped the run after version %d.", strategy.orders.stopped_by, number - 1)
+                break
             self._models[number] = strategy.state.model
             requests, starts, replies = self._collect(number, config)
             if not replies:
@@ -78,7 +84,7 @@ class BufferedLoop:
                 strategy.on_round(strategy.record)
             used = {asked.version for asked in self._asked.values()}
             self._models = {version: model for version, model in self._models.items() if version in used}
-        if strategy.journal is not None:
+        if strategy.journal is not None and not strategy.orders.stopped_by:  # a run that was stopped can go on
             finish_patiently(strategy.journal)
         if strategy.state.cost.messages and not strategy.state.cost.admitted:
             raise NoReplyAdmitted(versions, strategy.record)
@@ -128,7 +134,8 @@ class BufferedLoop:
         """Ask idle nodes, drawn by the seed, until as many train as may train at a time."""
         strategy = self.strategy
         state, method = strategy.state, strategy.method
-        busy = {asked.name for asked in self._asked.values()} | buffered | set(state.guard.quarantined(number))
+        busy = {asked.name for asked in self._asked.values()} | buffered
+        busy |= set(state.guard.quarantined(number)) | strategy.orders.excluded
         idle = {name: node_id for node_id, name in connected.items() if name not in busy}
         free = self.asynchrony.concurrency - len(self._asked)
         if free <= 0 or not idle:

@@ -17,6 +17,7 @@ from corymb.protocol.sizes import bytes_of
 from corymb.server.rounds.array_checks import is_bounded
 from corymb.server.rounds.codes import BELOW_QUORUM
 from corymb.server.rounds.door import Door
+from corymb.server.rounds.drift import with_drift
 from corymb.server.rounds.guard_memory import GuardMemory
 from corymb.server.rounds.policy import OFFENCES, with_share
 from corymb.server.rounds.record import RoundRecord, Verdict, mean_metrics, verdicts
@@ -71,13 +72,15 @@ def conclude(
         admitted = observer.watch(admitted)
     spill = Spill(method.spill_bytes)
     elects = method.candidate_election is not None and bool(method.candidate_election.rules)
-    if method.rule.kind != "blind" or elects:
+    if method.rule.kind != "blind" or elects or method.drift:
         admitted = spill.watch(admitted)
     stored: list[Reply] = []
-    if elects:  # its rules read them again
+    if elects or method.drift:  # they are read again
         admitted = iter(stored := list(admitted))
     with allocating(spill.matrix), seeded_generators(method.seed, round.number):  # a rule's draws can be repeated
         outcome = _outcome(method, state, admitted)
+    if method.drift:
+        checked.by_node |= with_drift(stored, state.model, outcome.model)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | {name: float(count) for name, count in checked.unread.items()}
     absent = state.known_nodes.difference(requests.nodes, requests.connected.values())

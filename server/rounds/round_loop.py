@@ -120,7 +120,7 @@ class RoundLoop(Strategy):
         exchange = Exchange(grid, timeout, self.journal.asks if self.journal is not None else None)
         started, abandoned = time.monotonic(), 0
         for number in range(self.state.round + 1, num_rounds + 1):
-            started += self._await_orders(number)
+            started += self.await_orders(number)
             if self.orders.stopped_by:
                 log.info("%s has stopped the run after round %d.", self.orders.stopped_by, number - 1)
                 break
@@ -154,7 +154,7 @@ class RoundLoop(Strategy):
             raise NoReplyAdmitted(num_rounds, self.record)
         return result
 
-    def _await_orders(self, number: int) -> float:
+    def await_orders(self, number: int) -> float:
         """Read the orders of operators before round `number`, and wait while the run is paused. Returns the seconds."""
         if self.journal is None or self.journal.asks is None:
             return 0.0

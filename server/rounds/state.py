@@ -60,6 +60,7 @@ class Method:
     `examples_key` is the metric with a client's number of examples. While a rule aggregates, the global random
     generators of Python, numpy and torch are seeded with `seed` and the round's number. A rule that sees all models has
     at most `spill_bytes` of them in memory, and the rest in files. With `shares_nothing`, the model may be empty.
+    With `drift`, the record of a round has each client's drift; see `drift.with_drift`.
     Raises `ValueError` if a rule needs a proxy and there is none.
     """
 
@@ -74,6 +75,7 @@ class Method:
     policy: Policy | None = None
     spill_bytes: float = inf
     shares_nothing: bool = False
+    drift: bool = False
 
     def __post_init__(self) -> None:
         others = self.candidate_election.rules if self.candidate_election else ()

@@ -73,6 +73,7 @@ def runs_of(experiment: Experiment, sites: int) -> Iterator[tuple[str, str]]:
                 "rules": {**table, "train": {**train, "seed": seed}},
                 "rounds": experiment.rounds, "fraction": experiment.fraction, "seed": seed,
                 "min_available_nodes": sites, **({"task": task} if task else {}),
+                **({"drift": True} if experiment.evaluate.drift else {}),
             }  # fmt: skip
             settings = {
                 "config": flatten(config), "model": model, "data": data, "guesses": _guesses(source),

@@ -78,6 +78,9 @@ class EvaluateSettings(Settings):
     """The share of a client's examples in its test part, unless the test set names the clients' sites."""
     new_clients: int = Field(0, ge=0)
     """The number of clients that take no part in the training, and are tested like the others."""
+    drift: bool = False
+    """Record for each client and round the length of its update, and the cosine with the step that the rule makes of
+    all: the metrics `update-norm` and `update-cosine`. The server then keeps all models of a round."""
     budgets: list[int] = Field(default_factory=list)
     """Numbers of hostile voters for which voting rules report their certified accuracy."""
 

@@ -162,6 +162,7 @@ class Run:
                 on_round=after_round,
                 buffers=[entry.name for entry in self._resolved.layout.buffers],
                 shares_nothing=not shared,
+                drift=experiment.evaluate.drift,
                 round_size=WaitForShare(devices.wait_for) if devices.wait_for < 1 else None,
                 asynchrony=self._asynchrony(),
             )

@@ -182,9 +182,10 @@ def test_a_site_called_like_a_script_is_text(browser: Browser, tmp_path: Path) -
 def experiments(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rules and three seeds with tests at the clients, and a second experiment with another setting."""
     runs = tmp_path_factory.mktemp("experiments")
-    for name, alpha in (("skewed", 0.1), ("mild", 1.0)):
+    for name, alpha, cutoff in (("skewed", 0.1, 50), ("mild", 1.0, 10)):
+        rules = ["fedavg", {"name": "fedau", "parameters": {"cutoff": cutoff}}, "local"]
         experiment = Experiment(
-            name=name, rounds=12, rules=["fedavg", "fedau", "local"], seeds=3, evaluate={"clients": True},
+            name=name, rounds=12, rules=rules, seeds=3, evaluate={"clients": True, "drift": True},
             partition={"clients": 8, "alpha": alpha}, participation={"kind": "bernoulli", "probability": 0.6},
         )  # fmt: skip
         run(experiment, folder=runs / name, progress=False)
@@ -194,7 +195,7 @@ def experiments(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_research(page: Page, errors: list[str]) -> None:
     expect(page.locator("#groups label")).to_have_count(6)
     expect(page.locator("#summary tbody tr")).to_have_count(3)
-    for chart in ("curves", "raster", "weights", "bars", "labels"):
+    for chart in ("curves", "scores", "raster", "weights", "drift", "bars", "labels"):
         expect(page.locator(f"#{chart} canvas").first).to_be_visible()
         assert page.evaluate(f"charts.{chart}.getOption().series.some((each) => each.data.length)"), chart
     expect(page.locator("#differences")).to_contain_text("partition.alpha")
@@ -203,9 +204,28 @@ def check_research(page: Page, errors: list[str]) -> None:
     page.locator("#filter").fill("")
     page.locator("#group").select_option("partition.alpha")
     expect(page.locator("#groups")).to_contain_text("fedavg, partition.alpha = 0.1 (3)")
+    page.locator("#group").select_option("rules.cutoff")
+    expect(page.locator("#groups")).to_contain_text("fedau, rules.cutoff = 10 (3)")
+    page.locator("#setting").select_option("rules.cutoff")
+    assert page.evaluate("charts.scores.getOption().series[0].data.map(([x]) => x)") == [10, 50]  # of fedau only
+    page.locator("#group").select_option("partition.alpha")
     page.locator("#axis").select_option("megabytes")
     page.locator("#replay").fill("6")
     assert page.evaluate("Math.max(...charts.raster.getOption().series[0].data.map((cell) => cell[0]))") == 5
+    page.locator("#drift").scroll_into_view_if_needed()
+    box = page.locator("#drift").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 62, box["y"] + 32)  # a rectangle around all points chooses the clients of the round
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 32, box["y"] + box["height"] - 47, steps=5)
+    page.mouse.up()
+    expect(page.locator("#picked")).to_contain_text("clients are chosen")
+    some = page.evaluate(
+        "[picked.size, charts.raster.getOption().yAxis[0].data.length, data.experiments[0].runs[0].clients.length]"
+    )
+    assert 0 < some[0] == some[1] < some[2]  # those who took part
+    page.get_by_role("button", name="All clients").click()
+    assert page.evaluate("charts.raster.getOption().yAxis[0].data.length") == some[2]
     page.get_by_role("button", name="LaTeX").click()
     assert page.locator("#text").input_value().startswith("\\begin{tabular}")
     for kind, beginning in (("svg", "<svg"), ("csv", "group,megabytes,mean"), ("png", "\ufffdPNG")):

@@ -10,10 +10,12 @@ import pytest
 
 from corymb.pages import journals
 from corymb.pages.app import _changes, make_app
-from corymb.pages.journals import Ask, JournalReader, RoundRow
+from corymb.pages.journals import JournalReader
+from corymb.pages.now import sentence
 from corymb.pages.numbers import Federation, Runs
-from corymb.pages.operator import Operator, sentence
+from corymb.pages.operator import Operator
 from corymb.pages.research import experiments_under, payload
+from corymb.pages.rows import Ask, RoundRow
 from corymb.server.journal import Journal
 from corymb.server.rounds.events import Event
 from corymb.server.rounds.orders import Orders

@@ -17,6 +17,7 @@ from corymb.server import FlowerStrategy, Journal
 from corymb.server.deployment.federation import FederationSettings, read
 from corymb.server.deployment.provision import Federation as Provisioned
 from corymb.server.deployment.status import SITES
+from corymb.server.rounds.staleness import Asynchrony
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg
 
@@ -71,10 +72,13 @@ def run_rounds(
     wrong: str = "",
     seconds: float = 0.0,
     quorum: int = 2,
+    asynchrony: Asynchrony | None = None,
 ) -> None:
     """Run the real round loop with a durable journal in `folder`, as a deployment does."""
     journal = Journal(folder, notes={"flower-run": folder.name.rpartition("-")[2]})
-    strategy = FlowerStrategy(FedAvg(), journal=journal, quorum=quorum, min_available_nodes=1, max_abandoned=99)
+    strategy = FlowerStrategy(
+        FedAvg(), journal=journal, quorum=quorum, min_available_nodes=1, max_abandoned=99, asynchrony=asynchrony
+    )
     grid = LocalGrid(client(wrong, seconds), list(names), node_config=lambda row: {"name": names[row]})
     try:
         strategy.start(grid, to_arrays({"w": torch.zeros(1000)}), rounds, 60)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from corymb import __version__
 from corymb.client.gate.identity import Identity
 from corymb.protocol.certificates import SITE, issue, new_key, pem, read_certificate, read_key, write_site_key
 from corymb.protocol.codec import to_arrays
@@ -18,6 +20,7 @@ from corymb.protocol.signatures import ALGORITHM, FORGED, RECORD, ForgedMessage,
 from corymb.protocol.signed_grid import Signer
 from corymb.server.deployment.federation import FederationSettings
 from corymb.server.deployment.provision import Federation
+from corymb.server.deployment.status import software_of_sites
 
 
 @pytest.fixture
@@ -58,6 +61,7 @@ def test_a_signed_exchange_is_accepted(federation: Federation) -> None:
     accepted = signer.check(answer, "north", 7, {"m-1"})
     assert not accepted.has_error()
     assert set(accepted.content) == {"arrays", "metrics"}
+    assert software_of_sites(federation.server) == {"north": f"Corymb {__version__}, Flower {version('flwr')}"}
 
 
 def with_other_numbers(answer: Message) -> None:

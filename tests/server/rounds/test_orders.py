@@ -12,6 +12,7 @@ from corymb.pages.journals import JournalReader
 from corymb.pages.numbers import Runs
 from corymb.pages.operator import Operator
 from corymb.server.rounds.orders import add_order, read_orders
+from corymb.server.rounds.staleness import Asynchrony
 from corymb.tests.pages.world import run_rounds
 
 
@@ -78,3 +79,21 @@ def test_a_run_is_paused_goes_on_without_a_site_and_is_stopped(tmp_path: Path) -
     noted = [(event.what, event.node, event.detail) for event in reader.events(0, 100)]
     orders = [each for each in noted if each[2].startswith("by ")]
     assert orders[:2] == [("exclude", "south", "by ben"), ("resume", "", "by ben")]  # and nothing from before the start
+
+
+def test_a_run_without_rounds_reads_orders_too(tmp_path: Path) -> None:
+    folder = tmp_path / "run-1"
+    folder.mkdir()
+    add_order(folder, "exclude", "ada", "south")
+    options = {"seconds": 0.02, "quorum": 0, "asynchrony": Asynchrony(buffer=2, concurrency=2)}
+    running = threading.Thread(target=run_rounds, args=(folder, 500), kwargs=options)
+    running.start()
+    until(lambda: (folder / "journal.sqlite").exists())
+    reader = JournalReader(folder)
+    until(lambda: reader.last_round() >= 3)
+    add_order(folder, "stop", "ada")
+    running.join(60)
+    assert not running.is_alive()
+    assert 3 <= reader.last_round() < 500
+    assert {verdict.node for verdict in reader.verdicts(1, 3) if verdict.code == "admitted"} == {"north", "west"}
+    assert "finished" not in reader.about()

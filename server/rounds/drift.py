@@ -1,0 +1,32 @@
+"""How far, and in which direction, each client's update goes from the step that the rule makes of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from corymb.strategies import Model, Reply, Report
+from corymb.strategies.core.round_models import RoundModels
+
+NORM, COSINE = "update-norm", "update-cosine"
+
+
+def with_drift(replies: Sequence[Reply], origin: Model, moved: Model) -> dict[str, Report]:
+    """Return the reports of `replies` by node, with the two metrics of drift.
+
+    `update-norm` is the Euclidean length of the client's update, its parameters minus those of `origin`;
+    `update-cosine` is the cosine between that and the step from `origin` to `moved`, left out where one of them is 0.
+    """
+    if not replies:
+        return {}
+    models = RoundModels([(reply.rows, reply.row) for reply in replies], origin.parameters)
+    lengths, remainders = models.distances(origin.parameters), models.distances(moved.parameters)
+    step = float((moved.parameters.double() - origin.parameters.double()).norm())
+    products = (lengths.square() + step**2 - remainders.square()) / 2  # |u - d|^2 = |u|^2 + |d|^2 - 2 u d
+    found = {}
+    for reply, length, product in zip(replies, lengths.tolist(), products.tolist(), strict=True):
+        metrics = {name: value for name, value in reply.report.metrics.items() if name != COSINE} | {NORM: length}
+        if length * step > 0:
+            metrics[COSINE] = min(1.0, max(-1.0, product / (length * step)))
+        found[reply.report.node] = replace(reply.report, metrics=metrics)
+    return found
