@@ -31,6 +31,7 @@ class Fault(IntEnum):
     SUPERLINK = 31  # the SuperLink does not answer
     MONITOR = 32  # the monitor has stopped
     OFFLINE = 33  # a site is offline
+    EMPTY_ROUND = 34  # a site does not answer a signed round that does nothing
 
 
 @dataclass(frozen=True)

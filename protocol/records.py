@@ -16,6 +16,7 @@ STEPS: Final = "steps"  # ArrayRecord from a target client: each batch's update,
 
 EXAMPLES: Final = "num-examples"  # metric: number of examples that the client trained or evaluated on
 ROUND: Final = "server-round"  # config: round number, from 1
+EMPTY_ROUND: Final = "query.corymb_empty_round"  # type of a message that the gate of a site answers, without any app
 NONCE: Final = "nonce"  # config: identifies what is asked; the same if a node is asked again. A reply may repeat it
 DEADLINE: Final = "deadline"  # config: seconds from the creation of the message until the server stops waiting
 

@@ -8,14 +8,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from corymb.client.gate.identity import Identity
 from corymb.client.gate.ledger import Ledger
 from corymb.client.gate.policy import Refusal, SitePolicy
 from corymb.client.gate.program import POLICY
 from corymb.client.memory import answer_from_memory
-from corymb.protocol.records import of_kind
+from corymb.protocol.records import EMPTY_ROUND, of_kind
 from corymb.protocol.signatures import RECORD, ForgedMessage
 
 LEDGER = "ledger.jsonl"
@@ -30,6 +30,7 @@ class Gate:
         self._identity = Identity.read(folder)
         self._task: dict[str, Any] = {}
         self._is_refused = False
+        self._refusal: Refusal | None = None  # of the task's app
         self._request: Message | None = None
 
     def policy(self) -> SitePolicy:
@@ -37,33 +38,38 @@ class Gate:
         return SitePolicy.read(self._policy_path)
 
     def admit(self, bundle: bytes) -> None:
-        """Allow the app in `bundle` to be installed. Raises `Refusal`, and notes it, if the policy forbids the app."""
+        """Take note of the app in `bundle`, of which nothing has run yet, and of whether the policy allows it."""
         app = hashlib.sha256(bundle).hexdigest()
-        self._task = {"app": app}
+        self._task, self._refusal = {"app": app}, None
         try:
-            approval = self.policy().approval(app, self._now(), self._trainings())
+            self._task["purpose"] = self.policy().approval(app, self._now(), self._trainings()).purpose
         except Refusal as refusal:
-            self._note_refusal(refusal)
-            raise
-        self._task["purpose"] = approval.purpose
+            self._refusal = refusal
 
     def around(self, app: App) -> App:
         """Return `app` with the site's settings, and with a memory of its last answers.
 
-        Calls of it raise `Refusal` if the policy wants tasks to be signed, and the message is not.
+        Calls of it raise `Refusal`, and note it in the ledger, if the policy does not allow the app that `admit` has
+        seen, or wants tasks to be signed and the message is not. A message of an empty round needs no approval: the
+        gate answers it, and the app is not called.
         """
 
         def guarded(message: Message, context: Context) -> Message:
+            kind, run = message.metadata.message_type, str(message.metadata.run_id)
+            if self._refusal is not None and kind != EMPTY_ROUND:
+                self._note_refusal(self._refusal)
+                raise self._refusal
             policy = self.policy()
             if policy.signed_tasks:
                 self._check_signature(message)
             message.content.pop(RECORD, None)  # not all of it is signed, and apps read settings from all configs
             policy.with_settings(message)
             context.run_config.update(policy.settings)
-            kind, run = message.metadata.message_type, str(message.metadata.run_id)
             self._task |= {"run": run, "round": message.metadata.group_id, "kind": kind}
-            self._ledger.add("ran", self._now(), **self._task)
             self._request = message
+            if kind == EMPTY_ROUND:
+                return Message(RecordDict(), reply_to=message)
+            self._ledger.add("ran", self._now(), **self._task)
             return answer_from_memory(message, context, app)
 
         return guarded

@@ -28,6 +28,7 @@ from corymb.protocol.certificates import (
 from corymb.protocol.findings import Fault, Finding, good
 from corymb.protocol.flower_control import ControlError
 from corymb.server.deployment.edge import nginx_program, write_edge
+from corymb.server.deployment.empty_round import run_empty_round
 from corymb.server.deployment.federation import ServerKit, SiteKit
 from corymb.server.deployment.run import superlink_of
 from corymb.server.deployment.status import status
@@ -196,11 +197,30 @@ def server_findings(folder: Path, kit: ServerKit) -> Iterator[Finding]:
     if age > STALE_SECONDS:
         yield Finding(Fault.MONITOR, f"The monitor has not looked for {age:.0f} s; see var/log/monitor.log.")
         return
-    offline = [name for name, site in state["sites"].items() if not site["online"]]
+    online = [name for name, site in state["sites"].items() if site["online"]]
+    offline = [name for name in state["sites"] if name not in online]
     if offline:
         yield Finding(Fault.OFFLINE, f"Offline: {', '.join(offline)}; run `corymb doctor` there.")
     else:
         yield good(f"All {len(state['sites'])} sites are online.")
+    if online and any(not run.startswith("finished") for run in state["server"]["runs"].values()):
+        yield good("A run is under way, whose rounds say which sites answer; no empty round is run.")
+    elif online:
+        yield _empty_round(folder, kit, online)
+
+
+def _empty_round(folder: Path, kit: ServerKit, online: list[str]) -> Finding:
+    try:
+        answers = run_empty_round(folder, kit)
+    except ValueError as error:
+        return Finding(Fault.EMPTY_ROUND, f"An empty round cannot be run: {error}.")
+    if answers is None:
+        return Finding(Fault.EMPTY_ROUND, f"The ServerApp of an empty round fails; see {folder / 'var/log'}.")
+    if silent := [name for name in online if name not in answers]:
+        return Finding(Fault.EMPTY_ROUND, f"No answer to an empty round: {', '.join(silent)}; see gate.log there.")
+    if wrong := [f"{name} ({error})" for name, error in answers.items() if error]:
+        return Finding(Fault.EMPTY_ROUND, f"The answer to an empty round is an error: {', '.join(wrong)}.")
+    return good(f"{len(answers)} sites have answered a signed empty round.")
 
 
 def _nginx(folder: Path, kit: ServerKit) -> Finding:

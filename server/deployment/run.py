@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from corymb.protocol.flower_control import ControlError, SuperLink
 from corymb.server.deployment.federation import ServerKit
 
@@ -26,6 +28,13 @@ SHOWN_METRICS, HIDDEN_METRICS = 3, ("seconds", "steps")
 def superlink_of(folder: Path, kit: ServerKit) -> SuperLink:
     """Return the control API of the server whose kit lies in `folder`."""
     return SuperLink(f"127.0.0.1:{kit.superlink_port}", (folder / "ca.crt").read_bytes())
+
+
+def write_app(folder: Path, name: str, serverapp: str, clientapp: str, config: dict[str, str]) -> None:
+    """Write into `folder` the Flower app `name` of two parts of Corymb, each as "module:name", with its run config."""
+    app = {"publisher": "corymb", "components": {"serverapp": serverapp, "clientapp": clientapp}, "config": config}
+    project = {"name": name, "version": "1.0.0", "requires-python": ">=3.11", "dependencies": []}
+    (folder / "pyproject.toml").write_text(tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}))
 
 
 def start(app: Path, folder: Path, kit: ServerKit, config: list[str]) -> int:

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -24,6 +23,7 @@ from torch.utils.data import TensorDataset
 from corymb.client import make_client_app
 from corymb.protocol.run_config import flatten
 from corymb.server.app import main as run_server
+from corymb.server.deployment import run
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.sources import DataSettings
@@ -38,10 +38,7 @@ GUESSES = ("Labels became", "Dropped, as", "The label is")  # notes of a reader 
 
 def write_app(folder: Path) -> None:
     """Write the app for experiments into `folder`."""
-    components = {"serverapp": f"{PLACE}:server", "clientapp": f"{PLACE}:client"}
-    app = {"publisher": "corymb", "components": components, "config": {KEY: ""}}
-    project = {"name": "corymb-experiments", "version": "1.0.0", "requires-python": ">=3.11", "dependencies": []}
-    (folder / "pyproject.toml").write_text(tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}))
+    run.write_app(folder, "corymb-experiments", f"{PLACE}:server", f"{PLACE}:client", {KEY: ""})
 
 
 def runs_of(experiment: Experiment, sites: int) -> Iterator[tuple[str, str]]:

@@ -60,6 +60,10 @@ def test_from_a_file_to_the_first_round_and_the_exported_model(hospitals: Hospit
     view = json.loads(hospitals.page("/api/view")[1])
     assert (view["sentence"], view["alarms"]) == ("Finished after round 3 of 3.", [])
     assert {event["what"] for event in view["events"]} >= {"asked", "replied"}
+    assert "3 sites have answered a signed empty round." in hospitals.corymb("doctor", hospitals.kit(SERVER))
+    hospitals.edit_policy(SITES[0], "metrics = [", "metricks = [")
+    with pytest.raises(AssertionError, match=rf"{SITES[0]} \(Refusal: the site's policy is invalid: metricks is not a"):
+        hospitals.corymb("doctor", hospitals.kit(SERVER))
     model = hospitals.folder / "model.safetensors"
     hospitals.corymb("model", "export", hospitals.journal(), "--out", model)
     with safe_open(model, "pt") as file:

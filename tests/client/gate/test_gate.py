@@ -66,6 +66,10 @@ def honest(message: Message, context: Context) -> Message:
     return Message(RecordDict({"arrays": to_arrays({"w": torch.ones(3)}), "metrics": metrics}), reply_to=message)
 
 
+def never(message: Message, context: Context) -> Message:
+    raise AssertionError("The app was called.")
+
+
 def context() -> Context:
     return Context(7, 5, {}, RecordDict(), {"train.batch_size": 32})
 
@@ -84,11 +88,22 @@ def context() -> Context:
 )
 def test_a_refusal_says_why_and_is_in_the_ledger(policy: str, problem: str, tmp_path: Path) -> None:
     gate = gate_with(tmp_path, policy)
+    gate.admit(APP)
     with pytest.raises(Refusal, match=problem):
-        gate.admit(APP)
+        gate.around(never)(request(), context())
     (entry,) = Ledger(tmp_path / "ledger.jsonl").entries()
     assert (entry["event"], entry["app"]) == ("refused", HASH)
     assert problem in entry["reason"]
+
+
+def test_an_empty_round_needs_no_approval_and_calls_no_app(tmp_path: Path) -> None:
+    gate = gate_with(tmp_path, "pause = true\n")
+    gate.admit(APP)
+    reply = gate.around(never)(request("query.corymb_empty_round"), context())
+    gate.release(reply)
+    assert (reply.has_error(), list(reply.content)) == (False, [])
+    (entry,) = Ledger(tmp_path / "ledger.jsonl").entries()
+    assert [entry[key] for key in ("event", "kind", "bytes")] == ["left", "query.corymb_empty_round", 0]
 
 
 def test_the_template_is_valid_and_approves_nothing(tmp_path: Path) -> None:
@@ -176,13 +191,16 @@ def test_trainings_are_limited_in_time(tmp_path: Path) -> None:
         gate.around(honest)(request(), context())
         gate.around(honest)(request("evaluate"), context())  # does not count
     clock.now += timedelta(seconds=30)
+    gate.admit(APP)
     with pytest.raises(Refusal, match="trains at most every 60 s"):
-        gate.admit(APP)
+        gate.around(never)(request(), context())
     clock.now += timedelta(minutes=5)
+    gate.admit(APP)
     with pytest.raises(Refusal, match="has trained 2 times in 24 hours"):
-        gate.admit(APP)
+        gate.around(never)(request(), context())
     clock.now = NOON + timedelta(days=1, seconds=1)
     gate.admit(APP)
+    gate.around(honest)(request(), context())
 
 
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255))

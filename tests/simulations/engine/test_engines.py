@@ -37,7 +37,7 @@ from corymb.simulations.engine.gram_products import UseGram
 from corymb.simulations.engine.gram_weights import GramWeights
 from corymb.simulations.engine.low_rank import InputHistoryWeights
 from corymb.simulations.engine.program import Program
-from corymb.simulations.engine.vmapped import Vmapped
+from corymb.simulations.engine.vmapped import Vmapped, layer_outputs
 from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm
 from corymb.simulations.engine.workers import WorkerEngine
 from corymb.simulations.experiments.experiment import Experiment
@@ -425,6 +425,20 @@ class Scaled(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = self.last(inputs.flatten(1) * self.scale)
         return outputs
+
+
+def test_a_large_module_in_small_blocks_is_trained_client_by_client(caplog: pytest.LogCaptureFixture) -> None:
+    def large() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 10_000), nn.Tanh(), nn.Linear(10_000, 36), Scaled())
+
+    store = population([9, 4, 12]).store
+    assert layer_outputs(large(), store.inputs) == 36 + 2 * 10_000 + 36 + 4
+    assert find_trainer("auto", large, store, per_block=16) is not None
+    assert find_trainer("auto", Scaled, store, per_block=2) is not None
+    assert find_trainer("auto", large, store, per_block=15) is None
+    assert "one by one because" in caplog.text
+    assert "with torch.func, it pays for larger blocks only" in caplog.text
+    assert find_trainer("processes", large, store, per_block=2) is not None
 
 
 def test_a_module_with_own_parameters_is_vmapped() -> None:
