@@ -213,7 +213,7 @@ def _empty_round(folder: Path, kit: ServerKit, online: list[str]) -> Finding:
     try:
         answers = run_empty_round(folder, kit)
     except ValueError as error:
-        return Finding(Fault.EMPTY_ROUND, f"An empty round cannot be run: {error}.")
+        return Finding(Fault.EMPTY_ROUND, f"An empty round cannot be run. {error}")
     if answers is None:
         return Finding(Fault.EMPTY_ROUND, f"The ServerApp of an empty round fails; see {folder / 'var/log'}.")
     if silent := [name for name in online if name not in answers]:

@@ -20,7 +20,8 @@ from corymb.server.deployment.run import start, superlink_of, write_app
 
 ANSWER_SECONDS, START_SECONDS = 60.0, 60.0  # for the sites, and for the ServerApp
 OUT = "out"  # in the run config: the file for the answers
-server, client = ServerApp(), ClientApp()  # no client's code is called where there is a gate
+server = ServerApp()
+client = ClientApp()  # which is not called where there is a gate
 
 
 @server.main()
