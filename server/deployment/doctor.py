@@ -184,6 +184,7 @@ def server_findings(folder: Path, kit: ServerKit) -> Iterator[Finding]:
         yield _nginx(folder, kit)
     try:
         superlink_of(folder, kit).nodes()
+        runs = superlink_of(folder, kit).run_statuses()
     except ControlError:
         yield Finding(Fault.SUPERLINK, f"The SuperLink does not answer; see {folder / 'var/log/superlink.log'}.")
         return
@@ -203,7 +204,7 @@ def server_findings(folder: Path, kit: ServerKit) -> Iterator[Finding]:
         yield Finding(Fault.OFFLINE, f"Offline: {', '.join(offline)}; run `corymb doctor` there.")
     else:
         yield good(f"All {len(state['sites'])} sites are online.")
-    if online and any(not run.startswith("finished") for run in state["server"]["runs"].values()):
+    if online and any(not status.startswith("finished") for status in runs.values()):
         yield good("A run is under way, whose rounds say which sites answer; no empty round is run.")
     elif online:
         yield _empty_round(folder, kit, online)

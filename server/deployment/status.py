@@ -34,7 +34,6 @@ def status(folder: Path) -> dict[str, Any]:
         runs = {"software": software[name]} if name in software else {}
         sites[name] = {**state, "certificate_days": left, **runs, **last.get(name, {})}
     server = {"certificate_days": round(days_left(read_certificate(folder / "server.crt")), 1), "seen_at": seen["at"]}
-    server["runs"] = seen.get("runs", {})
     return {"server": server, "sites": sites}
 
 
