@@ -125,6 +125,7 @@ def main() -> None:
     times: dict[tuple[str, str], float] = {}
     for name, deployment in (("Flower", stock), ("Corymb", corymb)):
         with tempfile.TemporaryDirectory() as folder, processes(Path(folder)) as started:
+            started.environment["OMP_NUM_THREADS"] = "1"
             federation = provisioned(Path(folder))
             with deployment(started, federation) as connection:
                 for title, (app, _) in APPS.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import site
 import sys
@@ -14,6 +15,7 @@ from corymb.client.gate.policy import Refusal
 SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs", "/sys"]
 HOME = "/work"  # the only folder in which an app can write; it lies in memory and ends with the process
 ROOMS = ("strategies", "protocol", "client", "server", "simulations", "__init__.py", "testing.py")
+PASSED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")  # of the site's environment: what an app may use
 HERE = Path(__file__).resolve().parents[2]  # the package corymb
 PACKAGES = f"{HOME}/packages"
 
@@ -35,6 +37,7 @@ def sandboxed(command: list[str], data: Iterable[Path], hidden: Path) -> list[st
         "HOME": HOME, "FLWR_HOME": f"{HOME}/.flwr", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1",
         "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONPATH": PACKAGES,
     }  # fmt: skip
+    environment |= {name: os.environ[name] for name in PASSED if name in os.environ}
     for name, value in environment.items():
         arguments += ["--setenv", name, value]
     for place in dict.fromkeys([*SYSTEM, *_python_folders(), *map(str, data)]):
