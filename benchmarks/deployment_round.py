@@ -1,7 +1,8 @@
 """How long is a round in a deployment, with Flower's own programs and with `corymb serve` and `corymb join`?
 
 Both run the same unmodified Flower apps on three SuperNodes with TLS and node keys, on this machine: an app that does
-nothing, and one whose clients read 50 MB and train a torch model. A round is one training and one evaluation.
+nothing, and one whose clients read 50 MB and train a torch model. A round is one training and one evaluation. Each
+process has one thread, because the three sites share this machine's cores.
 
     python benchmarks/deployment_round.py [--rounds 4]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +120,12 @@ def seconds_per_round(started: Processes, connection: str, app: str, rounds: int
     return found
 
 
+def tasks(federation: Federation) -> list[list[float]]:
+    """Return for each site the seconds of its tasks so far, trainings and evaluations in turn, from the gates' logs."""
+    logs = [(federation.site(name) / "var" / "log" / "gate.log").read_text() for name in SITES]
+    return [[float(each) for each in re.findall(r"a task took ([\d.]+) s", log)] for log in logs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
@@ -132,6 +140,15 @@ def main() -> None:
                     seconds = seconds_per_round(started, connection, app, options.rounds)
                     times[name, title] = median(seconds)
                     print(f"{name}, {title}: {', '.join(f'{each:.1f}' for each in seconds)} s", flush=True)
+                    if deployment is corymb:
+                        last = [of_site[-2 * options.rounds :] for of_site in tasks(federation)]
+                        slowest = [max(at_sites) for at_sites in zip(*last, strict=True)]
+                        trained, evaluated = median(slowest[::2]), median(slowest[1::2])
+                        print(
+                            f"  of a round, the slowest site trains for {trained:.1f} s and evaluates for "
+                            f"{evaluated:.1f} s, gate included; Flower takes the other "
+                            f"{times[name, title] - trained - evaluated:.1f} s"
+                        )
     missed = False
     for title, (_, bar) in APPS.items():
         ratio = times["Corymb", title] / times["Flower", title]
