@@ -19,7 +19,7 @@ from corymb.strategies.core.rows import Matrix
 MAX_CLIENTS = 32  # per block
 MAX_PARAMETERS = 1 << 26  # per block, as if every client's model were written out
 MIN_BLOCKS = 4  # minimum number of blocks in a large enough push, so that as many processes have work
-MIN_WORK = 1 << 24  # examples times parameters; a block with less work is not worth its overhead
+MIN_WORK = 1 << 24  # multiplications of forward passes; a block with less work is not worth its overhead
 MAX_PADDING = 1.5  # examples of a block including padding, relative to its real examples
 
 Targets = Sequence[tuple[int, Tensor]]  # pairs of a model's number in its block and the vector `[P]` to copy it to
@@ -100,20 +100,20 @@ def max_clients(parameters: int) -> int:
 
 
 def cut_into_blocks(
-    sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = MIN_BLOCKS
+    sizes: Sequence[int], settings: TrainSettings, parameters: int = 1, fewest: int = MIN_BLOCKS, work: int = 0
 ) -> list[list[int]]:
     """Cut clients into blocks; each block is a list of indices into `sizes`, the number of examples of each client.
 
     Clients of similar size share a block, so that blocks need little padding. `parameters` is the number of parameters
-    of the model. The result has at least `fewest` blocks if there is enough work for them. It depends only on the
-    arguments, so that the same blocks are trained by any number of processes.
+    of the model, and `work` the multiplications of an example (see `work_of`; at least `parameters`). The result has at
+    least `fewest` blocks if there is enough work for them. It depends only on the arguments, so that the same blocks are trained by any number of processes.
     """
     limit = max_clients(parameters)
     order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
     examples_seen = [
         settings.steps * settings.batch_size if settings.steps else size * (settings.epochs or 1) for size in sizes
     ]
-    worthwhile = max(1, sum(examples_seen) * parameters // MIN_WORK)
+    worthwhile = max(1, sum(examples_seen) * max(work, parameters) // MIN_WORK)
     number = max(-(-len(order) // limit), min(fewest, len(order), worthwhile))
     clients_each, remainder = divmod(len(order), number)
     starts = {block * clients_each + min(block, remainder) for block in range(number)}  # the larger blocks first

@@ -23,6 +23,7 @@ from corymb.simulations.data.population import Population
 from corymb.simulations.engine.blocks import MatrixBlock, Task, cut_into_blocks
 from corymb.simulations.engine.engine import Engine, Outcome, obstacle
 from corymb.simulations.engine.kept import Kept, KeptByClients
+from corymb.simulations.engine.work import work_of
 from corymb.strategies import Layout
 from corymb.strategies.core.layout import Role
 
@@ -65,8 +66,9 @@ class CohortApp:
         model: Callable[[], nn.Module],
     ) -> None:
         self._engine, self._population, self._layout, self._single_app = engine, population, layout, single_app
-        self._blocks, self._kept = blocks, KeptByClients(model, layout)
+        self._blocks, self._model, self._kept = blocks, model, KeptByClients(model, layout)
         self._buffers = [entry.name for entry in layout.entries if entry.role is not Role.PARAMETER]
+        self._work: int | None = None  # of an example, once it is needed
         self._logged: set[str] = set()  # lines that were logged, because each is logged once
 
     def __call__(self, message: Message, context: Context) -> Message:
@@ -158,6 +160,9 @@ class CohortApp:
         """Cut the clients of the requests with these `numbers` into blocks, with the settings of `group`."""
         clients = [int(requests[number][1].node_config["partition-id"]) for number in numbers]
         sizes = [self._population.size(client) for client in clients]
+        if self._work is None:
+            with torch.random.fork_rng(devices=[]):
+                self._work = work_of(self._model(), self._population.store.inputs_at(slice(0, 2)).cpu())
         return [
             Task(
                 tuple(numbers[index] for index in block),
@@ -165,7 +170,7 @@ class CohortApp:
                 group.settings,
                 group.server_round,
             )
-            for block in cut_into_blocks(sizes, group.settings, self._layout.num_parameters, self._blocks)
+            for block in cut_into_blocks(sizes, group.settings, self._layout.num_parameters, self._blocks, self._work)
         ]
 
     def _replies(

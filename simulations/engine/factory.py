@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from math import inf
 
 import torch
 from torch import nn
@@ -21,14 +20,13 @@ from corymb.simulations.engine.engine import Engine, InProcessEngine, MultiDevic
 from corymb.simulations.engine.gram_products import UseGram
 from corymb.simulations.engine.program import CPU, Program
 from corymb.simulations.engine.trial import Candidate, prove, trial_population
-from corymb.simulations.engine.vmapped import Vmapped, layer_outputs
+from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.workers import WorkerEngine
 from corymb.strategies import Layout
 
 log = logging.getLogger("flwr.corymb")
 BATCH = 10  # examples, to choose the method of a convolution
 MAX_LIBRARY_WORK = 3_000_000  # multiplications of an example; docs/decisions/convolutions.md
-MIN_VMAPPED, MAX_OUTPUTS = 16, 10_000  # clients of a block, and numbers; docs/decisions/training-clients-together.md
 TrainerMaker = Callable[[Population, torch.device], Trainer]
 
 
@@ -38,14 +36,12 @@ def find_trainer(
     store: Examples,
     device: torch.device = CPU,
     task: Task = CLASSIFICATION,
-    per_block: float = inf,
 ) -> TrainerMaker | None:
     """Return a function that makes the trainer for any population, or None if clients train one after another.
 
     `engine` is the engine's name in the experiment. "batched" stores every client's model in full. "low_rank" stores
     linear layers as low-rank updates where that costs less. "auto" takes the fastest that can train the model; if
-    none can, or if training one after another is faster with `per_block` clients in a block, it logs a warning and
-    returns None. "serial" and "ray" return None. A trial checks the trainer first; it
+    none can, it logs a warning and returns None. "serial" and "ray" return None. A trial checks the trainer first; it
     uses the targets and the input shape of `store`.
 
     Raises `ValueError` if the engine cannot train the model and is not "auto".
@@ -57,8 +53,7 @@ def find_trainer(
             raise ValueError("the loss of the task is no mean of one loss per example")
         if engine == "auto" and device == CPU and _is_faster_alone(model, store):
             raise ValueError("that is faster for a model with so large convolutions")
-        pays = engine != "auto" or per_block >= MIN_VMAPPED or _has_few_outputs(model, store)
-        return _proven(model, store, engine, device, task, pays)
+        return _proven(model, store, engine, device, task)
     except ValueError as error:
         if engine != "auto":
             raise ValueError(
@@ -100,7 +95,7 @@ def devices_like(device: torch.device) -> list[torch.device]:
 
 
 def _proven(
-    model: Callable[[], nn.Module], store: Examples, engine: str, device: torch.device, task: Task, vmap_pays: bool
+    model: Callable[[], nn.Module], store: Examples, engine: str, device: torch.device, task: Task
 ) -> TrainerMaker:
     """Return the fastest trainer whose results equal those of `serial` in a trial.
 
@@ -124,8 +119,6 @@ def _proven(
                     raise ValueError(problem)
                 log.warning("Clients are trained with torch.func, because %s.", problem)
             try:
-                if trial is _vmapped and not vmap_pays:
-                    raise ValueError("it pays for larger blocks only")
                 prove(trial, model, population, device, task)
                 return partial(_made, final, model, task)
             except ValueError as error:
@@ -144,12 +137,6 @@ def _is_faster_alone(model: Callable[[], nn.Module], store: Examples) -> bool:
     with torch.random.fork_rng(devices=[]):
         module = model().eval()
         return library_work(module, store.inputs_at(torch.arange(BATCH) % len(store))) > MAX_LIBRARY_WORK
-
-
-def _has_few_outputs(model: Callable[[], nn.Module], store: Examples) -> bool:
-    with torch.random.fork_rng(devices=[]):
-        module = model().eval()
-        return layer_outputs(module, store.inputs_at(torch.arange(BATCH) % len(store))) <= MAX_OUTPUTS
 
 
 def _own_client_layers(module: nn.Module) -> list[str]:

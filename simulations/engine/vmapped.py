@@ -87,24 +87,6 @@ class Vmapped:
         return BlockResult.of(list(parameters.values()), seen.seen(), batches, {})
 
 
-def layer_outputs(module: nn.Module, inputs: Tensor) -> int:
-    """Return how many numbers the innermost layers of `module` put out for an example. `inputs` are a batch."""
-    found: list[int] = []
-
-    def add(layer: nn.Module, arguments: object, outputs: object) -> None:
-        first = outputs[0] if isinstance(outputs, tuple) else outputs
-        found.append(first[0].numel() if isinstance(first, Tensor) else 0)
-
-    hooks = [each.register_forward_hook(add) for each in module.modules() if not list(each.children())]
-    try:
-        with torch.no_grad():
-            module(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(found)
-
-
 def _inputs_like(population: Population) -> Tensor:
     """Return five inputs of noise, or real ones if those are integers, for which noise may mean nothing."""
     inputs = population.store.inputs_at(torch.arange(5) % len(population.store))

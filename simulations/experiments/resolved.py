@@ -119,8 +119,7 @@ def resolve(experiment: Experiment, source: Source | None = None) -> Resolved:
         participation_of(experiment, scenario, seed)
     for rule in experiment.rules:
         _check_personal(rule, module, experiment)
-    in_a_round = experiment.fraction * max(len(scenario.training) for scenario in scenarios.values())
-    trainer = find_trainer(experiment.engine, model, source.train, device, task, in_a_round / experiment.blocks)
+    trainer = find_trainer(experiment.engine, model, source.train, device, task)
     for rule in experiment.rules if trainer is not None else ():
         if reason := obstacle(experiment.train_for(rule), device):
             log.warning("Under %r, clients train one by one because %s.", rule.title, reason)

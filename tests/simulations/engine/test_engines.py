@@ -37,8 +37,9 @@ from corymb.simulations.engine.gram_products import UseGram
 from corymb.simulations.engine.gram_weights import GramWeights
 from corymb.simulations.engine.low_rank import InputHistoryWeights
 from corymb.simulations.engine.program import Program
-from corymb.simulations.engine.vmapped import Vmapped, layer_outputs
+from corymb.simulations.engine.vmapped import Vmapped
 from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm
+from corymb.simulations.engine.work import work_of
 from corymb.simulations.engine.workers import WorkerEngine
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import resolve
@@ -425,20 +426,6 @@ class Scaled(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         outputs: Tensor = self.last(inputs.flatten(1) * self.scale)
         return outputs
-
-
-def test_a_large_module_in_small_blocks_is_trained_client_by_client(caplog: pytest.LogCaptureFixture) -> None:
-    def large() -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(36, 10_000), nn.Tanh(), nn.Linear(10_000, 36), Scaled())
-
-    store = population([9, 4, 12]).store
-    assert layer_outputs(large(), store.inputs) == 36 + 2 * 10_000 + 36 + 4
-    assert find_trainer("auto", large, store, per_block=16) is not None
-    assert find_trainer("auto", Scaled, store, per_block=2) is not None
-    assert find_trainer("auto", large, store, per_block=15) is None
-    assert "one by one because" in caplog.text
-    assert "with torch.func, it pays for larger blocks only" in caplog.text
-    assert find_trainer("processes", large, store, per_block=2) is not None
 
 
 def test_a_module_with_own_parameters_is_vmapped() -> None:
@@ -860,6 +847,16 @@ def test_blocks_hold_each_client_once_and_little_padding(sizes: list[int]) -> No
         block_sizes = [sizes[index] for index in block]
         assert block_sizes == sorted(block_sizes, reverse=True)
         assert block_sizes[0] * len(block_sizes) <= MAX_PADDING * sum(block_sizes)
+
+
+def test_a_model_that_uses_few_parameters_often_is_worth_several_blocks() -> None:
+    rows = nn.Sequential(nn.Linear(64, 64).requires_grad_(False), nn.Linear(64, 4))  # at each of 32 places
+    assert work_of(rows, torch.zeros(2, 32, 64)) == 32 * (64 * 64 + 64 * 4)
+    assert work_of(nn.Linear(64, 4), torch.zeros(2, 64)) == 65 * 4  # its parameters, as the bias takes part
+    assert work_of(rows, torch.zeros(2, 7)) == 65 * 4  # it fails
+    sizes = [100] * 10
+    assert len(cut_into_blocks(sizes, TrainSettings(epochs=1), 260)) == 1
+    assert len(cut_into_blocks(sizes, TrainSettings(epochs=1), 260, work=139_264)) == 4
 
 
 def test_large_convolutions_train_one_by_one_where_that_is_faster(caplog: pytest.LogCaptureFixture) -> None:
