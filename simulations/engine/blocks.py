@@ -105,8 +105,9 @@ def cut_into_blocks(
     """Cut clients into blocks; each block is a list of indices into `sizes`, the number of examples of each client.
 
     Clients of similar size share a block, so that blocks need little padding. `parameters` is the number of parameters
-    of the model, and `work` the multiplications of an example (see `work_of`; at least `parameters`). The result has at
-    least `fewest` blocks if there is enough work for them. It depends only on the arguments, so that the same blocks are trained by any number of processes.
+    of the model, and `work` the multiplications of an example (see `work_of`; at least `parameters`). The result has
+    at least `fewest` blocks if there is enough work for them. It depends only on the arguments, so that the same blocks
+    are trained by any number of processes.
     """
     limit = max_clients(parameters)
     order = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
