@@ -58,6 +58,7 @@ class Program:
             if isinstance(layer := self._layers.get(name), ClientLinear):
                 layer.rows = rows
         self._has_dropout = any(isinstance(layer, ClientDropout) for layer in self._layers.values())
+        self._added: list[tuple[Tensor, Tensor]] = []  # tensors of all clients, and what is added to their gradients
         self._needs_lengths = any(layer.needs_lengths for layer in self._layers.values())
         self._backprop = make_backprop(graph_module.to(device))
         first = reader_of_examples(graph_module)
@@ -103,17 +104,20 @@ class Program:
             [torch.Generator().manual_seed(derive_seed(*key)) for key in seed_keys] if self._has_dropout else []
         )
         context.precision = None if settings.precision == "float32" else getattr(torch, settings.precision)
-        context.rate = settings.rate(server_round) if is_plain(settings) and offsets is None else None
+        context.rate = settings.rate(server_round) if is_plain(settings) else None
         targets = store.targets[positions].to(device)
 
         block = Block(clients, batches, settings, own_starts, self._low_rank and offsets is None)
         for name, layer in self._layers.items():
             layer.start_block(_inside(name, start), block)
         optimizer = None
+        added = None if offsets is None else [offsets[name].to(device) for name in self._form_names()]
         if context.rate is None:
-            added = None if offsets is None else [offsets[name].to(device) for name in self._form_names()]
             optimizer = Optimizer(self._trainable(), settings, settings.rate(server_round), added)
+        elif added is not None:
+            self._added = list(zip([tensor for tensor, _ in self._trainable()], added, strict=True))
         seen = self._take_steps(positions, targets, batches, optimizer, dtype)
+        self._added = []
         return BlockResult.of(self._parameters(), seen, batches, self._buffers())
 
     def _take_steps(
@@ -152,8 +156,7 @@ class Program:
                 logits[-1].softmax(dim=1).scatter_add_(1, first_rows(rows, step_targets), first_rows(rows, minus_one))
             )
             self._backprop.backward(as_dtype(gradients.mul_(first_rows(rows, example_weights)), outputs.dtype))
-            if optimizer is not None:
-                optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
+            self._finish_step(step, batches, optimizer)
         return Seen.of_logits(stack_steps(logits, clients * width), targets)
 
     @property
@@ -184,9 +187,17 @@ class Program:
             assert leaf.grad is not None
             seen.add(losses.detach(), self._task.hits(outputs, step_targets))
             self._backprop.backward(as_dtype(leaf.grad, outputs.dtype))
-            if optimizer is not None:
-                optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
+            self._finish_step(step, batches, optimizer)
         return seen.seen()
+
+    def _finish_step(self, step: int, batches: Batches, optimizer: Optimizer | None) -> None:
+        """Take the step of the `optimizer`, if there is one; the layers have taken that of plain SGD themselves."""
+        if optimizer is not None:
+            optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
+        elif self._context.rate is not None:
+            active = self._context.clients
+            for tensor, added in self._added:
+                first_rows(active, tensor).sub_(first_rows(active, added), alpha=self._context.rate)
 
     def _trainable(self) -> list[tuple[Tensor, Tensor]]:
         forms = [form for layer in self._layers.values() for form in layer.forms.values()]
