@@ -123,6 +123,8 @@ def report(
     """Write a page that compares finished experiments: one file, with the data inside, that opens offline.
 
     Example: corymb report runs/demo runs/other --out comparison.html
+
+    Example: corymb report runs/demo-sweep
     """
     from corymb.pages.report import write_report
 

@@ -160,13 +160,15 @@ def _per_client(records: Sequence[RoundRecord]) -> dict[str, Any]:
 
 
 def _labels(experiment: Experiment) -> dict[str, Any]:
-    """Return the label distribution of the first seed's clients; empty if the data are no longer there."""
+    """Return the label distribution of the first seed's clients, and who is hostile; empty without the data."""
     try:
         scenario = scenario_of(experiment, experiment.data.load(experiment.task.kind), experiment.seeds[0])
     except Exception:  # the data are gone, or a user's own function fails
         return {}
     counts = scenario.labels * scenario.population.sizes[:, None]
-    return {"clients": scenario.names[:MAX_CLIENTS], "counts": counts[:MAX_CLIENTS].round().astype(int).tolist()}
+    hostile = [scenario.names[client] for client in scenario.hostile]
+    counted = counts[:MAX_CLIENTS].round().astype(int).tolist()
+    return {"clients": scenario.names[:MAX_CLIENTS], "counts": counted, "hostile": hostile}
 
 
 def _optional(metrics: Any, name: str) -> float | None:

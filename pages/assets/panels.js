@@ -24,18 +24,18 @@ function drawClients() {
   heat("raster", cells, clients, run.rounds, ["counted", "rejected", "silent", "offline"].map((label, value) => ({ value, label, color: colour(["--good", "--bad", "--silent", "--away"][value]) })));
   const weights = run.weights.filter(([index, place]) => index < last && lines.has(place));
   heat("weights", weights.map(([index, place, share]) => [index, lines.get(place), share]), clients, run.rounds, null, [colour("--panel"), colour("--good")]);
-  drawDrift(run, last - 1);
+  drawDrift(run, last - 1, new Set(experiment.labels.hostile || []));
   drawBars(experiment, picked.size ? new Set(clients) : null);
   drawLabels(experiment);
   drawCertified(experiment);
 }
 
 // The drift of each client in the round `index` of a run; a rectangle drawn around points chooses their clients.
-function drawDrift(run, index) {
+function drawDrift(run, index, hostile) {
   byId("drift-section").hidden = !run.drift.length;
   if (!run.drift.length) return;
   const points = run.drift.filter(([round]) => round === index);
-  byId("picked").textContent = `Round ${run.rounds[index]}. ${picked.size ? `${picked.size} of ${run.clients.length} clients are chosen.` : "Draw a rectangle around clients to choose them."}`;
+  byId("picked").textContent = `Round ${run.rounds[index]}. ${picked.size ? `${picked.size} of ${run.clients.length} clients are chosen.` : "Draw a rectangle around clients to choose them."}${hostile.size ? " Triangles are hostile clients." : ""}`;
   byId("all").disabled = !picked.size;
   const chart = chartOf("drift");
   chart.off("brushEnd");
@@ -44,7 +44,9 @@ function drawDrift(run, index) {
     toolbox: { show: false }, brush: { xAxisIndex: 0, brushType: "rect", removeOnClick: true, outOfBrush: { colorAlpha: 0.25 } },
     xAxis: { type: "value", scale: true, name: "length of the update", nameLocation: "middle", nameGap: 28, ...axisStyle() },
     yAxis: { type: "value", min: -1, max: 1, name: "cosine with the step", ...axisStyle() },
-    series: [{ type: "scatter", symbolSize: 9, color: PALETTE[0], data: points.map(([, place, length, cosine]) => ({ value: [length, cosine, place], itemStyle: { opacity: !picked.size || picked.has(place) ? 0.9 : 0.2 } })) }] }, true);
+    series: [{ type: "scatter", symbolSize: 10, data: points.map(([, place, length, cosine]) => ({ value: [length, cosine, place],
+      symbol: hostile.has(run.clients[place]) ? "triangle" : "circle",
+      itemStyle: { color: colour(hostile.has(run.clients[place]) ? "--bad" : "--good"), opacity: !picked.size || picked.has(place) ? 0.9 : 0.2 } })) }] }, true);
   chart.dispatchAction({ type: "takeGlobalCursor", key: "brush", brushOption: { brushType: "rect" } });
   chart.on("brushEnd", ({ areas }) => {
     if (!areas.length) return;
@@ -77,7 +79,7 @@ function drawScores() {
   const series = [...found].flatMap(([rule, of]) => withBand(rule, [...of].sort(([a], [b]) => a - b)
     .map(([x, values]) => [x, values.reduce((a, b) => a + b, 0) / values.length, Math.min(...values), Math.max(...values)]), placeOf(rule)));
   chartOf("scores").setOption({ animation: false, grid: { left: 60, right: 20, top: 40, bottom: 45 }, tooltip: { trigger: "axis", renderMode: "richText" },
-    legend: { top: 0, type: "scroll", data: [...found.keys()], textStyle: { color: colour("--text") } },
+    legend: { ...legendStyle(), data: [...found.keys()] },
     xAxis: { type: "value", name: key, nameLocation: "middle", nameGap: 28, min: "dataMin", max: "dataMax", ...axisStyle() },
     yAxis: { type: "value", scale: true, name: data.experiments[0].score, ...axisStyle() }, series }, true);
 }
@@ -87,7 +89,7 @@ function drawBars(experiment, clients) {
   byId("bars").hidden = byId("sites-title").hidden = !names.length;
   if (!names.length) return;
   chartOf("bars").setOption({ animation: false, grid: { left: 60, right: 20, top: 35, bottom: 45 }, tooltip: { trigger: "axis", renderMode: "richText" },
-    legend: { top: 0, type: "scroll", textStyle: { color: colour("--text") } },
+    legend: legendStyle(),
     xAxis: { type: "category", data: names, ...axisStyle() }, yAxis: { type: "value", name: experiment.score, ...axisStyle() },
     series: experiment.clients.map((each) => ({ name: each.rule, type: "bar", color: PALETTE[placeOf(each.rule) % PALETTE.length], data: names.map((name) => each.values[name] ?? null) })) }, true);
 }
@@ -110,5 +112,5 @@ function drawCertified(experiment) {
   }).filter((each) => each.data.length);
   byId("certified-section").hidden = !series.length;
   if (series.length) chartOf("certified").setOption({ animation: false, color: PALETTE, grid: { left: 60, right: 20, top: 35, bottom: 40 }, tooltip: { trigger: "axis", renderMode: "richText" },
-    legend: { top: 0, type: "scroll", textStyle: { color: colour("--text") } }, xAxis: { type: "value", ...axisStyle() }, yAxis: { type: "value", max: 1, ...axisStyle() }, series }, true);
+    legend: legendStyle(), xAxis: { type: "value", ...axisStyle() }, yAxis: { type: "value", max: 1, ...axisStyle() }, series }, true);
 }

@@ -56,6 +56,8 @@ function axisStyle() {
     nameTextStyle: { color: colour("--quiet") }, splitLine: { lineStyle: { color: colour("--line") } } };
 }
 
+const legendStyle = () => ({ top: 0, left: 150, right: 20, type: "scroll", textStyle: { color: colour("--text") } }); // beside the axis' name
+
 function positions(run) {
   const axis = byId("axis").value;
   return axis === "megabytes" ? run.megabytes : axis === "virtual seconds" ? run.virtual : run.rounds;
@@ -92,9 +94,9 @@ function curveOptions() {
   const names = [...groups().keys()];
   const series = curvesOf().flatMap(({ name, points }) => withBand(name, points, names.indexOf(name)));
   return { animation: false, backgroundColor: colour("--back"), grid: { left: 60, right: 20, top: 40, bottom: 45 },
-    legend: { top: 0, data: names.filter((name) => !hidden.has(name)), type: "scroll", textStyle: { color: colour("--text") } },
+    legend: { ...legendStyle(), data: names.filter((name) => !hidden.has(name)) },
     tooltip: { trigger: "axis", renderMode: "richText" },
-    xAxis: { type: "value", name: byId("axis").value, nameLocation: "middle", nameGap: 28, min: "dataMin", ...axisStyle() },
+    xAxis: { type: "value", name: byId("axis").value, nameLocation: "middle", nameGap: 28, min: "dataMin", minInterval: byId("axis").value === "round" ? 1 : 0, ...axisStyle() },
     yAxis: { type: "value", scale: true, name: byId("metric").value, ...axisStyle() }, series };
 }
 

@@ -247,8 +247,7 @@ def test_the_page_of_researchers(browser: Browser, experiments: Path) -> None:
 
 def test_the_report_is_one_file_that_opens_offline(browser: Browser, experiments: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    folders = [str(experiments / name) for name in ("skewed", "mild")]
-    subprocess.run([sys.executable, "-m", "corymb.cli", "report", *folders, "--out", str(file)], check=True)
+    subprocess.run([sys.executable, "-m", "corymb.cli", "report", str(experiments), "--out", str(file)], check=True)
     assert file.stat().st_size < 5e6
     context = browser.new_context(offline=True)
     page = context.new_page()
