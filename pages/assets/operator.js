@@ -4,7 +4,7 @@
 const ROW = 30, MARGIN = 15; // the height of a row in pixels, and rows above and below what is seen
 const COLUMNS = [
   ["name", "site"], ["state", "state"], [null, "rounds"], ["seconds", "answers in"], ["share", "share of weight"],
-  ["examples", "examples"], [null, "last counted"], [null, "last problem"], ["certificate", "certificate"], [null, "software"],
+  ["examples", "examples"], [null, "last counted"], [null, "last problem"], ["certificate", "certificate"], [null, "Corymb / Flower"],
 ];
 const CODES = { "+": "--good", x: "--bad", s: "--silent", "-": "--away" };
 const run = new URLSearchParams(location.search).get("run") || "";
@@ -140,7 +140,7 @@ function siteRow(site) {
     element("td", site.examples ? String(site.examples) : "", { className: "number" }),
     element("td", site.counted ? `round ${site.counted}` : "", { className: "number" }), error,
     element("td", site.certificate < 1e6 ? `${Math.floor(site.certificate)} days` : "", { className: "number" }),
-    element("td", site.software, { className: "quiet" }));
+    element("td", site.software.replace("Corymb ", "").replace(", Flower ", " / "), { className: "quiet" }));
   return row;
 }
 
