@@ -15,7 +15,13 @@ HOURS, MINUTES = 3600, 60
 
 
 def sentence(
-    about: dict[str, str], rounds: list[RoundRow], ask: Ask | None, is_active: bool, now: float, orders: Orders
+    about: dict[str, str],
+    rounds: list[RoundRow],
+    ask: Ask | None,
+    is_active: bool,
+    now: float,
+    orders: Orders,
+    online: int | None = None,
 ) -> str:
     """Return in one sentence what happens now, such as "Round 12 of 50, waiting for 3 of 14 sites"."""
     planned = about.get("rounds", "")
@@ -27,6 +33,8 @@ def sentence(
         return f"Stopped by {orders.stopped_by} after round {last}{of}."
     if not is_active:
         return f"Ended after round {last}{of}."
+    if not last and ask is None and online is not None and online < int(about.get("sites-to-begin", 0)):
+        return f"Waiting for {about['sites-to-begin']} sites to begin; {online} are online."
     if ask is None and orders.paused_by:
         return f"Paused by {orders.paused_by} after round {last}{of}."
     if ask is None:

@@ -184,10 +184,11 @@ def _machine(federation: Federation) -> Iterator[Number]:
 def _of_run(journal: JournalReader, online: set[str], now: float, is_running: bool) -> Iterator[Number]:
     about, totals, last = journal.about(), journal.totals(), journal.last_round()
     planned, quorum = int(about.get("rounds", 0)), int(about.get("quorum", 0))
+    needed = quorum if last else max(quorum, int(about.get("sites-to-begin", 0)))
     yield Number("corymb_round", last)
     yield Number("corymb_rounds_left", max(0, planned - last))
     yield Number("corymb_quorum", quorum)
-    yield Number("corymb_sites_missing", max(0, quorum - len(online)) if is_running else 0)
+    yield Number("corymb_sites_missing", max(0, needed - len(online)) if is_running else 0)
     for code, count in sorted(totals.verdicts.items()):
         yield Number("corymb_replies_total", count, (("verdict", code),))
     for way, size in (("down", totals.bytes_down), ("up", totals.bytes_up)):

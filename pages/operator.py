@@ -67,7 +67,7 @@ class Operator:
         return found | {
             "run": str(journal.folder.relative_to(self.source.runs)),
             "round": last,
-            "sentence": sentence(about, rounds, ask, is_active, now, orders),
+            "sentence": sentence(about, rounds, ask, is_active, now, orders, found["online"] if seen["at"] else None),
             "is_active": is_active,
             "cards": cards(journal, rounds, sites.raster, ask),
             "curve": curve(rounds),

@@ -72,7 +72,7 @@ def _limit(seconds: float) -> Iterator[None]:
 
 def _reason(policy: SitePolicy, kind: str, text: str) -> str:
     """Return what the server is told of an exception in an app. Its text may contain data."""
-    return text[:500] if policy.error_text else f"{short_name(kind)}; its text is in the log of the site"
+    return text[:500] if policy.error_text else f"{short_name(kind)}; its text is in gate.log of the site"
 
 
 class _Apps:

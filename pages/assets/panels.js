@@ -23,10 +23,11 @@ function drawClients() {
   shown.forEach((place, line) => [...run.raster[place].slice(0, last)].forEach((code, index) => { if (code !== " ") cells.push([index, line, codes.indexOf(code)]); }));
   heat("raster", cells, clients, run.rounds, ["counted", "rejected", "silent", "offline"].map((label, value) => ({ value, label, color: colour(["--good", "--bad", "--silent", "--away"][value]) })));
   const weights = run.weights.filter(([index, place]) => index < last && lines.has(place));
-  heat("weights", weights.map(([index, place, share]) => [index, lines.get(place), share]), clients, run.rounds, null, [colour("--panel"), colour("--good")]);
+  byId("weights-title").hidden = byId("weights").hidden = !run.weights.length;
+  if (run.weights.length) heat("weights", weights.map(([index, place, share]) => [index, lines.get(place), share]), clients, run.rounds, null, [colour("--panel"), colour("--good")]);
   drawDrift(run, last - 1, new Set(experiment.labels.hostile || []));
   drawBars(experiment, picked.size ? new Set(clients) : null);
-  drawLabels(experiment);
+  drawLabels(experiment, picked.size ? new Set(clients) : null);
   drawCertified(experiment);
 }
 
@@ -94,10 +95,12 @@ function drawBars(experiment, clients) {
     series: experiment.clients.map((each) => ({ name: each.rule, type: "bar", color: PALETTE[placeOf(each.rule) % PALETTE.length], data: names.map((name) => each.values[name] ?? null) })) }, true);
 }
 
-function drawLabels(experiment) {
-  const { clients, counts } = experiment.labels;
+function drawLabels(experiment, chosen) {
+  const shown = (experiment.labels.clients || []).map((name, place) => place).filter((place) => !chosen || chosen.has(experiment.labels.clients[place]));
+  const clients = experiment.labels.clients && shown.map((place) => experiment.labels.clients[place]);
+  const counts = shown.map((place) => experiment.labels.counts[place]);
   byId("labels").hidden = byId("labels-title").hidden = !clients;
-  if (!clients) return;
+  if (!clients || !counts.length) return;
   chartOf("labels").setOption({ animation: false, grid: { left: 60, right: 100, top: 15, bottom: 45 }, tooltip: { trigger: "axis", renderMode: "richText" },
     legend: { type: "scroll", orient: "vertical", right: 0, textStyle: { color: colour("--text") } },
     xAxis: { type: "category", data: clients, ...axisStyle() }, yAxis: { type: "value", ...axisStyle() },

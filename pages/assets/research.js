@@ -189,6 +189,7 @@ async function start() {
   if (!data.experiments.length) { byId("curves").textContent = "No experiment is finished here yet."; return; }
   const runs = allRuns().map((each) => each.run);
   choices("group", ["rule", "run", ...data.differing, ...data.parameters]);
+  byId("group").value = (data.experiments.length > 1 && data.differing.find((key) => key !== "name")) || "rule";
   choices("setting", numericSettings());
   const metrics = [...new Set(runs.flatMap((run) => Object.keys(run.metrics)))].sort();
   choices("metric", metrics);

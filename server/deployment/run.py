@@ -82,6 +82,9 @@ class Progress:
                 self.rounds, self.reminded = number, time.monotonic()
             if time.monotonic() - self.reminded > REMIND_SECONDS:
                 self.reminded = time.monotonic()
+                if not self.rounds and not database.execute("SELECT 1 FROM asks LIMIT 1").fetchone():
+                    needed = database.execute("SELECT value FROM run WHERE key = 'sites-to-begin'").fetchone()
+                    yield f"the run begins when {needed[0] if needed else 'enough'} sites are online; see corymb status"
                 yield from self._waiting(database)
 
     def _round(

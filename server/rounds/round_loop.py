@@ -19,6 +19,7 @@ from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.orders import Orders, read_orders
 from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.rejections import Code
+from corymb.server.rounds.roster import Sampling
 from corymb.server.rounds.round import Requests
 from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, write_or_keep
 from corymb.server.rounds.round_size import ArrivalTimes
@@ -43,6 +44,7 @@ class RoundLoop(Strategy):
     """
 
     method: Method
+    sampling: Sampling
     state: RunState
     record: RoundRecord
     journal: RoundJournal | None
@@ -105,6 +107,7 @@ class RoundLoop(Strategy):
         if self.journal is not None:
             self.journal.begin(self.about(), self.resume)
             plan = {"rounds": num_rounds, "deadline": timeout or 0, "quorum": self.method.quorum}
+            plan["sites-to-begin"] = self.sampling.min_nodes
             self.journal.note({key: str(value) for key, value in plan.items()})  # which pages show
         self.timeout = timeout
         result = Result(arrays=self.set_model(initial_arrays))

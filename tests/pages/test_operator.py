@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from corymb.pages import journals
 from corymb.pages.app import _changes, make_app
@@ -16,11 +18,16 @@ from corymb.pages.numbers import Federation, Runs
 from corymb.pages.operator import Operator
 from corymb.pages.research import experiments_under, payload
 from corymb.pages.rows import Ask, RoundRow
+from corymb.protocol.codec import to_arrays
+from corymb.server import FlowerStrategy
+from corymb.server.deployment.run import Progress
 from corymb.server.journal import Journal
 from corymb.server.rounds.events import Event
 from corymb.server.rounds.orders import Orders
 from corymb.simulations import Experiment, run
-from corymb.tests.pages.world import federation, publish
+from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.strategies import FedAvg
+from corymb.tests.pages.world import NAMES, client, federation, make_kit, publish
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +113,20 @@ def test_an_experiment_with_many_rounds_and_two_of_one_name(tmp_path: Path) -> N
     assert len(found["experiments"][0]["runs"][0]["metrics"]["accuracy"]) == 120
     (tmp_path / "two" / "config.toml").write_text("rounds = 'many'")
     assert experiments_under(tmp_path) == [tmp_path / "one"]
+
+
+def test_a_run_that_waits_for_sites_to_begin_says_so(tmp_path: Path) -> None:
+    kit = make_kit(tmp_path)
+    journal = Journal(kit / "var" / "corymb" / "runs" / "run-1", notes={"flower-run": "1"})
+    strategy = FlowerStrategy(FedAvg(), journal=journal, min_available_nodes=5)
+    grid = LocalGrid(client(), list(NAMES))
+    with pytest.raises(TimeoutError, match="Only 3 of 5 required nodes"):
+        strategy.start(grid, to_arrays({"w": torch.zeros(3)}), 40, 60)
+    grid.close()
+    journal.close()
+    publish(kit, runs={"1": "running"})
+    source = Federation(kit)
+    assert Operator(source).view()["sentence"] == "Waiting for 5 sites to begin; 3 are online."
+    assert [n.value for n in source.numbers(time.time()) if n.metric == "corymb_sites_missing"] == [2]
+    said = list(Progress(source.runs / "run-1", reminded=-100.0).lines())
+    assert said == ["the run begins when 5 sites are online; see corymb status"]

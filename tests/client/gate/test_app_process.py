@@ -141,7 +141,7 @@ def test_an_app_keeps_what_it_has_loaded_for_a_run(apps: _Apps, bundle: Bundle, 
 
 def test_an_app_that_fails_costs_its_reply_and_nothing_else(apps: _Apps, bundle: Bundle, tmp_path: Path) -> None:
     policy = SitePolicy(sandbox=False)
-    with pytest.raises(AppFailed, match=r"^KeyError; its text is in the log of the site$"):
+    with pytest.raises(AppFailed, match=r"^KeyError; its text is in gate.log of the site$"):
         ask(apps, bundle, policy, tmp_path, "raise")
     with pytest.raises(AppFailed, match="SystemExit; its text"):
         ask(apps, bundle, policy, tmp_path, "exit")
