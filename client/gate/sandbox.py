@@ -15,11 +15,8 @@ from corymb.client.gate.policy import Refusal
 SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl/certs", "/sys"]
 HOME = "/work"  # the only folder in which an app can write; it lies in memory and ends with the process
 ROOMS = ("strategies", "protocol", "client", "server", "simulations", "__init__.py", "testing.py")
-PASSED = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-)  # of the site's environment: what an app may use
+# Of the site's environment: which cores and GPUs an app may use.
+PASSED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 HERE = Path(__file__).resolve().parents[2]  # the package corymb
 PACKAGES = f"{HOME}/packages"
 

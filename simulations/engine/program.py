@@ -112,12 +112,12 @@ class Program:
             layer.start_block(_inside(name, start), block)
         optimizer = None
         added = None if offsets is None else [offsets[name].to(device) for name in self._form_names()]
+        self._added = []  # an earlier block may have failed
         if context.rate is None:
             optimizer = Optimizer(self._trainable(), settings, settings.rate(server_round), added)
         elif added is not None:
             self._added = list(zip([tensor for tensor, _ in self._trainable()], added, strict=True))
         seen = self._take_steps(positions, targets, batches, optimizer, dtype)
-        self._added = []
         return BlockResult.of(self._parameters(), seen, batches, self._buffers())
 
     def _take_steps(
