@@ -93,6 +93,19 @@ class Array(flwr.app.Array):
         return flwr.app.Array, (self.dtype, self.shape, self.stype, self.data)
 
 
+class StoredArray(flwr.app.Array):
+    """A Flower Array with the `data` of a mapped file in place of its own. A copy of it has its bytes in memory."""
+
+    def __init__(self, array: flwr.app.Array, data: memoryview | bytes) -> None:
+        self.__dict__.update(dtype=array.dtype, shape=array.shape, stype=array.stype, data=data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return flwr.app.Array, (self.dtype, self.shape, self.stype, bytes(self.data))
+
+
+StoredArray.__qualname__ = flwr.app.Array.__qualname__  # Flower writes this name into the encoded record
+
+
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Return `state` as an ArrayRecord that shares its memory."""
     record = ArrayRecord()
@@ -168,7 +181,7 @@ def _read_header(name: str, data: bytes) -> _Header:
             f"the header is cut off or longer than {LONGEST_HEADER} bytes."
         )
     try:
-        dtype, shape, fortran = _parse_header(data[start : start + length])
+        dtype, shape, fortran = _parse_header(bytes(data[start : start + length]))
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
         raise CodecError(f"Array {name!r} has a header that cannot be read.") from None
     return _Header(dtype, shape, fortran, start + length)

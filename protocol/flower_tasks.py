@@ -27,6 +27,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from corymb.protocol.flower import CLIENT_APP_RAISED, with_error
+from corymb.protocol.stored_arrays import store_pulled_arrays
 
 RunApp = Callable[..., Context]  # (grid, context, server_app_dir, server_app_attr) -> context
 App = Callable[[Message, Context], Message]
@@ -100,6 +101,7 @@ def run_task(task: dict[str, Any], prepare: Callable[[Grid], None] = lambda grid
     grid.set_run(run)
     prepare(grid)
     look_often()
+    store_pulled_arrays()
     import_module("flwr.server.run_serverapp").run(grid, context, task["folder"], task["app"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from corymb.protocol.codec import StoredArray
 from corymb.protocol.flower import from_proto, to_proto, with_content
 
 LENGTH = struct.Struct("<Q")
@@ -33,7 +35,10 @@ def write_message(path: Path, message: Message) -> None:
 
 def read_message(path: Path) -> Message | None:
     """Return the message in `path`; None if the file is damaged. Raises `OSError` if it cannot be read."""
-    content = path.read_bytes()
+    if path.stat().st_size < DIGEST + LENGTH.size:
+        return None
+    with path.open("rb") as file:
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     digest, data = content[:DIGEST], content[DIGEST:]
     return from_bytes(data) if hashlib.sha256(data).digest() == digest else None
 
@@ -55,16 +60,16 @@ def to_pieces(message: Message) -> list[bytes]:
     return _with_lengths([to_proto(with_content(message, content)), *data])
 
 
-def from_bytes(data: bytes) -> Message:
-    """Return the message whose pieces, joined, are `data`."""
+def from_bytes(data: memoryview | bytes) -> Message:
+    """Return the message whose pieces, joined, are `data`. The bytes of its arrays are slices of `data`."""
     head, *arrays = _pieces(data)
-    message = from_proto(head)
+    message = from_proto(bytes(head))
     if not message.has_error():
         remaining = iter(arrays)
         for record in message.content.values():
             if isinstance(record, ArrayRecord):
-                for array in record.values():
-                    array.data = next(remaining)
+                for name, array in record.items():
+                    record[name] = StoredArray(array, next(remaining))
     return message
 
 
@@ -72,7 +77,7 @@ def _with_lengths(pieces: list[bytes]) -> list[bytes]:
     return [LENGTH.pack(len(pieces)), *(LENGTH.pack(len(piece)) for piece in pieces), *pieces]
 
 
-def _pieces(data: bytes) -> Iterator[bytes]:
+def _pieces(data: memoryview | bytes) -> Iterator[memoryview | bytes]:
     (count,) = LENGTH.unpack_from(data)
     start = LENGTH.size * (count + 1)
     for index in range(count):

@@ -84,9 +84,10 @@ def main(grid: Grid, context: Context) -> None:
     )
     train = ConfigRecord({**flatten({"train": rule.train_table()})})  # settings in a message override the run config
     try:
-        arrays = to_arrays(shared)
+        initial = [to_arrays(shared)]
+        del module, shared  # `start` frees the first model once it has its own copy, if nobody else holds it
         strategy.start(
-            grid, arrays, settings.rounds, settings.deadline, train_config=train, evaluate_config=train.copy()
+            grid, initial.pop(), settings.rounds, settings.deadline, train_config=train, evaluate_config=train.copy()
         )
     finally:
         if journal is not None:

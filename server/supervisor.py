@@ -31,6 +31,8 @@ from corymb.server.rounds.run_failed import RunFailed
 RAISED, FAILED = 3, 4  # exit codes of the child: the app raised an exception; the run has achieved nothing
 MOST_CRASHES = 30  # in a row, without a finished round in between
 PROGRESS = re.compile(r"\[ROUND \d+/\d+\]")  # in the line that the round loop logs after each round
+# glibc gives the memory of large arrays back to the system at once; by default it would keep much of it.
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
 LONGEST_PAUSE = 5.0  # seconds between a crash and the next start
 
 
@@ -85,6 +87,7 @@ def _run_child(task: str) -> End:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env=RETURN_MEMORY | os.environ,
     )
     assert child.stdin is not None
     assert child.stdout is not None

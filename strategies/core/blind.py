@@ -13,6 +13,7 @@ from typing import final
 
 import torch
 
+from corymb.strategies.core.allocation import vanishing_zeros
 from corymb.strategies.core.layout import Model
 from corymb.strategies.core.proxy import Proxy
 from corymb.strategies.core.reply import Reply, Report
@@ -79,7 +80,7 @@ class WeightedSum:
 
     def __init__(self, origin: Model) -> None:
         self._origin = origin
-        self._total = torch.zeros(origin.parameters.numel(), dtype=torch.float64)
+        self._total, self._free = vanishing_zeros(origin.parameters.numel())
         self._buffers = torch.zeros(origin.buffers.numel(), dtype=torch.float64)
         self._weights: list[float] = []
         self._examples = 0.0
@@ -121,8 +122,9 @@ class WeightedSum:
             self._pending.popleft()()
         parameters = torch.empty_like(self._origin.parameters)
         chunks = zip(*(t.split(CHUNK) for t in (parameters, self._origin.parameters, self._total)), strict=True)
-        for result, origin, total in chunks:
+        for index, (result, origin, total) in enumerate(chunks):
             result.copy_(total.mul_(scale).add_(origin))
+            self._free(index * CHUNK, (index + 1) * CHUNK)
         buffers = self._origin.buffers
         if self._examples:
             buffers = (self._buffers / self._examples).to(buffers.dtype)

@@ -1,20 +1,32 @@
 from __future__ import annotations
 
+import copy
+import errno
+import gc
 import hashlib
+import os
+import random
 import sys
 import time
+import weakref
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.proto import control_pb2
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
-from corymb.protocol.codec import to_arrays, to_state
+from corymb.protocol.codec import to_arrays, to_state, to_tensor
 from corymb.protocol.flower import (
     CLIENT_APP_RAISED,
     MESSAGE_LOST,
@@ -32,6 +44,7 @@ from corymb.protocol.flower import (
 from corymb.protocol.flower_control import ControlError, SuperLink
 from corymb.protocol.flower_tasks import MODULE, POLLING, build_bundle, describe_task, load_app, look_often
 from corymb.protocol.message_file import from_bytes, to_pieces
+from corymb.protocol.stored_arrays import CLIENT, GRID, store_pulled_arrays
 
 
 def test_flowers_private_api_is_as_expected() -> None:
@@ -131,3 +144,104 @@ def test_a_bundle_is_that_of_flower_and_its_app_can_be_loaded(tmp_path: Path, mo
     assert quickstart.names[2] == hashlib.sha256(quickstart.content).hexdigest()
     assert build_bundle(Path(__file__).parents[2] / "examples" / "quickstart") == quickstart
     assert callable(load_app(quickstart))
+
+
+@pytest.fixture
+def grid_module() -> Iterator[ModuleType]:
+    module, client = import_module(GRID), import_module(CLIENT).ProtobufClient
+    names, send = ("pull_objects", "push_objects", "inflate_object_from_contents"), client._send
+    original = {name: module.__dict__[name] for name in names}
+    store_pulled_arrays()
+    yield module
+    module.__dict__.update(original)
+    client._send = send
+
+
+def _reply(arrays: dict[str, np.ndarray]) -> Message:
+    set_task_identity(run_id=7, node_id=1)
+    request = Message(RecordDict(), 42, "train")
+    set_message_id(request, "m-1")
+    record = ArrayRecord({name: Array(values) for name, values in arrays.items()})
+    return Message(RecordDict({"arrays": record, "metrics": MetricRecord({"n": 1})}), reply_to=request)
+
+
+def _pulled(module: ModuleType, reply: Message) -> dict[str, Array]:
+    """Pull `reply` as Flower's grid does: its objects in any order, and then the whole."""
+    objects = {name: each.deflate() for name, each in get_all_nested_objects(reply).items()}
+    names = random.Random(0).sample(sorted(objects), len(objects))
+    message = module.inflate_object_from_contents(reply.object_id, module.pull_objects(names, objects.__getitem__))
+    assert message.content["metrics"] == reply.content["metrics"]
+    return dict(message.content["arrays"])
+
+
+CHUNK_SIZE = 5 << 20
+LARGE = {
+    "small": np.arange(5.0),
+    "one chunk": np.random.default_rng(0).standard_normal(100_000),
+    "three chunks": np.random.default_rng(1).standard_normal(3 * CHUNK_SIZE // 8 - 1000),
+    "a small last chunk": np.random.default_rng(2).standard_normal(CHUNK_SIZE // 8),
+    "equal chunks": np.zeros(2 * CHUNK_SIZE),
+    "empty": np.zeros(0),
+}
+
+
+def test_arrays_that_are_pulled_lie_in_files(grid_module: ModuleType) -> None:
+    arrays = _pulled(grid_module, _reply(LARGE))
+    assert list(arrays) == list(LARGE)
+    for name, array in arrays.items():
+        assert array.data == Array(LARGE[name]).data
+        assert isinstance(array.data, memoryview) == (name not in ("small", "empty"))
+        assert np.array_equal(array.numpy(), LARGE[name])
+        assert np.array_equal(to_tensor(name, array).numpy(), LARGE[name])
+        assert np.array_equal(copy.deepcopy(array).numpy(), LARGE[name])
+
+
+def test_arrays_stay_in_memory_if_the_folder_for_temporary_files_is_full(
+    grid_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    def write(file: int, data: memoryview, position: int) -> int:
+        written.append(len(data))
+        if sum(written) > 8 << 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, data, position)
+
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", write)
+    arrays = _pulled(grid_module, _reply(LARGE))
+    assert all(np.array_equal(array.numpy(), LARGE[name]) for name, array in arrays.items())
+    assert not isinstance(arrays["three chunks"].data, memoryview)
+
+
+def test_objects_are_pushed_a_few_at_a_time(grid_module: ModuleType) -> None:
+    objects = get_all_nested_objects(_reply(LARGE))
+    contents, pushed = {name: each.deflate() for name, each in objects.items()}, dict[str, bytes]()
+    wanted = set(sorted(objects)[::2])
+    grid_module.push_objects(objects, push_object_fn=pushed.__setitem__, object_ids_to_push=wanted)
+    assert pushed == {name: contents[name] for name in wanted}
+    assert not objects, "Flower frees each object that it has pushed"
+
+
+def test_a_response_of_the_runtime_api_is_freed_at_once(grid_module: ModuleType) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    Thread(target=server.handle_request, daemon=True).start()
+    client = import_module(CLIENT).ProtobufClient(f"http://127.0.0.1:{server.server_port}")
+    request = client._client.build_request("POST", f"http://127.0.0.1:{server.server_port}/", content=b"")
+    gc.disable()
+    try:
+        response = client._send(import_module(CLIENT).ProtobufRequestContext("a", RecordDict(), request))
+        assert response.content == b"hello"
+        freed = weakref.ref(response)
+        del response
+        assert freed() is None
+    finally:
+        gc.enable()
+        server.server_close()

@@ -1,0 +1,147 @@
+"""The large arrays of replies go to files while they are pulled, so that no reply takes memory, not even a slow one.
+
+Flower pulls an array in chunks, in any order, and holds it three times while it joins them. This is a part of the shim
+for Flower's private API; the test of `protocol/flower.py` covers it too.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from importlib import import_module
+from threading import Lock
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+
+from corymb.protocol.codec import StoredArray
+
+log = logging.getLogger("flwr.corymb")
+GRID, CLIENT = "flwr.superlink.grid.http_grid", "flwr.supercore.protobuf.client"
+AT_ONCE = 4  # chunks of a message that is pushed, each up to 5 MB
+CHUNK = b"ArrayChunk "  # how Flower encodes a chunk: this, its children, the length of its body, DIVIDER, its body
+DIVIDER = b"\0"
+SMALL = 1 << 16  # bytes; a smaller chunk stays in memory
+NUMBER = struct.Struct("<Q")
+
+Piece = tuple[int, int] | bytes  # a chunk: where it lies in the file, from start to stop, or what it is
+
+
+def store_pulled_arrays() -> None:
+    """Let Flower's grid for deployments put the arrays of the messages that it pulls into files."""
+    module = import_module(GRID).__dict__
+    pull_objects, push_objects = module["pull_objects"], module["push_objects"]
+    inflate, client_class = module["inflate_object_from_contents"], import_module(CLIENT).ProtobufClient
+    send = client_class._send
+
+    def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
+        contents = _Contents()
+        try:
+            contents.update(pull_objects(object_ids, lambda name: contents.file.keep(pull_object_fn(name)), **options))
+        except BaseException:
+            contents.file.close()
+            raise
+        return contents
+
+    def inflate_stored(object_id: str, contents: Mapping[str, bytes]) -> Any:
+        message = inflate(object_id, contents)
+        if isinstance(contents, _Contents):
+            with closing(contents.file):
+                _restore(message, contents.file)
+        return message
+
+    def push(objects: dict[str, Any], **options: Any) -> None:
+        for start in range(0, len(names := list(objects)), AT_ONCE):  # Flower encodes all that it is given at once
+            push_objects({name: objects.pop(name) for name in names[start : start + AT_ONCE]}, **options)
+
+    def send_and_release(client: Any, context: Any) -> Any:
+        response = send(client, context)
+        if response.is_closed:
+            response.stream = None  # through it, httpx keeps the response, and so a chunk, in a reference cycle
+        return response
+
+    module |= {"pull_objects": pull, "push_objects": push, "inflate_object_from_contents": inflate_stored}
+    client_class._send = send_and_release
+
+
+class ArrayFile:
+    """The chunks of one message's arrays, in a file without a name in the folder for temporary files."""
+
+    def __init__(self) -> None:
+        self._file: Any = None  # made for the first large chunk
+        self._end = 0
+        self._pieces: list[Piece] = []
+        self._lock = Lock()
+
+    def keep(self, content: bytes) -> bytes:
+        """Return `content`, an object of Flower's, unless it is a chunk: then one with the number of its piece."""
+        if not content.startswith(CHUNK):
+            return content
+        body = memoryview(content)[content.index(DIVIDER) + 1 :]
+        try:
+            piece: Piece = bytes(body) if len(body) < SMALL else self._written([body], len(body))
+        except OSError as error:
+            log.warning("\t│ A reply stays in memory, as the folder for temporary files has no room (%s).", error)
+            piece = bytes(body)
+        with self._lock:
+            self._pieces.append(piece)
+            number = len(self._pieces) - 1
+        return CHUNK + b" %d" % NUMBER.size + DIVIDER + NUMBER.pack(number)
+
+    def data(self, numbers: bytes) -> memoryview | bytes:
+        """Return the bytes of the array whose pieces have these numbers, mapped from the file if they lie there."""
+        pieces = [self._pieces[number] for (number,) in NUMBER.iter_unpack(numbers)]
+        if all(isinstance(piece, bytes) for piece in pieces):
+            return b"".join(map(self._read, pieces))
+        (first, *others) = pieces
+        if others or isinstance(first, bytes):
+            size = sum(len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
+            try:
+                first = self._written(map(self._read, pieces), size)
+            except OSError:  # `keep` has warned of the full disk, or will
+                return b"".join(map(self._read, pieces))
+        start, stop = first
+        return memoryview(mmap.mmap(self._file.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start))
+
+    def close(self) -> None:
+        """Close the file; what is mapped from it stays until nobody has it any more."""
+        if self._file is not None:
+            self._file.close()
+
+    def _written(self, parts: Iterable[memoryview | bytes], size: int) -> tuple[int, int]:
+        """Write `parts`, of `size` bytes together, to the end of the file, and return where they lie."""
+        with self._lock:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="corymb-reply-")  # noqa: SIM115 - see close
+            start = position = self._end
+            self._end = -(-(start + size) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        for part in parts:
+            view = memoryview(part)
+            while view:
+                count = os.pwrite(self._file.fileno(), view, position)
+                position, view = position + count, view[count:]
+        return start, start + size
+
+    def _read(self, piece: Piece) -> bytes:
+        return piece if isinstance(piece, bytes) else os.pread(self._file.fileno(), piece[1] - piece[0], piece[0])
+
+
+class _Contents(dict[str, bytes]):
+    """The objects of one message, with the file in which its arrays lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file = ArrayFile()
+
+
+def _restore(message: Message, file: ArrayFile) -> None:
+    """Give the arrays of `message`, which have the numbers of their pieces in place of their bytes, these bytes."""
+    for record in message.content.values() if message.has_content() else ():
+        if isinstance(record, ArrayRecord):
+            for name, array in record.items():
+                record[name] = StoredArray(array, file.data(array.data))
