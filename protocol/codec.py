@@ -93,19 +93,6 @@ class Array(flwr.app.Array):
         return flwr.app.Array, (self.dtype, self.shape, self.stype, self.data)
 
 
-class StoredArray(flwr.app.Array):
-    """A Flower Array with the `data` of a mapped file in place of its own. A copy of it has its bytes in memory."""
-
-    def __init__(self, array: flwr.app.Array, data: memoryview | bytes) -> None:
-        self.__dict__.update(dtype=array.dtype, shape=array.shape, stype=array.stype, data=data)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return flwr.app.Array, (self.dtype, self.shape, self.stype, bytes(self.data))
-
-
-StoredArray.__qualname__ = flwr.app.Array.__qualname__  # Flower writes this name into the encoded record
-
-
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Return `state` as an ArrayRecord that shares its memory."""
     record = ArrayRecord()

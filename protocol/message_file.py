@@ -8,14 +8,27 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
-from corymb.protocol.codec import StoredArray
 from corymb.protocol.flower import from_proto, to_proto, with_content
 
 LENGTH = struct.Struct("<Q")
 DIGEST = 32  # bytes of the SHA-256 in front
+
+
+class StoredArray(Array):
+    """A Flower Array with the `data` of a mapped file in place of its own. A copy of it has its bytes in memory."""
+
+    def __init__(self, array: Array, data: memoryview | bytes) -> None:
+        self.__dict__.update(dtype=array.dtype, shape=array.shape, stype=array.stype, data=data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, bytes(self.data))
+
+
+StoredArray.__qualname__ = Array.__qualname__  # Flower writes this name into the encoded record
 
 
 def write_message(path: Path, message: Message) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, Message
 
-from corymb.protocol.codec import StoredArray
+from corymb.protocol.message_file import StoredArray
 
 log = logging.getLogger("flwr.corymb")
 GRID, CLIENT = "flwr.superlink.grid.http_grid", "flwr.supercore.protobuf.client"
