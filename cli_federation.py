@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -145,24 +146,28 @@ def doctor(
     them.
     """
     import json
+    from itertools import chain
 
     from corymb.client.gate.doctor import gate_findings
-    from corymb.protocol.findings import Fault
+    from corymb.protocol.findings import Fault, Finding
     from corymb.server.deployment.doctor import server_findings, site_findings
     from corymb.server.deployment.federation import SiteKit, read_kit
 
     folder = folder.resolve()
     kit = read_kit(folder)
+    found: Iterable[Finding]
     if isinstance(kit, SiteKit):
-        findings = [*site_findings(folder, kit), *gate_findings(folder)]
+        found = chain(site_findings(folder, kit), gate_findings(folder))
     else:
-        findings = list(server_findings(folder, kit))
-    faults = [finding for finding in findings if finding.fault is not Fault.NONE]
+        found = server_findings(folder, kit)
+    findings = []
+    for finding in found:
+        findings.append(finding)
+        if not as_json:  # at once, because an empty round takes half a minute
+            console.print(f"{'ok   ' if finding.fault is Fault.NONE else 'FAULT'} {finding.text}")
     if as_json:
         print(json.dumps([{"code": int(each.fault), "text": each.text} for each in findings]))
-    else:
-        for finding in findings:
-            console.print(f"{'ok   ' if finding.fault is Fault.NONE else 'FAULT'} {finding.text}")
+    faults = [finding for finding in findings if finding.fault is not Fault.NONE]
     raise typer.Exit(int(faults[0].fault) if faults else 0)
 
 

@@ -9,6 +9,7 @@ from statistics import median
 from corymb.pages.journals import JournalReader
 from corymb.pages.rows import Ask, RoundRow
 from corymb.server.rounds.orders import Orders
+from corymb.server.rounds.run_failed import FAILED
 
 CURVE_POINTS = 500  # at most
 HOURS, MINUTES = 3600, 60
@@ -27,6 +28,8 @@ def sentence(
     planned = about.get("rounds", "")
     of = f" of {planned}" if planned not in ("", "0") else ""
     last = rounds[-1].round if rounds else 0
+    if reason := about.get(FAILED):
+        return f"Failed after round {last}{of}. {reason}"
     if about.get("finished"):
         return f"Finished after round {last}{of}."
     if orders.stopped_by and ask is None:

@@ -136,7 +136,7 @@ class ServerSettings(Settings):
     spill_bytes: float = Field(4e9, gt=0)
     """A rule that sees all models of a round has so many bytes of them in memory, and the rest in temporary files."""
     drift: bool = False
-    """Record for each client the length of its update, and the cosine with the step that the rule makes of all."""
+    """Record for each client the length of its update, and its cosine with the step of the global model."""
     policy: PolicySettings | None = None
     """Limits on each reply."""
     max_abandoned: int = Field(5, ge=1)

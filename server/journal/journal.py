@@ -21,14 +21,14 @@ from corymb.server.journal.asks import Asks
 from corymb.server.journal.files import FileLock, save, sha256
 from corymb.server.journal.rows import delete_after, insert, open_database, read_rounds
 from corymb.server.rounds.record import RoundRecord
+from corymb.server.rounds.run_failed import FAILED
 from corymb.server.rounds.state import RunState
 from corymb.strategies.core.serialization import pack_memory, unpack_memory
 
 log = logging.getLogger("flwr.corymb")
 KEPT_MODELS = 2  # files of the newest models
 COMMIT_SECONDS = 1.0  # between two commits of a journal that is not durable
-BEST = "best.safetensors"
-FINISHED = "finished"  # in `about`, of a run that is complete
+BEST, FINISHED = "best.safetensors", "finished"  # a file, and what `about` has of a run that is complete
 
 
 class Journal:
@@ -79,7 +79,7 @@ class Journal:
                     "another folder."
                 )
         with self._database:
-            self._database.execute("DELETE FROM run WHERE key = ?", (FINISHED,))
+            self._database.execute("DELETE FROM run WHERE key IN (?, ?)", (FINISHED, FAILED))
         self.note({**about, **self._notes})
 
     def resume(self, initial: RunState) -> RunState:

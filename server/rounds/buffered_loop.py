@@ -22,7 +22,7 @@ from corymb.server.rounds.requests import Phase, push
 from corymb.server.rounds.roster import connected as connected_nodes
 from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.round_journal import finish_patiently, write_or_keep
-from corymb.server.rounds.run_failed import NoReplyAdmitted
+from corymb.server.rounds.run_failed import NoReplyAdmitted, noted
 from corymb.server.rounds.staleness import Asynchrony, Start
 from corymb.strategies import Model
 
@@ -87,7 +87,7 @@ class BufferedLoop:
         if strategy.journal is not None and not strategy.orders.stopped_by:  # a run that was stopped can go on
             finish_patiently(strategy.journal)
         if strategy.state.cost.messages and not strategy.state.cost.admitted:
-            raise NoReplyAdmitted(versions, strategy.record)
+            raise noted(NoReplyAdmitted(versions, strategy.record), strategy.journal)
         return result
 
     def _collect(self, number: int, config: ConfigRecord) -> tuple[Requests, dict[str, Start], list[Message]]:

@@ -1,4 +1,4 @@
-"""How far, and in which direction, each client's update goes from the step that the rule makes of all of them."""
+"""The length of each client's update, and its direction beside the step of the global model."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from corymb.server.rounds.roster import Sampling
 from corymb.server.rounds.round import Requests
 from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, write_or_keep
 from corymb.server.rounds.round_size import ArrivalTimes
-from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed
+from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed, noted
 from corymb.server.rounds.staleness import Asynchrony
 from corymb.server.rounds.state import Method, RunState
 from corymb.strategies import Model
@@ -148,13 +148,13 @@ class RoundLoop(Strategy):
             self._finish(num_rounds)
             abandoned = abandoned + 1 if BELOW_QUORUM in self.record.notes else 0
             if abandoned >= self.max_abandoned:
-                raise QuorumMissed(abandoned, self.record)
+                raise noted(QuorumMissed(abandoned, self.record), self.journal)
             if abandoned and number < num_rounds:  # the sites that are away may need some time
                 time.sleep(min(FIRST_PAUSE * 2 ** (abandoned - 1), LONGEST_PAUSE))
         if self.journal is not None and not self.orders.stopped_by:  # a run that was stopped can go on
             finish_patiently(self.journal)
         if self.state.cost.messages and not self.state.cost.admitted:
-            raise NoReplyAdmitted(num_rounds, self.record)
+            raise noted(NoReplyAdmitted(num_rounds, self.record), self.journal)
         return result
 
     def await_orders(self, number: int) -> float:

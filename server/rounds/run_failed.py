@@ -6,6 +6,9 @@ from collections import Counter
 
 from corymb.server.rounds.codes import BELOW_QUORUM
 from corymb.server.rounds.record import RoundRecord
+from corymb.server.rounds.round_journal import RoundJournal
+
+FAILED = "failed"  # in the notes of a journal: why the run has failed
 
 
 class RunFailed(RuntimeError):
@@ -25,11 +28,19 @@ class QuorumMissed(RunFailed):
     """A run has ended because too many rounds in a row had fewer admitted replies than the quorum."""
 
     def __init__(self, rounds: int, last: RoundRecord) -> None:
+        in_a_row = f"{rounds} rounds in a row" if rounds > 1 else "A round"
         super().__init__(
-            f"{rounds} rounds in a row had fewer admitted replies than the quorum of {last.notes[BELOW_QUORUM]:g}, so "
+            f"{in_a_row} had fewer admitted replies than the quorum of {last.notes[BELOW_QUORUM]:g}, so "
             f"the run ends after round {last.round}, with the model of the last round that counted. The last round: "
             f"{_reasons(last)}"
         )
+
+
+def noted(error: RunFailed, journal: RoundJournal | None) -> RunFailed:
+    """Return `error`, which pages show from now on, because the journal has it."""
+    if journal is not None:
+        journal.note({FAILED: str(error)})
+    return error
 
 
 def _reasons(record: RoundRecord) -> str:

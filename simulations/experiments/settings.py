@@ -79,8 +79,8 @@ class EvaluateSettings(Settings):
     new_clients: int = Field(0, ge=0)
     """The number of clients that take no part in the training, and are tested like the others."""
     drift: bool = False
-    """Record for each client and round the length of its update, and the cosine with the step that the rule makes of
-    all: the metrics `update-norm` and `update-cosine`. The server then keeps all models of a round."""
+    """Record for each client and round the length of its update, and its cosine with the step of the global
+    model: the metrics `update-norm` and `update-cosine`. The server then keeps all models of a round."""
     budgets: list[int] = Field(default_factory=list)
     """Numbers of hostile voters for which voting rules report their certified accuracy."""
 

@@ -28,6 +28,7 @@ from corymb.simulations.results.score import Score
 from corymb.simulations.results.summary import table
 
 VALIDATION_SHARE = 0.1
+CONDITIONS = ("attack", "data", "devices", "fraction", "partition", "participation")  # tables of what rules meet
 RULES = "rules."  # before the name of a parameter of the rules that have it
 Setting = dict[str, Any]
 
@@ -91,10 +92,10 @@ def sweep(
 
 
 def finish(tried: Sequence[Tried], score: Score, out: Path, console: Console) -> None:
-    """Write all results to `sweep.csv` in `out`, and print the best of each rule."""
+    """Write all results to `sweep.csv` in `out`, and print the best of each rule under each condition."""
     rows = [{"rule": t.rule, **t.setting, "validation": t.validation, "test": t.test} for t in tried]
     (out / "sweep.csv").write_text(table(rows, "csv"))
-    console.print(_best(tried, score))
+    console.print(best_settings(tried, score))
     console.print(f"All results: {out / 'sweep.csv'}", markup=False, soft_wrap=True)
 
 
@@ -178,17 +179,32 @@ def tried_of(combination: Combination, runs: Sequence[FinishedRun]) -> Iterator[
         yield Tried(rule, combination.settings[rule], float(np.mean(tests)), final)
 
 
-def _best(tried: Sequence[Tried], score: Score) -> Table:
-    """Return a table of each rule's best setting, by the validation part."""
-    best = [
-        max((each for each in tried if each.rule == rule), key=lambda each: score.rank(each.validation))
-        for rule in dict.fromkeys(each.rule for each in tried)
-    ]
+def best_settings(tried: Sequence[Tried], score: Score) -> Table:
+    """Return a table of each rule's best setting, by the validation part; under each condition, if there are several.
+
+    What a rule meets, such as hostile clients, is a condition and no choice.
+    """
+    best: dict[tuple[str, str], tuple[str, Tried]] = {}
+    for each in tried:
+        is_met = {key: key.split(".")[0] in CONDITIONS for key in each.setting}
+        met, chosen = (as_text({k: v for k, v in each.setting.items() if is_met[k] == kind}) for kind in (True, False))
+        before = best.get((met, each.rule))
+        if before is None or score.rank(each.validation) > score.rank(before[1].validation):
+            best[met, each.rule] = chosen, each
+    order = list(dict.fromkeys(met for met, _ in best))
+    ranked = sorted(best.items(), key=lambda row: (order.index(row[0][0]), -score.rank(row[1][1].validation)))
+    columns = {
+        "condition": [met for (met, _), _ in ranked],
+        "rule": [rule for (_, rule), _ in ranked],
+        "best setting": [chosen for _, (chosen, _) in ranked],
+        f"validation {score.name}": [score.text(each.validation) for _, (_, each) in ranked],
+        f"test {score.name}": [score.text(each.test) for _, (_, each) in ranked],
+    }
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("rule", "best setting", f"validation {score.name}", f"test {score.name}"):
-        shown.add_column(column, justify="right" if " " in column and "setting" not in column else "left")
-    for each in sorted(best, key=lambda each: -score.rank(each.validation)):
-        cells = (each.rule, as_text(each.setting), score.text(each.validation), score.text(each.test))
+    used = {title: cells for title, cells in columns.items() if any(cells)}
+    for title in used:
+        shown.add_column(title, justify="right" if title.endswith(score.name) else "left")
+    for cells in zip(*used.values(), strict=True):
         shown.add_row(*map(escape, cells))
     return shown
 

@@ -19,7 +19,7 @@ from corymb.pages.operator import Operator
 from corymb.pages.research import experiments_under, payload
 from corymb.pages.rows import Ask, RoundRow
 from corymb.protocol.codec import to_arrays
-from corymb.server import FlowerStrategy
+from corymb.server import FlowerStrategy, QuorumMissed
 from corymb.server.deployment.run import Progress
 from corymb.server.journal import Journal
 from corymb.server.rounds.events import Event
@@ -130,3 +130,24 @@ def test_a_run_that_waits_for_sites_to_begin_says_so(tmp_path: Path) -> None:
     assert [n.value for n in source.numbers(time.time()) if n.metric == "corymb_sites_missing"] == [2]
     said = list(Progress(source.runs / "run-1", reminded=-100.0).lines())
     assert said == ["the run begins when 5 sites are online; see corymb status"]
+
+
+def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
+    kit = make_kit(tmp_path)
+    journal = Journal(kit / "var" / "corymb" / "runs" / "run-1", notes={"flower-run": "1"})
+    strategy = FlowerStrategy(FedAvg(), journal=journal, quorum=9, max_abandoned=1)
+    grid = LocalGrid(client(), list(NAMES))
+    with pytest.raises(QuorumMissed):
+        strategy.start(grid, to_arrays({"w": torch.zeros(3)}), 4, 60)
+    journal.begin(strategy.about(), resume=True)
+    assert "failed" not in journal.about(), "a run that goes on has not failed"
+    journal.close()
+    journal = Journal(kit / "var" / "corymb" / "runs" / "run-2", notes={"flower-run": "2"})
+    strategy = FlowerStrategy(FedAvg(), journal=journal, quorum=9, max_abandoned=1)
+    with pytest.raises(QuorumMissed):
+        strategy.start(grid, to_arrays({"w": torch.zeros(3)}), 4, 60)
+    grid.close()
+    journal.close()
+    publish(kit, runs={"2": "finished:failed"})
+    said = Operator(Federation(kit)).view()["sentence"]
+    assert said.startswith("Failed after round 1 of 4. A round had fewer admitted replies than the quorum of 9")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from corymb.simulations.results.sweep import parse_grid, sweep
+from corymb.simulations.results.score import Score
+from corymb.simulations.results.sweep import Tried, best_settings, parse_grid, sweep
 from corymb.simulations.results.tuning import Range, has_range, parse_space, tune
 
 CONSOLE = Console(quiet=True)
@@ -87,3 +89,22 @@ def test_what_will_not_win_is_stopped(tmp_path: Path) -> None:
     tried = tune(file, {"train.learning_rate": Range(0.003, 1.0)}, tmp_path / "out", 10, CONSOLE)
     assert 5 <= len(tried) < 10
     assert len(list((tmp_path / "out").glob("fedavg-*/summary.json"))) == len(tried)
+
+
+def test_what_rules_meet_is_a_condition_and_no_choice() -> None:
+    tried = [
+        Tried("fedavg", {"attack.clients": 0, "train.learning_rate": 0.1}, 0.8, 0.7),
+        Tried("fedavg", {"attack.clients": 0, "train.learning_rate": 0.5}, 0.9, 0.8),
+        Tried("fedavg", {"attack.clients": 2, "train.learning_rate": 0.1}, 0.5, 0.4),
+        Tried("median", {"attack.clients": 2, "train.learning_rate": 0.1}, 0.6, 0.5),
+    ]
+    score = Score("accuracy", "accuracy")
+    text = Console(width=200, file=StringIO())
+    text.print(best_settings(tried, score))
+    lines = [" ".join(line.split()) for line in text.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert lines == [
+        "condition rule best setting validation accuracy test accuracy",
+        "attack.clients = 0 fedavg train.learning_rate = 0.5 90.00 80.00",
+        "attack.clients = 2 median train.learning_rate = 0.1 60.00 50.00",
+        "attack.clients = 2 fedavg train.learning_rate = 0.1 50.00 40.00",
+    ]
