@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import httpx
 from flwr.app import Context, Error, Message
 from flwr.common.serde import context_from_proto, context_to_proto, run_from_proto, run_to_proto
 from flwr.proto.message_pb2 import Context as ContextProto
@@ -35,6 +36,7 @@ MODULE = "flwr.superlink.runtime.run_serverapp"
 RAISED = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>", re.DOTALL)  # Flower's text for an exception
 POLLING = ("flwr.supernode.start_client_internal", "flwr.superlink.grid.http_grid")
 LONGEST_SLEEP = 1.0  # seconds
+TEMPORARY = (408, 429)  # HTTP codes below 500: timeout, and too many requests
 CLIENT_MODULE = "flwr.supernode.runtime.run_clientapp"
 
 
@@ -60,14 +62,37 @@ def look_often() -> None:
     defaults["initial_backoff"] = 0.1
 
 
+def retry_heartbeats() -> None:
+    """Let Flower repeat a heartbeat that the SuperLink or a proxy answers with a temporary error.
+
+    Such an answer, as of a SuperLink with a full disk, would end the thread that sends them. The node would stay
+    offline, and Flower would end the run after a minute.
+    """
+    module = import_module("flwr.supercore.heartbeat")
+    sender = module.HeartbeatSender
+    beat = sender._heartbeat
+
+    def beat_or_retry(self: Any) -> None:
+        try:
+            beat(self)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code >= 500 or error.response.status_code in TEMPORARY:
+                raise module.HeartbeatFailure from error
+            raise
+
+    sender._heartbeat = beat_or_retry
+
+
 def run_supernode_command() -> None:
-    """Do what the command `flower-supernode` does, but look more often; see `look_often`."""
+    """Do what the command `flower-supernode` does, with `look_often` and `retry_heartbeats`."""
     look_often()
+    retry_heartbeats()
     import_module("flwr.supernode.cli").flower_supernode()
 
 
 def run_serverapp_command(run_app: RunApp) -> None:
     """Do what the command `flwr-serverapp` does, with `run_app` in place of Flower's own function that runs the app."""
+    retry_heartbeats()
     command = import_module("flwr.superlink.cli").flwr_serverapp
     import_module(MODULE)
     sys.modules[MODULE].__dict__["run_"] = run_app  # the package has a function of the module's name
@@ -153,6 +178,7 @@ def run_clientapp_command(
         "push_message": push_if_released,
     }
     look_often()
+    retry_heartbeats()
     command()
 
 

@@ -26,8 +26,8 @@ class Federation:
     """A SuperLink that survives a crash, a SuperExec with Corymb's supervisor, and the sites; `run` starts the app.
 
     The journals lie in the folder `journals`, the SuperLink's database in `database`. With `through_proxy`, a proxy is
-    in between.
-    With `gates`, each site has Corymb's gate, and a policy that approves nothing.
+    in between. With `joined`, the SuperNodes are those of `corymb join`. With `gates`, each site has Corymb's gate, and
+    a policy that approves nothing.
     """
 
     def __init__(
@@ -37,11 +37,12 @@ class Federation:
         database: Path | None = None,
         through_proxy: bool = False,
         gates: bool = False,
+        joined: bool = False,
     ) -> None:
         self.started, self.folder = started, started.folder
         self.journals, self.database = journals or self.folder, database or self.folder
         self.port = free_port()
-        self.has_gates = gates
+        self.has_gates, self.is_joined = gates, joined
         self.proxy = Proxy(self.port) if through_proxy else None
         (self.folder / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
@@ -70,8 +71,9 @@ class Federation:
     def start_site(self, site: int) -> subprocess.Popen[bytes]:
         """Start the SuperNode of a site."""
         port = self.proxy.port if self.proxy else self.port
+        command = ["python", "-m", "corymb.protocol.flower_tasks"] if self.is_joined else ["flower-supernode"]
         return self.started.start(
-            f"site-{site}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
+            f"site-{site}", *command, "--insecure", "--superlink", f"127.0.0.1:{port}",
             "--node-config", f'partition-id={site} num-partitions={SITES} folder="{self.folder}"',
             "--host", "127.0.0.1", "--port", str(free_port()),
             first_on_path=str(write_site(self.site_folder(site), GATE_POLICY).parent) if self.has_gates else "",

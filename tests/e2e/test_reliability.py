@@ -135,7 +135,7 @@ def test_a_full_disk_costs_nothing(started: Processes, tmp_path: Path, with_data
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("only root may mount a tmpfs")
     try:
-        federation = Federation(started, journals=disk, database=disk if with_database else None)
+        federation = Federation(started, disk, disk if with_database else None, joined=with_database)
         rounds = 5
         federation.run(f"rounds={rounds}")
         until(lambda: committed(federation) >= 1, 300, "the first round")

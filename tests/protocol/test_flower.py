@@ -15,9 +15,10 @@ from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import ModuleType
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -42,7 +43,15 @@ from corymb.protocol.flower import (
     unchecked_messages,
 )
 from corymb.protocol.flower_control import ControlError, SuperLink
-from corymb.protocol.flower_tasks import MODULE, POLLING, build_bundle, describe_task, load_app, look_often
+from corymb.protocol.flower_tasks import (
+    MODULE,
+    POLLING,
+    build_bundle,
+    describe_task,
+    load_app,
+    look_often,
+    retry_heartbeats,
+)
 from corymb.protocol.message_file import from_bytes, to_pieces
 from corymb.protocol.stored_arrays import CLIENT, GRID, store_pulled_arrays
 
@@ -245,3 +254,31 @@ def test_a_response_of_the_runtime_api_is_freed_at_once(grid_module: ModuleType)
     finally:
         gc.enable()
         server.server_close()
+
+
+@pytest.mark.parametrize(("codes", "ends"), [([500, 429, 503], False), ([401], True)])
+def test_a_heartbeat_with_a_temporary_error_is_repeated(
+    codes: list[int], ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = import_module("flwr.supercore.heartbeat").HeartbeatSender
+    monkeypatch.setattr(sender, "_heartbeat", sender._heartbeat)  # restored afterwards
+    retry_heartbeats()
+    request = httpx.Request("POST", "http://superlink")
+    answers = [httpx.HTTPStatusError("", request=request, response=httpx.Response(code)) for code in codes]
+    beaten = Event()
+
+    def beat() -> bool:
+        if answers:
+            raise answers.pop(0)
+        beaten.set()
+        return True
+
+    heart = sender(beat)
+    heart._retry_invoker.wait_function = lambda seconds: None
+    if ends:
+        with pytest.raises(httpx.HTTPStatusError):
+            heart._retry_invoker.invoke(heart._heartbeat)
+    else:
+        heart.start()
+        assert beaten.wait(10)
+        heart.stop()
