@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from corymb.client import TrainSettings
 from corymb.client.tasks.task import CLASSIFICATION, Task
 from corymb.simulations.data.population import Population
-from corymb.simulations.engine.attention import attention_of_clients
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.block_result import BlockResult, SeenSteps
 from corymb.simulations.engine.optimizer import Optimizer
@@ -77,7 +77,7 @@ class Vmapped:
         self._module.train()
         for step in range(positions.shape[1]):
             inputs, targets = store.inputs_at(positions[:, step]), store.targets[positions[:, step]]
-            with attention_of_clients():
+            with sdpa_kernel(SDPBackend.MATH):  # vmap would run the other kernels client by client
                 gradients, (losses, outputs) = gradients_of(trained, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in trained.items():
                 tensor.grad = gradients[name]
