@@ -6,9 +6,11 @@ for Flower's private API; the test of `protocol/flower.py` covers it too.
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +29,7 @@ AT_ONCE = 4  # chunks of a message that is pushed, each up to 5 MB
 CHUNK = b"ArrayChunk "  # how Flower encodes a chunk: this, its children, the length of its body, DIVIDER, its body
 DIVIDER = b"\0"
 SMALL = 1 << 16  # bytes; a smaller chunk stays in memory
+MOST_IN_MEMORY = 1 << 30  # bytes of an array that is larger than its chunks, because some repeat
 NUMBER = struct.Struct("<Q")
 
 Piece = tuple[int, int] | bytes  # a chunk: where it lies in the file, from start to stop, or what it is
@@ -94,16 +97,23 @@ class ArrayFile:
         return CHUNK + b" %d" % NUMBER.size + DIVIDER + NUMBER.pack(number)
 
     def data(self, numbers: bytes) -> memoryview | bytes:
-        """Return the bytes of the array whose pieces have these numbers, mapped from the file if they lie there."""
+        """Return the bytes of the array whose pieces have these numbers, mapped from the file if it is large.
+
+        Raises `ValueError` if a piece comes so often that there is no room: a site may name one a million times.
+        """
         pieces = [self._pieces[number] for (number,) in NUMBER.iter_unpack(numbers)]
-        if all(isinstance(piece, bytes) for piece in pieces):
+        size, received = sum(map(_size, pieces)), sum(map(_size, self._pieces))
+        if size < SMALL:
             return b"".join(map(self._read, pieces))
         (first, *others) = pieces
         if others or isinstance(first, bytes):
-            size = sum(len(piece) if isinstance(piece, bytes) else piece[1] - piece[0] for piece in pieces)
             try:
+                if size > shutil.disk_usage(tempfile.gettempdir()).free / 2:
+                    raise OSError(errno.ENOSPC, "too little free space")
                 first = self._written(map(self._read, pieces), size)
             except OSError:  # `keep` has warned of the full disk, or will
+                if size > max(received, MOST_IN_MEMORY):
+                    raise ValueError(f"An array repeats its chunks up to {size} bytes, and there is no room.") from None
                 return b"".join(map(self._read, pieces))
         start, stop = first
         return memoryview(mmap.mmap(self._file.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start))
@@ -128,7 +138,11 @@ class ArrayFile:
         return start, start + size
 
     def _read(self, piece: Piece) -> bytes:
-        return piece if isinstance(piece, bytes) else os.pread(self._file.fileno(), piece[1] - piece[0], piece[0])
+        return piece if isinstance(piece, bytes) else os.pread(self._file.fileno(), _size(piece), piece[0])
+
+
+def _size(piece: Piece) -> int:
+    return len(piece) if isinstance(piece, bytes) else piece[1] - piece[0]
 
 
 class _Contents(dict[str, bytes]):

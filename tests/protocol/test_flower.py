@@ -4,6 +4,7 @@ import copy
 import errno
 import gc
 import hashlib
+import json
 import os
 import random
 import sys
@@ -282,3 +283,16 @@ def test_a_heartbeat_with_a_temporary_error_is_repeated(
         heart.start()
         assert beaten.wait(10)
         heart.stop()
+
+
+def test_a_chunk_that_an_array_names_a_million_times_is_an_error(grid_module: ModuleType) -> None:
+    reply = _reply({"w": np.zeros(CHUNK_SIZE // 2, dtype=np.int8)})
+    objects = {name: each.deflate() for name, each in get_all_nested_objects(reply).items()}
+    (name,) = [name for name, content in objects.items() if content.startswith(b"Array ")]
+    head, _, body = objects[name].partition(b"\0")
+    many = json.dumps(json.loads(body) | {"arraychunk_ids": [0] * 1_000_000}).encode()
+    objects[name] = b" ".join([*head.split(b" ")[:2], str(len(many)).encode()]) + b"\0" + many
+    with pytest.raises(ValueError, match="repeats its chunks"):
+        grid_module.inflate_object_from_contents(
+            reply.object_id, grid_module.pull_objects(list(objects), objects.__getitem__)
+        )
