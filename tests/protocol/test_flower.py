@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import sys
 import time
 import weakref
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from threading import Event, Thread
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import httpx
 import numpy as np
@@ -285,7 +286,10 @@ def test_a_heartbeat_with_a_temporary_error_is_repeated(
         heart.stop()
 
 
-def test_a_chunk_that_an_array_names_a_million_times_is_an_error(grid_module: ModuleType) -> None:
+def test_a_chunk_that_an_array_names_a_million_times_is_an_error(
+    grid_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     reply = _reply({"w": np.zeros(CHUNK_SIZE // 2, dtype=np.int8)})
     objects = {name: each.deflate() for name, each in get_all_nested_objects(reply).items()}
     (name,) = [name for name, content in objects.items() if content.startswith(b"Array ")]
