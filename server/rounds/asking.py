@@ -28,8 +28,8 @@ LEAST_LEFT = 5.0  # seconds to the deadline, below which nobody is asked again
 def overdue_after(durations: Collection[float], asks: int) -> float | None:
     """Return after how many seconds a node that was asked `asks` times is asked again; None while that is not known.
 
-    `durations` are those of the replies so far, in seconds. A node is overdue after twice the longest, and half a
-    minute more; each further request waits twice as long.
+    `durations` are those of the replies so far, in seconds, or the longest of the last round while there are none. A
+    node is overdue after twice the longest, and half a minute more; each further request waits twice as long.
     """
     return (2 * max(durations) + SLACK_SECONDS) * 2 ** (asks - 1) if durations else None
 
@@ -39,7 +39,8 @@ class Asking:
 
     A node is asked again, with a copy of its message, if it is overdue or if its reply was lost. Only clients that
     answer such a request from memory are asked again: their replies repeat the nonce of the request. `remembers` says
-    so by node, and is updated; a node that has never replied is taken for what all others are.
+    so by node, and is updated; a node that has never replied is taken for what all others are. `longest` has the
+    longest duration of a reply by phase, and is updated.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Asking:
         messages: list[Message],
         ends: float,
         remembers: dict[str, bool],
+        longest: dict[str, float],
         events: EventLog,
     ) -> None:
         self.asked, self.ends, requests = asked, ends, asked.requests
@@ -63,6 +65,7 @@ class Asking:
         self.sent = {i: self._standing_for(i, name) for i, name in requests.by_message.items() if name in self._ids}
         self.waiting: dict[str, None] = dict.fromkeys(self.sent)
         self.durations: list[float] = []  # of the replies so far
+        self._longest, self._before = longest, [longest[phase]] if phase in longest else []
         self._node_of = dict(requests.by_message)
         self._asks = dict.fromkeys(self._ids, 1)
         self._answered: set[str] = set()
@@ -94,6 +97,7 @@ class Asking:
                 return False
         else:
             self.durations.append(seconds)
+            self._longest[self._phase] = max(self.durations)
             configs = of_kind(reply.content, ConfigRecord)
             self._remembers[name] = any(record.get(NONCE) == self.asked.nonce for record in configs)
         self._answered.add(name)
@@ -114,7 +118,7 @@ class Asking:
             self._events.log("[ROUND %d] waiting for %s (%s, %.0f s)", self._round, some(left), self._phase, elapsed)
         online: set[int] | None = None
         for name in left:
-            limit = overdue_after(self.durations, self._asks[name])
+            limit = overdue_after(self.durations or self._before, self._asks[name])
             if limit is not None and elapsed > limit and self._is_ready(name):
                 online = self._online() if online is None else online
                 if self._ids[name] in online:

@@ -53,6 +53,7 @@ class Exchange:
         self._sent: dict[str, Message] = {}
         self._asking: Asking | None = None
         self._remembers: dict[str, bool] = {}  # of each node: whether its client answers from memory
+        self._longest: dict[str, float] = {}  # of each phase: the longest duration of a reply in the last round
 
     @property
     def durations(self) -> Sequence[float] | None:
@@ -141,7 +142,8 @@ class Exchange:
 
     def _make_asking(self, asked: Asked, messages: list[Message]) -> Asking:
         ends = inf if self._timeout is None else asked.at + self._timeout
-        return Asking(self._grid, self._round, self._phase, asked, messages, ends, self._remembers, self._events)
+        known = self._remembers, self._longest, self._events
+        return Asking(self._grid, self._round, self._phase, asked, messages, ends, *known)
 
     def _seconds_left(self, asking: Asking) -> float:
         return max(LEAST_SECONDS, asking.ends - time.time())

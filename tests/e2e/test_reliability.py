@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from corymb.tests.e2e.federation import Federation, kill
 from corymb.tests.e2e.processes import Processes, processes, until
@@ -144,7 +145,11 @@ def test_a_full_disk_costs_nothing(started: Processes, tmp_path: Path, with_data
         (disk / "ballast").unlink()
         until(federation.ended, 900, "the end of the run")
         assert started.status("here") == "finished:completed"
-        federation.assert_exact(rounds)
+        if with_database:  # Flower may report a site as gone meanwhile, and the round goes on without it
+            assert torch.allclose(federation.counts()[:rounds].sum(dim=1), torch.full((rounds,), 3.0))
+            assert all(times == 1 for trained in federation.trained().values() for times in trained.values())
+        else:
+            federation.assert_exact(rounds)
     finally:
         started.end()
         subprocess.run(["umount", "-l", str(disk)], check=False)

@@ -8,12 +8,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.records import DEADLINE, NONCE
 from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
+from corymb.server.rounds import asking
 from corymb.server.rounds.asking import _copy
 from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.events import EventLog
@@ -113,3 +115,30 @@ def test_growth_is_measured_from_what_a_site_has_and_not_from_its_share() -> Non
     after, record = conclude(state, Round(1, method, Requests.of(sent, nodes)), replies)
     assert record.verdicts[0].weight == 0.5
     assert list(after.guard.examples.values()) == [1000, 10, 10]
+
+
+def test_a_round_whose_replies_are_all_lost_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while the disk of the SuperLink is full; how long a reply takes is then known from the round before."""
+    monkeypatch.setattr(asking, "SLACK_SECONDS", 0.0)
+
+    def answer_late(wire: Wire) -> None:
+        for node in wire.nodes:
+            if wire.pushed[f"node-{FIRST_ID + node.number}"] == 3 and node.queue:
+                wire.answer(node)
+
+    wire = Wire(3, answer_late)
+    with closing(Journal(tmp_path)) as journal:
+        exchange = ask_train(journal, wire, messages_to_three())
+        for node in wire.nodes:
+            wire.answer(node)
+        assert len(list(exchange.replies())) == 3
+        config = exchange.begin(2, "train", ConfigRecord({"server-round": 2}))
+        messages = messages_to_three()
+        for message in messages:
+            message.content["config"] = config
+        names = {FIRST_ID + i: f"node-{FIRST_ID + i}" for i in range(3)}
+        exchange.push(messages, lambda sent: Requests.of(sent, names))
+        for node in wire.nodes:
+            wire.answer(node, is_lost=True)
+        assert len(list(exchange.replies())) == 3
+    assert [node.trained for node in wire.nodes] == [{1: 1, 2: 1}] * 3
