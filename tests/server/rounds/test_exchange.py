@@ -13,6 +13,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from corymb.protocol.codec import to_arrays
+from corymb.protocol.flower import set_task_identity
 from corymb.protocol.records import DEADLINE, NONCE
 from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
 from corymb.server.rounds import asking
@@ -43,6 +44,7 @@ def ask_train(journal: Journal, wire: Wire, messages: list[Message]) -> Exchange
 
 
 def messages_to_three() -> list[Message]:
+    set_task_identity(run_id=7, node_id=1)
     return [Message(RecordDict({"arrays": to_arrays(STATE)}), FIRST_ID + i, "train") for i in range(3)]
 
 
