@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 from flwr.app import Context
 from flwr.serverapp import Grid
 
@@ -28,7 +29,9 @@ from corymb.protocol.signed_grid import Signer, with_signatures
 from corymb.server.deployment.logs import set_up
 from corymb.server.rounds.run_failed import RunFailed
 
-RAISED, FAILED = 3, 4  # exit codes of the child: the app raised an exception; the run has achieved nothing
+# Exit codes of the child: the app raised an exception; the run has achieved nothing; the SuperLink does not answer, or
+# answers with an error, as while its disk is full.
+RAISED, FAILED, AWAY = 3, 4, 5
 MOST_CRASHES = 30  # in a row, without a finished round in between
 PROGRESS = re.compile(r"\[ROUND \d+/\d+\]")  # in the line that the round loop logs after each round
 # glibc gives the memory of large arrays back to the system at once; by default it would keep much of it.
@@ -108,7 +111,7 @@ def _be_the_child() -> None:
     except Exception as error:
         sys.stdout.flush()
         traceback.print_exc()
-        os._exit(FAILED if isinstance(error, RunFailed) else RAISED)
+        os._exit(FAILED if isinstance(error, RunFailed) else AWAY if isinstance(error, httpx.HTTPError) else RAISED)
     sys.stdout.flush()
     os._exit(0)  # pulls may still hang in their threads
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from corymb.server.supervisor import FAILED, MOST_CRASHES, RAISED, End, pause_before_restart
+from corymb.server.supervisor import AWAY, FAILED, MOST_CRASHES, RAISED, End, pause_before_restart
 from corymb.server.supervisor_program import write_program
 
 KILLED = End(-9, "[ROUND 1] waiting")
+AWAY_TOO = End(AWAY, "For more information check: https://developer.mozilla.org/en-US/docs/Web/HTTP/Status/500")
 BUG = End(RAISED, "ValueError: no such file")
 
 
@@ -20,6 +21,9 @@ BUG = End(RAISED, "ValueError: no such file")
         ([End(0, "")], None),
         ([End(FAILED, "QuorumMissed: ...")], None),
         ([KILLED], 0.1),
+        ([AWAY_TOO], 0.1),
+        ([AWAY_TOO] * 7, 0.4),
+        ([AWAY_TOO] * MOST_CRASHES, None),
         ([KILLED] * 5, 0.1),
         ([KILLED] * 20, 5.0),
         ([KILLED] * MOST_CRASHES, None),
