@@ -96,8 +96,8 @@ class ArrayFile:
             number = len(self._pieces) - 1
         return CHUNK + b" %d" % NUMBER.size + DIVIDER + NUMBER.pack(number)
 
-    def data(self, numbers: bytes) -> memoryview | bytes:
-        """Return the bytes of the array whose pieces have these numbers, mapped from the file if it is large.
+    def place(self, numbers: bytes) -> Piece:
+        """Return where the array whose pieces have these numbers lies in the file, or its bytes if it is small.
 
         Raises `ValueError` if a piece comes so often that there is no room: a site may name one a million times.
         """
@@ -115,8 +115,11 @@ class ArrayFile:
                 if size > max(received, MOST_IN_MEMORY):
                     raise ValueError(f"An array repeats its chunks up to {size} bytes, and there is no room.") from None
                 return b"".join(map(self._read, pieces))
-        start, stop = first
-        return memoryview(mmap.mmap(self._file.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start))
+        return first
+
+    def mapped(self) -> memoryview:
+        """Return the whole file, mapped: once for all arrays, because each mapping holds a file descriptor."""
+        return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def close(self) -> None:
         """Close the file; what is mapped from it stays until nobody has it any more."""
@@ -155,7 +158,16 @@ class _Contents(dict[str, bytes]):
 
 def _restore(message: Message, file: ArrayFile) -> None:
     """Give the arrays of `message`, which have the numbers of their pieces in place of their bytes, these bytes."""
-    for record in message.content.values() if message.has_content() else ():
-        if isinstance(record, ArrayRecord):
-            for name, array in record.items():
-                record[name] = StoredArray(array, file.data(array.data))
+    if not message.has_content():
+        return
+    records = {id(record): record for record in message.content.values() if isinstance(record, ArrayRecord)}
+    arrays = {id(array): array for record in records.values() for array in record.values()}  # equal ones are one object
+    places = {number: file.place(array.data) for number, array in arrays.items()}
+    whole = file.mapped() if any(isinstance(place, tuple) for place in places.values()) else memoryview(b"")
+    stored = {
+        number: StoredArray(arrays[number], place if isinstance(place, bytes) else whole[place[0] : place[1]])
+        for number, place in places.items()
+    }
+    for record in records.values():
+        for name, array in list(record.items()):
+            record[name] = stored[id(array)]

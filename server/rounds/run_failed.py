@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 
 from corymb.server.rounds.codes import BELOW_QUORUM
 from corymb.server.rounds.record import RoundRecord
-from corymb.server.rounds.round_journal import RoundJournal
+from corymb.server.rounds.round_journal import UNWRITABLE, RoundJournal
 
 FAILED = "failed"  # in the notes of a journal: why the run has failed
 
@@ -39,7 +40,8 @@ class QuorumMissed(RunFailed):
 def noted(error: RunFailed, journal: RoundJournal | None) -> RunFailed:
     """Return `error`, which pages show from now on, because the journal has it."""
     if journal is not None:
-        journal.note({FAILED: str(error)})
+        with suppress(*UNWRITABLE):  # as on a full disk; the error itself counts
+            journal.note({FAILED: str(error)})
     return error
 
 

@@ -43,7 +43,10 @@ class ClientRecurrent(ClientLayer):
             )
         last = [each.last for layer_passes in passes for each in layer_passes]
         states = [torch.stack(each).flatten(1, 2) for each in zip(*last, strict=True)]
-        return (sequence.transpose(1, 2).flatten(0, 1), *states), (passes, inputs.dtype)
+        flat = sequence.transpose(1, 2).flatten(0, 1)
+        if flat.untyped_storage().data_ptr() == sequence.untyped_storage().data_ptr():
+            flat = flat.clone()  # a later layer may change the outputs in place, and `back` needs them
+        return (flat, *states), (passes, inputs.dtype)
 
     def backward(self, gradients: Any, saved: Any, needs_input_gradients: bool) -> Any:
         """See `ClientLayer.backward`."""

@@ -207,6 +207,13 @@ def test_arrays_that_are_pulled_lie_in_files(grid_module: ModuleType) -> None:
         assert np.array_equal(copy.deepcopy(array).numpy(), LARGE[name])
 
 
+def test_equal_records_of_a_reply_are_both_restored(grid_module: ModuleType) -> None:
+    reply = _reply({"w": LARGE["one chunk"], "again": LARGE["one chunk"]})
+    reply.content["other"] = ArrayRecord(dict(reply.content["arrays"].items()))  # type: ignore[union-attr]
+    arrays = _pulled(grid_module, reply)
+    assert all(np.array_equal(array.numpy(), LARGE["one chunk"]) for array in arrays.values())
+
+
 def test_arrays_stay_in_memory_if_the_folder_for_temporary_files_is_full(
     grid_module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
