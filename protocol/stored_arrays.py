@@ -101,11 +101,11 @@ class ArrayFile:
 
         Raises `ValueError` if a piece comes so often that there is no room: a site may name one a million times.
         """
-        pieces = [self._pieces[number] for (number,) in NUMBER.iter_unpack(numbers)]
+        pieces: list[Piece] = [self._pieces[number] for (number,) in NUMBER.iter_unpack(numbers)]
         size, received = sum(map(_size, pieces)), sum(map(_size, self._pieces))
         if size < SMALL:
             return b"".join(map(self._read, pieces))
-        (first, *others) = pieces
+        first, others = pieces[0], pieces[1:]
         if others or isinstance(first, bytes):
             try:
                 if size > shutil.disk_usage(tempfile.gettempdir()).free / 2:

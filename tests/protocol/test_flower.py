@@ -209,7 +209,7 @@ def test_arrays_that_are_pulled_lie_in_files(grid_module: ModuleType) -> None:
 
 def test_equal_records_of_a_reply_are_both_restored(grid_module: ModuleType) -> None:
     reply = _reply({"w": LARGE["one chunk"], "again": LARGE["one chunk"]})
-    reply.content["other"] = ArrayRecord(dict(reply.content["arrays"].items()))  # type: ignore[union-attr]
+    reply.content["other"] = ArrayRecord(dict(reply.content["arrays"].items()))
     arrays = _pulled(grid_module, reply)
     assert all(np.array_equal(array.numpy(), LARGE["one chunk"]) for array in arrays.values())
 
