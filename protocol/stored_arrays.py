@@ -29,7 +29,8 @@ AT_ONCE = 4  # chunks of a message that is pushed, each up to 5 MB
 CHUNK = b"ArrayChunk "  # how Flower encodes a chunk: this, its children, the length of its body, DIVIDER, its body
 DIVIDER = b"\0"
 SMALL = 1 << 16  # bytes; a smaller chunk stays in memory
-MOST_IN_MEMORY = 1 << 30  # bytes of an array that is larger than its chunks, because some repeat
+MOST_IN_MEMORY = 1 << 30  # bytes of arrays that are larger than their chunks, because some repeat
+ALIGNMENT = 64  # bytes, of what lies in the file
 NUMBER = struct.Struct("<Q")
 
 Piece = tuple[int, int] | bytes  # a chunk: where it lies in the file, from start to stop, or what it is
@@ -43,9 +44,9 @@ def store_pulled_arrays() -> None:
     send = client_class._send
 
     def pull(object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
-        contents = _Contents()
+        contents, once = _Contents(), list(dict.fromkeys(object_ids))  # a site may name an object many times
         try:
-            contents.update(pull_objects(object_ids, lambda name: contents.file.keep(pull_object_fn(name)), **options))
+            contents.update(pull_objects(once, lambda name: contents.file.keep(pull_object_fn(name)), **options))
         except BaseException:
             contents.file.close()
             raise
@@ -77,7 +78,7 @@ class ArrayFile:
 
     def __init__(self) -> None:
         self._file: Any = None  # made for the first large chunk
-        self._end = 0
+        self._end, self._joined, self._is_closed = 0, 0, False
         self._pieces: list[Piece] = []
         self._lock = Lock()
 
@@ -107,13 +108,14 @@ class ArrayFile:
             return b"".join(map(self._read, pieces))
         first, others = pieces[0], pieces[1:]
         if others or isinstance(first, bytes):
+            self._joined += size  # of the whole message
             try:
-                if size > shutil.disk_usage(tempfile.gettempdir()).free / 2:
+                if self._joined > shutil.disk_usage(tempfile.gettempdir()).free / 2:
                     raise OSError(errno.ENOSPC, "too little free space")
                 first = self._written(map(self._read, pieces), size)
             except OSError:  # `keep` has warned of the full disk, or will
-                if size > max(received, MOST_IN_MEMORY):
-                    raise ValueError(f"An array repeats its chunks up to {size} bytes, and there is no room.") from None
+                if self._joined > max(received, MOST_IN_MEMORY):
+                    raise ValueError(f"A reply repeats its chunks up to {self._joined} bytes: no room.") from None
                 return b"".join(map(self._read, pieces))
         return first
 
@@ -122,23 +124,30 @@ class ArrayFile:
         return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def close(self) -> None:
-        """Close the file; what is mapped from it stays until nobody has it any more."""
-        if self._file is not None:
-            self._file.close()
+        """Close the file; what is mapped from it stays until nobody has it any more.
+
+        A pull that fails leaves its threads behind. They find the file closed, and not another one under its number.
+        """
+        with self._lock:
+            self._is_closed = True
+            if self._file is not None:
+                self._file.close()
 
     def _written(self, parts: Iterable[memoryview | bytes], size: int) -> tuple[int, int]:
         """Write `parts`, of `size` bytes together, to the end of the file, and return where they lie."""
         with self._lock:
+            if self._is_closed:
+                raise ValueError("The pull of this reply has failed.")
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="corymb-reply-")  # noqa: SIM115 - see close
             start = position = self._end
-            self._end = -(-(start + size) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        for part in parts:
-            view = memoryview(part)
-            while view:
-                count = os.pwrite(self._file.fileno(), view, position)
-                position, view = position + count, view[count:]
-        return start, start + size
+            self._end = -(-(start + size) // ALIGNMENT) * ALIGNMENT
+            for part in parts:
+                view = memoryview(part)
+                while view:
+                    count = os.pwrite(self._file.fileno(), view, position)
+                    position, view = position + count, view[count:]
+            return start, start + size
 
     def _read(self, piece: Piece) -> bytes:
         return piece if isinstance(piece, bytes) else os.pread(self._file.fileno(), _size(piece), piece[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf, isnan
 
 from corymb.protocol.task_settings import LOWER_IS_BETTER
 from corymb.simulations.experiments.experiment import Experiment
@@ -56,8 +57,8 @@ class Score:
         return f"{100 * value:.2f}" if self.is_percent else (f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}")
 
     def rank(self, value: float) -> float:
-        """Return a number that is larger for a better value."""
-        return -value if self.lower_is_better else value
+        """Return a number that is larger for a better value, and least for NaN, as of a model that has diverged."""
+        return -inf if isnan(value) else -value if self.lower_is_better else value
 
 
 ACCURACY = Score("accuracy", "accuracy")

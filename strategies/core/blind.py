@@ -113,7 +113,10 @@ class WeightedSum:
         return fsum(self._weights)
 
     def model(self, scale: float) -> Model:
-        """Return `origin + scale * sum`, with buffers averaged by examples; the origin if no reply was added."""
+        """Return `origin + scale * sum`, with buffers averaged by examples; the origin if no reply was added.
+
+        To be called once: it uses up the sum.
+        """
         if not self._weights:
             return self._origin
         for rows in list(self._incomplete):

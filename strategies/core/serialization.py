@@ -1,4 +1,7 @@
-"""Conversion of a rule's memory for storage: JSON for scalars, names and tuples, tensors beside it. No pickle."""
+"""Conversion of a rule's memory for storage: JSON for scalars, names and tuples, tensors beside it.
+
+Reading it runs no code.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ from corymb.protocol.flower_tasks import (
     retry_heartbeats,
 )
 from corymb.protocol.message_file import from_bytes, to_pieces
-from corymb.protocol.stored_arrays import CLIENT, GRID, store_pulled_arrays
+from corymb.protocol.stored_arrays import CLIENT, GRID, ArrayFile, store_pulled_arrays
 
 
 def test_flowers_private_api_is_as_expected() -> None:
@@ -307,3 +307,27 @@ def test_a_chunk_that_an_array_names_a_million_times_is_an_error(
         grid_module.inflate_object_from_contents(
             reply.object_id, grid_module.pull_objects(list(objects), objects.__getitem__)
         )
+
+
+def test_a_large_reply_holds_one_file_descriptor_and_nothing_twice(grid_module: ModuleType) -> None:
+    layers = {f"layer{i}": np.random.default_rng(i).standard_normal(10_000) for i in range(100)}
+    reply = _reply(layers | {f"again{i}": layers["layer0"] for i in range(100)})
+    objects = {name: each.deflate() for name, each in get_all_nested_objects(reply).items()}
+    before = len(os.listdir("/proc/self/fd"))
+    contents = grid_module.pull_objects(3 * list(objects), objects.__getitem__)
+    message = grid_module.inflate_object_from_contents(reply.object_id, contents)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert contents.file._end < 1.01 * 100 * 80_000 + 4096
+    assert all(np.array_equal(message.content["arrays"][name].numpy(), values) for name, values in layers.items())
+    del message
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_thread_that_a_failed_pull_leaves_behind_writes_nothing() -> None:
+    file = ArrayFile()
+    chunk = b"ArrayChunk  100000" + bytes(1) + bytes(100_000)
+    file.keep(chunk)
+    file.close()
+    with pytest.raises(ValueError, match="has failed"):
+        file.keep(chunk)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp import Grid
 
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.server import FlowerStrategy, Journal, NoReplyAdmitted
+from corymb.server import FlowerStrategy, Journal, NoReplyAdmitted, RunFailed
+from corymb.server.rounds.run_failed import noted
 from corymb.simulations import LocalGrid
 from corymb.strategies import Bulyan, Cohort, FedAvg, Krum, Mix, SightedRule, TrimmedMean
 
@@ -235,3 +236,12 @@ def test_q12_a_journal_of_another_version_is_one_clear_sentence(tmp_path: Path) 
 def test_a_rule_that_is_not_one_is_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"pass an instance of a rule, such as FedAU\(\)"):
         FlowerStrategy(wrong)
+
+
+def test_a_run_that_fails_says_why_even_if_the_disk_is_full() -> None:
+    class FullDisk:
+        def note(self, entries: Mapping[str, str]) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+    error = RunFailed("No reply was admitted.")
+    assert noted(error, FullDisk()) is error  # type: ignore[arg-type]

@@ -105,6 +105,28 @@ def test_recurrent_layers_are_serial(module: nn.Module, train_settings: TrainSet
     assert max(differences(module, Program(module, clients), clients, train_settings)) < EXACT
 
 
+class ChangedInPlace(nn.Module):
+    """Changes the outputs of a recurrent layer in place."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.change, self.last = body, nn.ReLU(inplace=True), nn.Linear(30, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, _ = self.body(x[:, 0])
+        scores: Tensor = self.last(self.change(outputs).flatten(1))
+        return scores
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize(("sizes", "batch"), [([9], 4), ([9, 4, 12], 1), ([9, 4, 12], 4)])
+def test_the_outputs_of_a_recurrent_layer_may_be_changed_in_place(kind: Any, sizes: list[int], batch: int) -> None:
+    torch.manual_seed(0)
+    module, clients = in_double(ChangedInPlace(kind(6, 5, batch_first=True)), population(sizes))
+    settings = TrainSettings(batch_size=batch, epochs=2, learning_rate=0.1)
+    assert max(differences(module, Program(module, clients), clients, settings)) < EXACT
+
+
 def tokens(sizes: Sequence[int]) -> Population:
     generator = torch.Generator().manual_seed(1)
     clients = population(sizes, (1,))

@@ -93,6 +93,7 @@ def test_what_will_not_win_is_stopped(tmp_path: Path) -> None:
 
 def test_what_rules_meet_is_a_condition_and_no_choice() -> None:
     tried = [
+        Tried("fedavg", {"attack.clients": 0, "train.learning_rate": 9.0}, float("nan"), float("nan")),  # diverged
         Tried("fedavg", {"attack.clients": 0, "train.learning_rate": 0.1}, 0.8, 0.7),
         Tried("fedavg", {"attack.clients": 0, "train.learning_rate": 0.5}, 0.9, 0.8),
         Tried("fedavg", {"attack.clients": 2, "train.learning_rate": 0.1}, 0.5, 0.4),
