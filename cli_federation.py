@@ -54,11 +54,13 @@ def _run_experiment(file: Path, folder: Path, kit: ServerKit, changes: list[str]
     import tempfile
 
     from corymb.server.deployment.provision import ROSTER
-    from corymb.simulations.experiments.federated import KEY, runs_of, write_app
+    from corymb.simulations.experiments.federated import KEY, runs_of, unused, write_app
     from corymb.simulations.experiments.reader import parse_change, read
 
     experiment = read(file, dict(parse_change(change) for change in changes))
     sites = len(list((folder / ROSTER).glob("*.crt")))
+    if left_out := unused(experiment):
+        console.print(f"A federation does not use these settings of {file}: {', '.join(left_out)}.")
     completed = True
     with tempfile.TemporaryDirectory() as scratch:
         write_app(Path(scratch))

@@ -18,7 +18,9 @@ from corymb.simulations.experiments.experiment import Experiment
 PAGE = Path(__file__).parent / "reference" / "keys.md"
 INTRODUCTION = """# Keys
 
-Every key of an experiment and of a deployment, generated from the code. A key that is not listed here is an error.
+Every key of an experiment and of a deployment, generated from the code. A key that is not listed here is an error. In a
+run config, an unknown key outside of all tables belongs to the app: the server logs that it ignores it, unless it
+resembles a key of this list.
 
 In an experiment's TOML file a dotted key is a key of a table: `train.steps` is `steps` under `[train]`. On the command
 line, `--set train.steps=5` sets it, and `--set train.steps=` removes it.

@@ -29,7 +29,7 @@ AT_ONCE = 4  # chunks of a message that is pushed, each up to 5 MB
 CHUNK = b"ArrayChunk "  # how Flower encodes a chunk: this, its children, the length of its body, DIVIDER, its body
 DIVIDER = b"\0"
 SMALL = 1 << 16  # bytes; a smaller chunk stays in memory
-MOST_IN_MEMORY = 1 << 30  # bytes of arrays that are larger than their chunks, because some repeat
+MOST_IN_MEMORY = 1 << 30  # bytes of a reply for which the disk has no room
 ALIGNMENT = 64  # bytes, of what lies in the file
 NUMBER = struct.Struct("<Q")
 
@@ -78,12 +78,15 @@ class ArrayFile:
 
     def __init__(self) -> None:
         self._file: Any = None  # made for the first large chunk
-        self._end, self._joined, self._is_closed = 0, 0, False
+        self._end, self._joined, self._in_memory, self._is_closed = 0, 0, 0, False
         self._pieces: list[Piece] = []
         self._lock = Lock()
 
     def keep(self, content: bytes) -> bytes:
-        """Return `content`, an object of Flower's, unless it is a chunk: then one with the number of its piece."""
+        """Return `content`, an object of Flower's, unless it is a chunk: then one with the number of its piece.
+
+        Raises `ValueError` if the folder for temporary files is full, and too much of the reply is in memory already.
+        """
         if not content.startswith(CHUNK):
             return content
         body = memoryview(content)[content.index(DIVIDER) + 1 :]
@@ -92,6 +95,10 @@ class ArrayFile:
         except OSError as error:
             log.warning("\t│ A reply stays in memory, as the folder for temporary files has no room (%s).", error)
             piece = bytes(body)
+            with self._lock:
+                self._in_memory += len(body)
+            if self._in_memory > MOST_IN_MEMORY:
+                raise ValueError(f"A reply of over {MOST_IN_MEMORY} bytes has no room on the disk.") from None
         with self._lock:
             self._pieces.append(piece)
             number = len(self._pieces) - 1

@@ -120,9 +120,10 @@ class ServerSettings(Settings):
     fraction_evaluate: float = Field(1.0, ge=0, le=1)
     """The fraction of the connected nodes that evaluate each round's model."""
     min_available_nodes: int = Field(2, ge=1)
-    """A round starts when this many nodes are connected."""
+    """The first round starts when this many nodes are connected. A later round waits up to a minute for nodes that have
+    left, and then goes on with the others, if there is one and at least `quorum`."""
     wait_seconds: float = Field(3600.0, gt=0)
-    """How many seconds a round waits for these nodes before the run fails."""
+    """How many seconds the run waits for enough nodes before it fails."""
     sites_to_start: int = Field(0, ge=0)
     """The number of nodes that train in a round, in place of `fraction`; 0 for none. Ask more than `quorum` needs."""
     deadline: float = Field(3600.0, gt=0)

@@ -35,7 +35,7 @@ metrics = ["num-examples", "loss", "accuracy", "steps", "seconds", "completed"] 
 # [settings]                       # these override whatever a message says
 # "train.batch_size" = 8
 
-# One table for each app that may run. `corymb gate` and a refusal print the hash of an app.
+# One table for each app that may run. `corymb hash APP` and a refusal print the hash of an app.
 # [[approved]]
 # app = "the SHA-256 of the app"
 # purpose = "Study 17, approved on 2026-11-01"

@@ -33,6 +33,7 @@ from corymb.simulations.experiments.models import make_model
 
 KEY = "experiment"  # of the run config: the settings of one run, as JSON in base64, as Flower takes no quotes
 PLACE = "corymb.simulations.experiments.federated"
+UNUSED = ("engine", "blocks", "partition", "participation", "proxy", "devices", "attack", "target", "ray")
 GUESSES = ("Labels became", "Dropped, as", "The label is")  # notes of a reader that must be the same everywhere
 
 
@@ -77,6 +78,16 @@ def runs_of(experiment: Experiment, sites: int) -> Iterator[tuple[str, str]]:
                 "kind": experiment.task.kind, "task": experiment.task.flat(),
             }  # fmt: skip
             yield f"{rule.title}, seed {seed}", b64encode(json.dumps(settings).encode()).decode()
+
+
+def unused(experiment: Experiment) -> list[str]:
+    """Return the settings of `experiment` that a federation does not use, as dotted keys."""
+    evaluate = experiment.evaluate.model_dump(exclude_defaults=True, exclude={"drift"})
+    data = experiment.data.model_dump(exclude_defaults=True, include={"site", "examples"})
+    tables = [key for key in UNUSED if getattr(experiment, key) != Experiment.model_fields[key].get_default()]
+    devices = [f"rules.{rule.title}.devices" for rule in experiment.rules if rule.devices]
+    start = ["model.random_start"] if experiment.model.random_start else []
+    return [*tables, *start, *devices, *(f"evaluate.{key}" for key in evaluate), *(f"data.{key}" for key in data)]
 
 
 def settings_in(text: str) -> dict[str, Any]:

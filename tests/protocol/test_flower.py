@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from inspect import signature
 from pathlib import Path
 from threading import Event, Thread
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -29,6 +31,7 @@ from flwr.proto import control_pb2
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
+from corymb.protocol import stored_arrays
 from corymb.protocol.codec import to_arrays, to_state, to_tensor
 from corymb.protocol.flower import (
     CLIENT_APP_RAISED,
@@ -330,4 +333,18 @@ def test_a_thread_that_a_failed_pull_leaves_behind_writes_nothing() -> None:
     file.keep(chunk)
     file.close()
     with pytest.raises(ValueError, match="has failed"):
+        file.keep(chunk)
+
+
+def test_a_full_disk_leaves_a_reply_in_memory_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**options: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(stored_arrays, "MOST_IN_MEMORY", 150_000)
+    file = ArrayFile()
+    chunk = b"ArrayChunk  100000" + bytes(1) + bytes(100_000)
+    number = file.keep(chunk).partition(b"\0")[2]
+    assert file.place(number) == bytes(100_000)
+    with pytest.raises(ValueError, match="no room"):
         file.keep(chunk)

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from corymb.server import NoReplyAdmitted
-from corymb.simulations.experiments.federated import KEY, client, runs_of, serve, settings_in
+from corymb.simulations.experiments.federated import KEY, client, runs_of, serve, settings_in, unused
 from corymb.simulations.experiments.reader import read
 from corymb.simulations.grid.local_grid import LocalGrid
 
@@ -94,3 +94,13 @@ def test_a_rule_with_proxy_data_is_refused(tmp_path: Path, settings: dict[str, s
     Path("exp.toml").write_text(TOML.replace('"fedavg"', '"fedlaw"') + "proxy = { examples = 4 }\n")
     with pytest.raises(ValueError, match="'fedlaw' needs proxy data, which an experiment in a federation has not"):
         list(runs_of(read(Path("exp.toml")), sites=3))
+
+
+def test_settings_that_a_federation_does_not_use_are_named(settings: dict[str, str], tmp_path: Path) -> None:
+    assert unused(read(Path("exp.toml"))) == []
+    more = (
+        'partition = { kind = "iid", clients = 4 }\nattack = { kind = "sign_flip", clients = 1 }\n'
+        "evaluate = { every = 5, drift = true }\n"
+    )
+    (tmp_path / "more.toml").write_text(TOML.replace('label = "ill"', 'label = "ill", site = "x0"') + more)
+    assert unused(read(Path("more.toml"))) == ["partition", "attack", "evaluate.every", "data.site"]
