@@ -83,7 +83,7 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
         extra = message.content.get(EXTRA)
         work = LocalWork(
             module, to_state(model_record(message.content)), to_state(extra) if isinstance(extra, ArrayRecord) else {},
-            settings, server_round, task, lambda: fresh_module(settings.seed), folder_of(context, identity),
+            settings, server_round, task, lambda: fresh_module(settings.seed), folder_of(context, identity, configs),
         )  # fmt: skip
 
         def seeded() -> None:

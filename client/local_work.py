@@ -73,8 +73,7 @@ class LocalWork:
     @property
     def keeps_memory(self) -> bool:
         """Whether the client keeps something between rounds."""
-        compression = self._settings.compression
-        return bool(self._personal or self._settings.algorithm or (compression and compression.feeds_back))
+        return self._settings.keeps_memory
 
     def _local(self, server_round: int, fit: Any) -> Local:
         memory = recall(self._folder, server_round) if self.keeps_memory else {}

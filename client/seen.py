@@ -54,8 +54,16 @@ def completed_share(examples: Examples, seen: Seen, settings: TrainSettings) -> 
 
 
 def used_examples(examples: Examples, seen: Seen, settings: TrainSettings) -> int:
-    """Return the number of examples that the client trained on, each counted once."""
+    """Return the number of examples that the reply counts with: all of the client's own, however many its steps need.
+
+    If the training was cut, the share of them that it has done counts, or with epochs those that it has seen. Without
+    a known number, those that it trained on count, each once.
+    """
     known = count(examples)
     if known is not None:
-        return min(known, seen.examples) if seen.was_cut else known
+        if not seen.was_cut:
+            return known
+        if settings.steps is not None:
+            return max(1, round(known * seen.number / settings.steps))
+        return min(known, seen.examples)
     return seen.examples if settings.steps is not None else seen.examples // (settings.epochs or 1)

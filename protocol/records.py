@@ -18,6 +18,7 @@ EXAMPLES: Final = "num-examples"  # metric: number of examples that the client t
 ROUND: Final = "server-round"  # config: round number, from 1
 EMPTY_ROUND: Final = "query.corymb_empty_round"  # type of a message that the gate of a site answers, without any app
 NONCE: Final = "nonce"  # config: identifies what is asked; the same if a node is asked again. A reply may repeat it
+MEMORY: Final = "memory-run"  # config: the first Flower run of a resumed run; clients keep things under its id
 DEADLINE: Final = "deadline"  # config: seconds from the creation of the message until the server stops waiting
 
 

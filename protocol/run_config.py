@@ -2,16 +2,17 @@
 
 Flower accepts booleans, numbers and strings under dotted keys. A list of scalars is written as a JSON string, such as
 "[2, 3]"; a list of tables is written as numbered tables, such as `rules.0.name`. A hyphen in a key is read as an
-underscore.
+underscore, but not in the name of a site.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+SITES = "policy.enrolled."  # begins the keys whose last part is the name of a site
 Scalar = bool | int | float | str
 
 
@@ -43,20 +44,35 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
 def nest(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the nested tables of a run config. Raises `ValueError` if a key is both a value and a table."""
     tables: dict[str, Any] = {}
-    for key, value in config.items():
+    for key, value in _entries(config):
         table = tables
-        *path, last = key.replace("-", "_").split(".")
+        *path, last = _parts(key)
         for part in path:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise ValueError(
                     f"The run config has the key {key!r}, but {part!r} is a value; write {part!r} as a table."
                 )
-        value = nest(value) if isinstance(value, Mapping) else _parse_list(value)
-        if isinstance(table.get(last), dict) and not isinstance(value, dict):
+        if isinstance(table.get(last), dict):
             raise ValueError(f"The run config has {key!r} as a value and as a table; move the value into the table.")
-        table[last] = table.get(last, {}) | value if isinstance(value, dict) else value
+        table[last] = _parse_list(value)
     return {name: _restore_lists(value) for name, value in tables.items()}
+
+
+def _entries(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of `config` that are no tables, with their dotted keys."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _parts(key: str) -> list[str]:
+    """Return the names of the tables of a dotted `key`, and the name in the last of them."""
+    if key.startswith(SITES):
+        return [*SITES.split(".")[:-1], key.removeprefix(SITES)]
+    return key.replace("-", "_").split(".")
 
 
 def _parse_list(value: Any) -> Any:

@@ -17,6 +17,7 @@ from corymb.protocol.settings import Settings, problems
 # Methods that are all in what the clients do, so the rule is FedAvg.
 CLIENT_METHODS = ("moon", "ditto", "apfl", "fedper", "fedrep", "fedbn", "fine_tuning")
 PREFIX = "train."  # of all keys of these settings in a run config
+EPOCHS, STEPS = f"{PREFIX}epochs", f"{PREFIX}steps"  # of which one is set
 
 
 class TrainSettings(Settings):
@@ -94,12 +95,23 @@ class TrainSettings(Settings):
 
     @classmethod
     def read(cls, *configs: Mapping[str, Any]) -> TrainSettings:
-        """Read the keys `train.*` of flat `configs`; a later config overrides an earlier one.
+        """Read the keys `train.*` of flat `configs`; a later config overrides an earlier one, also epochs by steps.
 
         Raises `ValueError`, which names every wrong key.
         """
-        merged = {key: value for config in configs for key, value in config.items() if key.startswith(PREFIX)}
+        merged: dict[str, Any] = {}
+        for config in configs:
+            own = {key: value for key, value in config.items() if key.startswith(PREFIX)}
+            for key, other in (EPOCHS, STEPS), (STEPS, EPOCHS):
+                if key in own:
+                    merged.pop(other, None)
+            merged |= own
         return _parse(json.dumps(merged, sort_keys=True))
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether a client may keep something between rounds."""
+        return bool(self.personal or self.algorithm or (self.compression and self.compression.feeds_back))
 
     def flat(self) -> dict[str, Scalar]:
         """Return the settings that differ from their defaults, as keys of a run config; the inverse of `read`."""

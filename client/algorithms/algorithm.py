@@ -114,6 +114,12 @@ class ClientAlgorithm:
         """Return the metrics that the rule needs, after `steps` steps; by default none."""
         return {}
 
+    def examples_trained(self, settings: TrainSettings, size: int) -> int:
+        """Return on how many examples a client that has `size` trains in a round, repetitions included."""
+        if settings.steps is not None:
+            return settings.steps * min(settings.batch_size, size)
+        return size * (settings.epochs or 1)
+
     def train(self, local: Local) -> dict[str, float]:
         """Train `local.module` in place, and return the metrics."""
         return local.fit(local.module)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm, Local
 from corymb.client.batches import Batch
+from corymb.protocol.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class APFL(ClientAlgorithm):
     def __post_init__(self) -> None:
         if not 0 <= self.mix <= 1:
             raise ValueError(f"mix is {self.mix}; use a share from 0 to 1.")
+
+    def examples_trained(self, settings: TrainSettings, size: int) -> int:
+        """See `ClientAlgorithm.examples_trained`: two models train on each."""
+        return 2 * super().examples_trained(settings, size)
 
     def train(self, local: Local) -> dict[str, float]:
         """See `ClientAlgorithm.train`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm, Correction, Local
+from corymb.protocol.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,10 @@ class Ditto(ClientAlgorithm):
     """
 
     pull: float = 0.1
+
+    def examples_trained(self, settings: TrainSettings, size: int) -> int:
+        """See `ClientAlgorithm.examples_trained`: two models train on each."""
+        return 2 * super().examples_trained(settings, size)
 
     def train(self, local: Local) -> dict[str, float]:
         """See `ClientAlgorithm.train`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm, Local
+from corymb.protocol.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,10 @@ class FedRep(ClientAlgorithm):
     """
 
     head_epochs: int = 1
+
+    def examples_trained(self, settings: TrainSettings, size: int) -> int:
+        """See `ClientAlgorithm.examples_trained`."""
+        return self.head_epochs * size + super().examples_trained(settings, size)
 
     def train(self, local: Local) -> dict[str, float]:
         """See `ClientAlgorithm.train`."""

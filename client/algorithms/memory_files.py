@@ -1,4 +1,4 @@
-"""What a client keeps between rounds: one safetensors file per round, of which the last two stay.
+"""What a client keeps between rounds: one safetensors file per round, of which the last three stay.
 
 A file names the round after which it was written, so a round that is repeated, after a crash or when a run is resumed,
 starts from the memory before it. Flower's Context is not used: a SuperNode keeps it in memory and cuts a large one off.
@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corymb.protocol.home import home
+from corymb.protocol.records import MEMORY
 
 FOLDER = "clients"  # in `home()`
 PLACE = "client-memory"  # key of the run config with the folder for all clients of a run
-KEPT_FILES = 2
+KEPT_FILES = 3  # after a crash, a round is repeated, and another one if the newest file of the journal is damaged
 
 
-def folder_of(context: Context, client: object) -> Path:
+def folder_of(context: Context, client: object, configs: Iterable[ConfigRecord] = ()) -> Path:
     """Return the folder of what `client` keeps in the run of `context`.
 
-    It lies in the folder that the run config names as `client-memory`, by default `~/.corymb/clients/RUN-ID`.
+    It lies in the folder that the run config names as `client-memory`, by default `~/.corymb/clients/RUN-ID`. A run
+    that goes on under another id than it began with names the first one in the `configs` of its messages.
     """
     place = context.run_config.get(PLACE)
-    root = Path(str(place)) if place else home() / FOLDER / str(context.run_id)
+    run_id = next((int(str(config[MEMORY])) for config in configs if MEMORY in config), context.run_id)
+    root = Path(str(place)) if place else home() / FOLDER / str(run_id)
     return root / hashlib.sha256(str(client).encode()).hexdigest()[:16]
 
 

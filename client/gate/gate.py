@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Gate:
         app = hashlib.sha256(bundle).hexdigest()
         self._task, self._refusal = {"app": app}, None
         try:
-            self._task["purpose"] = self.policy().approval(app, self._now(), self._trainings()).purpose
+            self._task["purpose"] = self.policy().approval(app, self._now()).purpose
         except Refusal as refusal:
             self._refusal = refusal
 
@@ -69,10 +70,20 @@ class Gate:
             self._request = message
             if kind == EMPTY_ROUND:
                 return Message(RecordDict(), reply_to=message)
-            self._ledger.add("ran", self._now(), **self._task)
-            return answer_from_memory(message, context, app)
+            return answer_from_memory(message, context, partial(self._run, policy, app))
 
         return guarded
+
+    def _run(self, policy: SitePolicy, app: App, message: Message, context: Context) -> Message:
+        """Run `app`, if its answer is not in memory and, for a training, if it is not too early for another one."""
+        if message.metadata.message_type.startswith("train"):
+            try:
+                policy.check_training(self._now(), self._trainings())
+            except Refusal as refusal:
+                self._note_refusal(refusal)
+                raise
+        self._ledger.add("ran", self._now(), **self._task)
+        return app(message, context)
 
     def release(self, reply: Message) -> None:
         """Take out of `reply` what may not leave, and note what leaves. Raises `Refusal` if nothing may."""

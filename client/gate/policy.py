@@ -125,11 +125,8 @@ class SitePolicy(Settings):
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise Refusal(f"the site's policy cannot be read: {error}") from None
 
-    def approval(self, app: str, now: datetime, trained: Iterable[datetime]) -> Approval:
-        """Return the approval under which `app` may run `now`. Raises `Refusal` if it may not.
-
-        `trained` are the times of the trainings so far; both are times of the site's clock.
-        """
+    def approval(self, app: str, now: datetime) -> Approval:
+        """Return the approval under which `app` may run `now`, by the site's clock. Raises `Refusal` if it may not."""
         if self.pause:
             raise Refusal("the site has paused")
         found = next((approval for approval in self.approved if approval.app == app), None)
@@ -139,12 +136,15 @@ class SitePolicy(Settings):
             raise Refusal(f"the approval of the app {app} has expired on {found.expires}")
         if not _is_within(now.time(), self.from_hour, self.to_hour):
             raise Refusal(f"the site runs tasks from {self.from_hour:%H:%M} to {self.to_hour:%H:%M} only")
+        return found
+
+    def check_training(self, now: datetime, trained: Iterable[datetime]) -> None:
+        """Raise `Refusal` if it is too early for another training; `trained` are the times of those so far."""
         recent = sorted(trained)
         if recent and (now - recent[-1]).total_seconds() < self.least_seconds_between_rounds:
             raise Refusal(f"the site trains at most every {self.least_seconds_between_rounds:g} s")
         if self.most_rounds_a_day and sum(now - at < timedelta(days=1) for at in recent) >= self.most_rounds_a_day:
             raise Refusal(f"the site has trained {self.most_rounds_a_day} times in 24 hours")
-        return found
 
     def with_settings(self, message: Message) -> None:
         """Put the site's settings into the configs of `message`, in place."""

@@ -28,6 +28,12 @@ class Asks:
         self._is_writable = True  # as far as is known: an error is logged once
         self._next: dict[str, int] = {}  # the number of the next reply in each phase
 
+    def first_run(self, run_id: int) -> int:
+        """See `AskJournal.first_run`."""
+        self._write("INSERT OR IGNORE INTO run VALUES ('first-run', ?)", (str(run_id),))
+        row = self._database.execute("SELECT value FROM run WHERE key = 'first-run'").fetchone()
+        return run_id if row is None else int(row[0])
+
     def asked(self, number: int, phase: str, run_id: int) -> Asked | None:
         """See `AskJournal.asked`."""
         row = self._database.execute(

@@ -27,7 +27,6 @@ from corymb.strategies.core.serialization import pack_memory, unpack_memory
 
 log = logging.getLogger("flwr.corymb")
 KEPT_MODELS = 2  # files of the newest models
-COMMIT_SECONDS = 1.0  # between two commits of a journal that is not durable
 BEST, FINISHED = "best.safetensors", "finished"  # a file, and what `about` has of a run that is complete
 
 
@@ -40,19 +39,20 @@ class Journal:
 
     `notes` are stored with a run that begins, and may change when it is resumed; `about` returns them.
 
-    Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of about one second
+    Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of `commit_seconds`
     together, with the state after the last of them, and does not wait until they are on the disk.
     """
 
     def __init__(
-        self, folder: str | Path, durable: bool = True, keep_every: int = 0, notes: Mapping[str, str] | None = None
-    ) -> None:
+        self, folder: str | Path, durable: bool = True, keep_every: int = 0, notes: Mapping[str, str] | None = None,
+        commit_seconds: float = 1.0,
+    ) -> None:  # fmt: skip
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._durable, self._keep_every, self._notes = folder, durable, keep_every, notes or {}
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
-        self._last_commit = time.monotonic()
+        self._commit_seconds, self._last_commit = commit_seconds, time.monotonic()
         self._lock = FileLock(folder / "writer.lock")
         self._database = open_database(folder)
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
@@ -116,7 +116,7 @@ class Journal:
         """
         self._uncommitted.append(record)
         self._state = state
-        if self._durable or time.monotonic() - self._last_commit > COMMIT_SECONDS:
+        if self._durable or time.monotonic() - self._last_commit > self._commit_seconds:
             self.commit()
 
     def commit(self) -> None:

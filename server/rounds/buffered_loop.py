@@ -20,6 +20,7 @@ from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.record import log_reasons
 from corymb.server.rounds.requests import Phase, push
 from corymb.server.rounds.roster import connected as connected_nodes
+from corymb.server.rounds.roster import is_complete, wait_for
 from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.round_journal import finish_patiently, write_or_keep
 from corymb.server.rounds.run_failed import NoReplyAdmitted, noted
@@ -27,6 +28,7 @@ from corymb.server.rounds.staleness import Asynchrony, Start
 from corymb.strategies import Model
 
 log = logging.getLogger("flwr.corymb")
+IDLE_SECONDS = 1.0  # between two looks for a node that can be asked
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -51,11 +53,15 @@ class BufferedLoop:
     _sent: dict[str, Message] = field(default_factory=dict)  # the messages under way
     _waiting: dict[str, None] = field(default_factory=dict)  # their ids
     _arrivals: Iterator[Message] = field(default_factory=lambda: iter(()))
+    _idle_since: float | None = None  # since when no node can be asked, in time.monotonic()
     _too_stale: int = 0  # replies that did not count, since the last version
 
     def run(self, versions: int, result: Result, config: ConfigRecord, evaluate_fn: EvaluateFn | None) -> Result:
         """Run until the model has changed `versions` times."""
-        strategy, started = self.strategy, time.monotonic()
+        strategy = self.strategy
+        if strategy.state.round < versions:
+            wait_for(self.grid, strategy.sampling.min_nodes, strategy.sampling.timeout)
+        started = time.monotonic()
         while strategy.state.round < versions:
             number = strategy.state.round + 1
             started += strategy.await_orders(number)
@@ -64,8 +70,10 @@ class BufferedLoop:
                 break
             self._models[number] = strategy.state.model
             requests, starts, replies = self._collect(number, config)
+            if not replies and strategy.orders.stopped_by:
+                continue
             if not replies:
-                break
+                raise noted(NoReplyAdmitted(number, strategy.record), strategy.journal)
             asked = Round(number, strategy.method, requests, starts, self.asynchrony)
             strategy.state, strategy.record = conclude(strategy.state, asked, replies)
             log_reasons(strategy.record.verdicts, "")
@@ -102,8 +110,11 @@ class BufferedLoop:
             connected = {node_id: name for name, node_id in connected_nodes(self.grid).items()}
             self._ask(number, config, connected, set(starts))
             found = self._next_reply()
-            if found is None:
+            if found is None and not self._may_wait(number):
                 break
+            if found is None:
+                continue
+            self._idle_since = None
             message_id, reply = found
             asked = self._asked.pop(message_id)
             staleness = number - asked.version
@@ -115,6 +126,21 @@ class BufferedLoop:
             replies.append(reply)
             good += not reply.has_error()
         return Requests(by_message, tuple(starts), connected, down), starts, replies
+
+    def _may_wait(self, number: int) -> bool:
+        """Wait for a moment, if a node may become idle that can be asked. Raises `TimeoutError` after a long time."""
+        strategy = self.strategy
+        if is_complete(self.grid) or strategy.orders.stopped_by:
+            return False
+        if self._idle_since is None:
+            self._idle_since = time.monotonic()
+            log.info("No node can be asked; waiting for one.")
+        timeout = strategy.sampling.timeout
+        if time.monotonic() - self._idle_since > timeout:
+            raise TimeoutError(f"No node could be asked for {timeout:.0f} s; start the missing nodes.")
+        time.sleep(IDLE_SECONDS)
+        self._idle_since += strategy.await_orders(number)
+        return True
 
     def _next_reply(self) -> tuple[str, Message] | None:
         """Return the next reply by its message id, an error in place of an unreadable one; None if none will come."""
@@ -154,4 +180,5 @@ class BufferedLoop:
         for message_id, message in sent.items():
             name = requests.by_message[message_id]
             self._asked[message_id] = _Asked(name, number, requests.bytes_down[name])
-            self._sent[message_id], self._waiting[message_id] = message, None
+            if not isinstance(self.grid, TimedGrid):  # which keeps them itself
+                self._sent[message_id], self._waiting[message_id] = message, None

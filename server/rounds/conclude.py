@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from math import sqrt
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from corymb.server.rounds.rejections import Rejection, not_connected, quarantine
 from corymb.server.rounds.round import Round
 from corymb.server.rounds.spill import Spill
 from corymb.server.rounds.state import Cost, Method, RunState
-from corymb.strategies import Model, Outcome, Reply, Report
+from corymb.strategies import Layout, Model, Outcome, Reply, Report
 from corymb.strategies.core.allocation import allocating
 from corymb.strategies.core.random_state import seeded_generators
+from corymb.strategies.core.rows import SingleRow
 
 NamedReplies = Iterable[tuple[str, Message]]  # replies with the names of their nodes
 Evaluate = Callable[[Model], NamedReplies]
@@ -36,7 +38,8 @@ Evaluate = Callable[[Model], NamedReplies]
 @dataclass
 class _Checked:
     """The result for each node's first reply; how many replies were not read, because they are second or forged; and
-    the norms of updates and numbers of examples that a policy remembers; and the bytes of each reply.
+    the norms of updates and numbers of examples that a policy remembers; the bytes of each reply; and the lengths of
+    updates of nodes that began from another model than the state's, if drift is recorded.
     """
 
     by_node: dict[str, Report | Rejection] = field(default_factory=dict)
@@ -44,6 +47,7 @@ class _Checked:
     examples: dict[str, float] = field(default_factory=dict)
     norms: list[float] = field(default_factory=list)
     bytes_up: dict[str, int] = field(default_factory=dict)
+    lengths: dict[str, float] = field(default_factory=dict)
 
 
 def conclude(
@@ -61,8 +65,7 @@ def conclude(
     """
     method, requests = round.method, round.requests
     state = state.with_known_nodes(requests.nodes).with_known_nodes(requests.connected.values())
-    rule = method.rule
-    door = Door(state.model.layers, method.examples_key, rule.wants_batch_updates, rule.needs_metrics)
+    door = _door(method, state.model.layers)
     checked = _Checked()
     admitted = _admitted(door, round, state, replies, checked)
     if method.policy is not None and method.policy.max_share < 1:
@@ -80,7 +83,7 @@ def conclude(
     with allocating(spill.matrix), seeded_generators(method.seed, round.number):  # a rule's draws can be repeated
         outcome = _outcome(method, state, admitted)
     if method.drift:
-        checked.by_node |= with_drift(stored, state.model, outcome.model)
+        checked.by_node |= with_drift(stored, state.model, outcome.model, checked.lengths)
     train = mean_metrics(report for report in checked.by_node.values() if isinstance(report, Report))
     notes = dict(outcome.notes) | {name: float(count) for name, count in checked.unread.items()}
     absent = state.known_nodes.difference(requests.nodes, requests.connected.values())
@@ -177,6 +180,15 @@ def _after_rule(
     return replace(state, model=chosen, moments=moments), record
 
 
+def _door(method: Method, layout: Layout) -> Door:
+    """Return the check of replies for the method's rule and those of its election."""
+    rules = [method.rule, *(method.candidate_election.rules if method.candidate_election else ())]
+    metrics = dict.fromkeys(name for rule in rules for name in rule.needs_metrics)
+    return Door(
+        layout, method.examples_key, lambda node: any(rule.wants_batch_updates(node) for rule in rules), tuple(metrics)
+    )
+
+
 def _admitted(
     door: Door, round: Round, state: RunState, replies: Iterable[Message], checked: _Checked
 ) -> Iterator[Reply]:
@@ -197,6 +209,9 @@ def _admitted(
         if isinstance(verdict, Rejection):
             checked.by_node[node] = verdict
             continue
+        if method.drift and (start is not None or sent is not state.model):
+            squares = SingleRow(verdict.parts).squared_distances(sent.parameters)()
+            checked.lengths[node] = sqrt(float(squares[0]))
         if start is not None and round.asynchrony is not None:
             verdict = round.asynchrony.rebased(verdict, start, state.model)
         checked.by_node[node] = verdict.report

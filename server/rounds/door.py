@@ -22,7 +22,7 @@ from corymb.server.rounds.array_checks import (
 )
 from corymb.server.rounds.rejections import Code, Refused, Rejection, rejection_of_error, rejection_of_exception, short
 from corymb.strategies import Layout, Model, Reply, Report
-from corymb.strategies.core.reply import CLASS_COUNT_PREFIX, NO_BUFFERS
+from corymb.strategies.core.reply import CLASS_COUNT_PREFIX, LEAST, NO_BUFFERS
 from corymb.strategies.core.rows import SingleRow
 
 Records = list[tuple[str, Any]]  # the records of a message with their names
@@ -59,7 +59,8 @@ class Door:
             records = list(message.content.items())
             report = self._report(node, records)
             if lacking := report.lacks(self.needs_metrics):
-                reason = f"it lacks the metric {lacking!r}, a positive number; set train.algorithm to the rule's"
+                limits = f"a number from {LEAST:.0e} to {1 / LEAST:.0e}"
+                reason = f"it lacks the metric {lacking!r}, {limits}; set train.algorithm to the rule's"
                 raise Refused(Code.METRICS, reason)
             if isinstance(compression := message.content.get(COMPRESSION), ConfigRecord) and sent is not None:
                 vector, buffers = restored_model(message.content, compression, self.layout, sent)

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from corymb.protocol.flower import forget_chunks, is_simulation, set_message_ids
 from corymb.protocol.grids import SigningGrid
-from corymb.protocol.records import DEADLINE, NONCE
+from corymb.protocol.records import DEADLINE, MEMORY, NONCE
 from corymb.server.rounds.arrivals import arrivals, first, polled
 from corymb.server.rounds.asking import Asking
 from corymb.server.rounds.codes import ADMITTED, SILENT
@@ -71,7 +71,11 @@ class Exchange:
             return config
         self._asked = self._journal.asked(number, phase, self._run_id) if self._journal else None
         self._nonce = self._asked.nonce if self._asked else secrets.token_hex(8)
-        extra = {NONCE: self._nonce} | ({} if self._timeout is None else {DEADLINE: float(self._timeout)})
+        extra: dict[str, str | float] = {NONCE: self._nonce}
+        if self._timeout is not None:
+            extra[DEADLINE] = float(self._timeout)
+        if self._journal is not None:
+            extra[MEMORY] = str(self._journal.first_run(self._run_id))
         return ConfigRecord({**config, **extra})
 
     def push(self, messages: list[Message], requests_of: Callable[[list[Message]], Requests]) -> Requests:

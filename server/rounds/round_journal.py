@@ -27,6 +27,9 @@ class AskJournal(Protocol):
     None of them raises: while the disk is full, an error is logged, and a restarted server asks again.
     """
 
+    def first_run(self, run_id: int) -> int:
+        """Return the id of the Flower run in which the run of this journal began; `run_id` if it begins now."""
+
     def asked(self, number: int, phase: str, run_id: int) -> Asked | None:
         """Return what was asked in this phase, if it was in the Flower run `run_id`."""
 

@@ -142,8 +142,9 @@ class RoundLoop(Strategy):
             _add_metrics(result, number, trained, evaluated, server)
             ended = time.monotonic()  # the time to write this round to the journal counts for the next round
             self.record = replace(
-                self.record, evaluate=_numbers(evaluated), server=_numbers(server), seconds=ended - started
-            )
+                self.record, train=_numbers(trained), evaluate=_numbers(evaluated), server=_numbers(server),
+                seconds=ended - started,
+            )  # fmt: skip
             started = ended
             self._finish(num_rounds)
             abandoned = abandoned + 1 if BELOW_QUORUM in self.record.notes else 0
@@ -235,4 +236,11 @@ def _add_metrics(result: Result, number: int, *metrics: MetricRecord | None) -> 
 
 
 def _numbers(metrics: MetricRecord | None) -> dict[str, float]:
-    return {name: float(value) for name, value in (metrics or {}).items() if isinstance(value, (int, float))}
+    """Return the numbers in `metrics`, those in a list as `name[i]`."""
+    numbers: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        if isinstance(value, list):
+            numbers |= {f"{name}[{index}]": float(number) for index, number in enumerate(value)}
+        else:
+            numbers[name] = float(value)
+    return numbers

@@ -112,6 +112,8 @@ class Experiment(Settings):
         has_buffer = any(each.buffer for each in devices)
         if any(each.is_timed for each in devices) and (self.engine == "ray" or (has_buffer and self._is_offline)):
             raise ValueError("devices need another engine than 'ray'; devices.buffer needs clients always online")
+        if has_buffer and any(rule.candidate_election is not None for rule in self.rules):
+            raise ValueError("devices.buffer has no rounds, so there is no candidate_election; leave one of them out")
         if self.train.seed:
             raise ValueError(f"train.seed = {self.train.seed} has no effect in an experiment; set seeds")
         if self.target.examples:

@@ -62,8 +62,10 @@ class VirtualTimeGrid(WrappedGrid):
         return ids
 
     def stream(self, message_ids: Iterable[str]) -> Iterator[tuple[str, Message]]:
-        """See `StreamingGrid`; the clock moves on with each reply."""
+        """See `StreamingGrid`; the clock moves on with each reply to a training message. Others take no time."""
         ids = list(message_ids)
+        if others := [each for each in ids if each not in self._sent]:
+            yield from self._grid.stream(others)
         began = self.now
         self._train(ids)
         timed = sorted((each for each in ids if each in self._sent), key=lambda each: (self._sent[each].arrives, each))

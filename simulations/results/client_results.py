@@ -18,17 +18,19 @@ MAX_COLUMNS = 12  # clients with a column each in the report
 
 @dataclass(frozen=True)
 class ClientResults:
-    """The clients' scores under `rule` at the last test, each a mean over seeds.
+    """The clients' scores under `rule` at the last test.
 
-    `gap` is the mean test loss minus the mean training loss. `gaining` is the share of clients whose score is better
-    than under the rule "local"; NaN without that rule. `metrics` are the means of all metrics over the clients, and
-    `new` the mean score of clients that took no part in the training, NaN without them. At the clients `undefined`, the
-    score is not defined, such as an AUROC where all examples have the same class.
+    `by_seed` are those of each run. What is said of the clients together is computed in each run, and then averaged,
+    because clients of the same name may be others under another seed; `by_client` are means over seeds. `gap` is the
+    mean test loss minus the mean training loss. `gaining` is the share of clients whose score is better than under the
+    rule "local"; NaN without that rule. `metrics` are the means of all metrics over the clients, and `new` the mean
+    score of clients that took no part in the training, NaN without them. At the clients `undefined`, the score is not
+    defined, such as an AUROC where all examples have the same class.
     """
 
     rule: str
     score: Score
-    by_client: Mapping[str, float]
+    by_seed: Mapping[int, Mapping[str, float]]
     gap: float
     gaining: float = nan
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -36,32 +38,46 @@ class ClientResults:
     undefined: tuple[str, ...] = ()
 
     @property
+    def by_client(self) -> dict[str, float]:
+        """The score of each client, a mean over seeds."""
+        names = sorted({name for scores in self.by_seed.values() for name in scores})
+        return {name: _mean([scores[name] for scores in self.by_seed.values() if name in scores]) for name in names}
+
+    @property
     def values(self) -> list[float]:
-        """The clients' scores."""
-        return list(self.by_client.values())
+        """The scores of all clients in all runs."""
+        return [value for scores in self.by_seed.values() for value in scores.values()]
 
     @property
     def mean(self) -> float:
         """The mean over clients."""
-        return float(np.mean(self.values))
+        return self._over_seeds(_mean)
 
     @property
     def deviation(self) -> float:
         """The standard deviation over clients."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+        return self._over_seeds(lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
 
     @property
     def worst_tenth(self) -> float:
         """The mean over the worst tenth of the clients, at least one."""
-        ordered = sorted(self.values, key=self.score.rank)
-        return float(np.mean(ordered[: ceil(WORST_SHARE * len(ordered))]))
+        return self._over_seeds(
+            lambda values: _mean(sorted(values, key=self.score.rank)[: ceil(WORST_SHARE * len(values))])
+        )
+
+    def _over_seeds(self, of: Callable[[list[float]], float]) -> float:
+        return _mean([of(list(scores.values())) for scores in self.by_seed.values()])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
 
 
 def client_results(runs: Sequence[FinishedRun]) -> list[ClientResults]:
     """Return the results of each rule of `runs`, best mean first; an empty list if no client was tested."""
     found = [_of_rule([run for run in runs if run.rule == rule]) for rule in dict.fromkeys(run.rule for run in runs)]
     tested = [results for results in found if results is not None]
-    alone = next((results.by_client for results in tested if results.rule == LOCAL), None)
+    alone = next((results.by_seed for results in tested if results.rule == LOCAL), None)
     if alone is not None:
         tested = [_with_gain(results, alone) for results in tested]
     return sorted(tested, key=lambda results: -results.score.rank(results.mean))
@@ -69,37 +85,41 @@ def client_results(runs: Sequence[FinishedRun]) -> list[ClientResults]:
 
 def _of_rule(runs: Sequence[FinishedRun]) -> ClientResults | None:
     score = runs[0].score
-    by_client: dict[str, list[float]] = {}
+    by_seed: dict[int, dict[str, float]] = {}
     metrics: dict[str, list[float]] = {}
     gaps, new, names = [], [], set()
     for run in runs:
         last = next((record for record in reversed(run.records) if record.evaluations), None)
         if last is None:
             return None
+        scores = {v.node: v.metrics[score.name] for v in last.evaluations if score.name in v.metrics}
         for verdict in last.evaluations:
             if NEW_CLIENT in verdict.metrics:
-                continue  # new clients have a column of their own
+                scores.pop(verdict.node, None)  # new clients have a column of their own
+                continue
             names.add(verdict.node)
-            if score.name in verdict.metrics:
-                by_client.setdefault(verdict.node, []).append(verdict.metrics[score.name])
             for name, value in verdict.metrics.items():
                 metrics.setdefault(name, []).append(value)
+        if scores:
+            by_seed[run.seed] = dict(sorted(scores.items()))
         gaps.append(last.server.get("clients-loss", nan) - last.train.get("loss", nan))
         new.append(last.server.get(f"new-clients-{score.name}", nan))
-    if not by_client:
+    if not by_seed:
         return None
-    means = {name: float(np.mean(values)) for name, values in metrics.items() if name != "seconds"}
-    each = {node: float(np.mean(values)) for node, values in sorted(by_client.items())}
-    without = tuple(sorted(names - each.keys()))
-    return ClientResults(runs[0].rule, score, each, float(np.mean(gaps)), nan, means, float(np.mean(new)), without)
+    means = {name: _mean(values) for name, values in metrics.items() if name != "seconds"}
+    without = tuple(sorted(names - {name for scores in by_seed.values() for name in scores}))
+    return ClientResults(runs[0].rule, score, by_seed, _mean(gaps), nan, means, _mean(new), without)
 
 
-def _with_gain(results: ClientResults, alone: Mapping[str, float]) -> ClientResults:
-    rank = results.score.rank
-    both = [node for node in results.by_client if node in alone]
-    better = [rank(results.by_client[node]) > rank(alone[node]) for node in both]
-    share = float(np.mean(better)) if better and results.rule != LOCAL else nan
-    return replace(results, gaining=share)
+def _with_gain(results: ClientResults, alone: Mapping[int, Mapping[str, float]]) -> ClientResults:
+    if results.rule == LOCAL:
+        return results
+    rank, shares = results.score.rank, []
+    for seed, scores in results.by_seed.items():
+        both = [node for node in scores if node in alone.get(seed, {})]
+        if both:
+            shares.append(_mean([rank(scores[node]) > rank(alone[seed][node]) for node in both]))
+    return replace(results, gaining=_mean(shares) if shares else nan)
 
 
 def columns_of(results: Sequence[ClientResults]) -> dict[str, Callable[[ClientResults], str]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import count
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,9 @@ class FinishedRun:
 
     @property
     def curve(self) -> tuple[list[int], list[float]]:
-        """The rounds with a test, and the score after each."""
-        key = self.score.key
-        tested = [record for record in self.records if key in record.server]
-        return [record.round for record in tested], [record.server[key] for record in tested]
+        """The rounds with a test, and the score after each; NaN where a model that has diverged has no score."""
+        tested = [record for record in self.records if record.server]
+        return [record.round for record in tested], [record.server.get(self.score.key, nan) for record in tested]
 
 
 def journal_folder(folder: Path, rule: RuleSettings, seed: int) -> Path:
@@ -73,22 +73,27 @@ def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: 
         digest = journal.model_sha256()
     skipped = experiment.rounds - experiment.evaluate.last
     score, *others = Score.all_of(experiment)
-    final = _final(records, score.key, skipped)
+    final = final_score(records, score.key, skipped)
     if final is None:
         raise ValueError(
             f"No test of {rule.title!r} measured {score.name!r}: it is not defined for these examples. Choose another "
             "first metric with task.metrics."
         )
-    finals = {other: _final(records, other.key, skipped) for other in others}
+    finals = {other: final_score(records, other.key, skipped) for other in others}
     known = {other: value for other, value in finals.items() if value is not None}
     return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest, score, known)
 
 
-def _final(records: Iterable[RoundRecord], key: str, skipped: int) -> float | None:
-    """Return the mean of a metric over the tests after the first `skipped` rounds, or the last test before; or None."""
-    tested = [(record.round, record.server[key]) for record in records if key in record.server]
+def final_score(records: Iterable[RoundRecord], key: str, skipped: int) -> float | None:
+    """Return the mean of a metric over the tests after the first `skipped` rounds, or the last test before.
+
+    NaN if one of these tests lacks the metric, as that of a model that has diverged; None if no test has it.
+    """
+    tested = [(record.round, record.server.get(key, nan)) for record in records if record.server]
     last = [value for server_round, value in tested if server_round > skipped]
-    return float(np.mean(last or [value for _, value in tested[-1:]])) if tested else None
+    if all(isnan(value) for _, value in tested):
+        return None
+    return float(np.mean(last or [value for _, value in tested[-1:]]))
 
 
 def rounds_in(journal: Path) -> int:
@@ -238,9 +243,7 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def scores(runs: list[FinishedRun]) -> dict[str, tuple[float, float]]:
     """Return each rule's mean final score over seeds, and its standard deviation (0 for one seed)."""
-    by_rule: dict[str, list[float]] = {}
-    for run in runs:
-        by_rule.setdefault(run.rule, []).append(run.final)
+    by_rule = {rule: [run.final for run in runs if run.rule == rule] for rule in dict.fromkeys(r.rule for r in runs)}
     return {
         rule: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
         for rule, values in by_rule.items()

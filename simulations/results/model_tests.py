@@ -46,7 +46,10 @@ class ModelTests:
         self._backdoor = None
         if isinstance(attack, Backdoor) and scenario.hostile:
             self._backdoor = CentralTest(module, attack.test_set(scenario.test), threads, resolved.task)
-        self._voting = proxy_of(resolved, scenario.test) if isinstance(rule, VotingRule) else None
+        parts = {"": scenario.test} | ({} if scenario.validation is None else {VALIDATION: scenario.validation})
+        self._voting = {
+            prefix: proxy_of(resolved, part) for prefix, part in parts.items() if isinstance(rule, VotingRule)
+        }
         # At the clients: the prefix of the metrics, and the tests on the clients' test or validation parts.
         self._at_clients = [
             (prefix, ClientTests(resolved.model, scenario, examples, config, threads))
@@ -69,10 +72,14 @@ class ModelTests:
         experiment = self._resolved.experiment
         if server_round % experiment.evaluate.every and server_round != experiment.rounds:
             return None
-        if self._voting is not None and isinstance(self._rule, VotingRule):
-            metrics = _voting_metrics(self._rule, memory, self._voting, experiment.evaluate.budgets)
-            return None if metrics is None else (metrics, ())
-        metrics = {}
+        metrics: dict[str, float] = {}
+        if isinstance(self._rule, VotingRule):
+            if memory.models is None:  # there are no voters
+                return None
+            for prefix, part in self._voting.items():
+                elected = _voting_metrics(self._rule, memory, part, experiment.evaluate.budgets)
+                metrics |= {prefix + name: value for name, value in elected.items()}
+            return metrics, ()
         if not self._has_personal:
             self._module.load_state_dict({**self._module.state_dict(), **to_state(arrays)})
             metrics = self._central.metrics()
@@ -94,10 +101,8 @@ def proxy_of(resolved: Resolved, examples: Examples) -> Proxy:
         return Proxy(resolved.model().eval(), examples.inputs, examples.targets, resolved.task.loss)
 
 
-def _voting_metrics(rule: VotingRule, memory: Any, test: Proxy, budgets: list[int]) -> dict[str, float] | None:
-    """Return the accuracy of the elected classes, and the certified accuracy per budget; None without voters."""
-    if memory.models is None:
-        return None
+def _voting_metrics(rule: VotingRule, memory: Any, test: Proxy, budgets: list[int]) -> dict[str, float]:
+    """Return the accuracy of the elected classes, and the certified accuracy per budget."""
     election = rule.vote(memory, test)
     accuracy = float((election.classes == test.labels).double().mean())
     certified = {f"certified-{budget}": certified_accuracy(election, test.labels, budget) for budget in budgets}

@@ -105,7 +105,7 @@ def accuracy(runs: list[FinishedRun], over: str = "round") -> Figure:
 def _progress(run: FinishedRun, over: str) -> list[float]:
     """Return the virtual seconds or the megabytes at each test of a run."""
     megabytes = np.cumsum([(record.bytes_up + record.bytes_down) / 1e6 for record in run.records])
-    tested = [number for number, record in enumerate(run.records) if run.score.key in record.server]
+    tested = [number for number, record in enumerate(run.records) if record.server]
     if over == "megabytes":
         return [float(megabytes[number]) for number in tested]
     return [run.records[number].notes[VIRTUAL] for number in tested]

@@ -17,8 +17,9 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid
 from torch.utils.data import TensorDataset
 
-from corymb.client import make_client_app
+from corymb.client import TrainSettings, make_client_app
 from corymb.client.algorithms.memory_files import PLACE
+from corymb.client.local_work import algorithm_of
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.shared_state import shared_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
@@ -146,7 +147,9 @@ class Run:
                 on_round(record)
 
         failures, shared = _FailureCheck(), shared_state(module, self.settings)
-        with closing(tests), closing(Journal(folder, durable=False)) as journal:
+        # What clients keep is on the disk after each round, so the journal must not fall behind.
+        seconds = 0.0 if self.settings.keeps_memory else 1.0
+        with closing(tests), closing(Journal(folder, durable=False, commit_seconds=seconds)) as journal:
             strategy = FlowerStrategy(
                 rule,
                 server_optimizer=self._rule.make_server_optimizer(),
@@ -183,10 +186,9 @@ class Run:
 
     def _examples(self, row: int) -> int:
         """Return how many examples the training client number `row` trains on in a round, repetitions included."""
-        train, size = self.settings, self.scenario.population.size(self.scenario.training[row])
-        if train.steps is None:
-            return size * (train.epochs or 1)
-        return train.steps * min(train.batch_size, size)
+        settings = TrainSettings.read(self.settings.flat(), self.node_config(row))
+        size = self.scenario.population.size(self.scenario.training[row])
+        return algorithm_of(settings).examples_trained(settings, size)
 
     def _asynchrony(self) -> Asynchrony | None:
         experiment = self._resolved.experiment

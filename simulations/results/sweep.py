@@ -20,7 +20,7 @@ from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.reader import parse_change, read
 from corymb.simulations.experiments.resolved import resolve
 from corymb.simulations.experiments.settings import ExperimentRule
-from corymb.simulations.results.folder import FinishedRun, collect, is_finished, prepare, write
+from corymb.simulations.results.folder import FinishedRun, collect, final_score, is_finished, prepare, write
 from corymb.simulations.results.model_tests import VALIDATION
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import run_all
@@ -172,8 +172,8 @@ def tried_of(combination: Combination, runs: Sequence[FinishedRun]) -> Iterator[
     skipped = experiment.rounds - experiment.evaluate.last
     for rule in dict.fromkeys(run.rule for run in runs):
         own = [run for run in runs if run.rule == rule]
-        tests = [r.server[key] for run in own for r in run.records if r.round > skipped and key in r.server]
-        if not tests:
+        tests = [test for run in own if (test := final_score(run.records, key, skipped)) is not None]
+        if len(tests) < len(own):
             raise ValueError(f"No test of {rule!r} measured {key!r}: it is not defined for the validation part.")
         final = float(np.mean([run.final for run in own]))
         yield Tried(rule, combination.settings[rule], float(np.mean(tests)), final)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,6 +146,8 @@ def _try(
     (runs,) = run_all([(resolved, folder)], console, on_round=on_round)
     write(experiment, runs, folder)
     (tried,) = tried_of(Combination(experiment, {rule: setting}), runs)
+    if isnan(tried.validation):  # the model has diverged
+        raise optuna.TrialPruned
     trial.set_user_attr("test", tried.test)
     return tried.validation
 

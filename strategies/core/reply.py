@@ -29,10 +29,11 @@ class Report:
     left_out: tuple[str, ...] = ()
 
     def lacks(self, names: Collection[str]) -> str | None:
-        """Return the first of `names` that is no metric with a positive number, or None."""
-        return next((name for name in names if not self.metrics.get(name, 0.0) > 0), None)
+        """Return the first of `names` that is no metric with a number from `LEAST` to 1 / `LEAST`, or None."""
+        return next((name for name in names if not LEAST <= self.metrics.get(name, 0.0) <= 1 / LEAST), None)
 
 
+LEAST = 1e-12  # of a metric that a rule needs, so that dividing by it gives no infinity
 CLASS_COUNT_PREFIX = "examples-of-class-"  # prefix of the metrics with a client's number of examples per class
 
 

@@ -134,6 +134,10 @@ def test_settings_can_be_written_to_and_read_from_a_run_config() -> None:
     }
     assert TrainSettings.read({"other": 1, **flat}) == settings
     assert TrainSettings.read(flat, {"train.steps": 9}).steps == 9
+    by_epochs = TrainSettings.read(flat, {"train.epochs": 2})  # the later config decides
+    assert (by_epochs.epochs, by_epochs.steps) == (2, None)
+    by_steps = TrainSettings.read({"train.epochs": 2}, flat)
+    assert (by_steps.epochs, by_steps.steps) == (None, 3)
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_old_answers_are_deleted(tmp_path: Path) -> None:
     assert not old.exists()
 
 
-def metrics_of_a_slow_client(batches: int, deadline: float) -> Any:
+def metrics_of_a_slow_client(batches: int, deadline: float, steps: int = 0) -> Any:
     """Return the metrics of a client with `batches` batches of ten examples, each of which takes 20 ms."""
 
     class Slow(nn.Linear):
@@ -130,6 +130,8 @@ def metrics_of_a_slow_client(batches: int, deadline: float) -> Any:
     message, state = request(1, deadline=deadline), context()
     message.content["arrays"] = to_arrays(nn.Linear(2, 2).state_dict())
     state.run_config["train.batch_size"] = 10
+    if steps:
+        state.run_config["train.steps"] = steps
     return app(message, state).content["metrics"]
 
 
@@ -138,6 +140,12 @@ def test_a_client_sends_what_it_has_before_the_deadline() -> None:
     assert 0 < metrics["completed"] < 1
     assert metrics["completed"] == metrics["steps"] / 100
     assert metrics["num-examples"] == 10 * metrics["steps"]
+
+
+def test_with_a_number_of_steps_the_share_of_them_counts() -> None:
+    metrics = metrics_of_a_slow_client(1000, deadline=0.5, steps=50)
+    assert 0 < metrics["completed"] == metrics["steps"] / 50 < 1
+    assert metrics["num-examples"] == round(10_000 * metrics["completed"])
 
 
 def test_a_client_that_is_too_late_trains_one_batch() -> None:

@@ -6,6 +6,7 @@ import inspect
 import pickle
 import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -194,6 +195,22 @@ def test_f12_flowers_arguments_are_accepted() -> None:
     )
     result = run(strategy, client(metrics=lambda node: {"num-examples": node + 1}), 3)
     assert dict(result.train_metrics_clientapp[1]) == dict(result.evaluate_metrics_clientapp[1]) == {"largest": 3.0}
+
+
+def test_a_resumed_run_returns_the_metrics_that_it_returned_before(tmp_path: Path) -> None:
+    def both(contents: list[RecordDict], key: str) -> MetricRecord:
+        numbers = [cast(float, c.metric_records["metrics"][key]) for c in contents]
+        return MetricRecord({"largest": max(numbers), "two": [min(numbers), max(numbers)]})
+
+    def histories(rounds: int) -> list[dict[str, object]]:
+        with closing(Journal(tmp_path)) as journal:
+            options: Any = {"train_metrics_aggr_fn": both, "evaluate_metrics_aggr_fn": both}
+            strategy = FlowerStrategy(FedAvg(), journal=journal, resume=True, **options)
+            result = run(strategy, client(metrics=lambda node: {"num-examples": node + 1}), rounds=rounds)
+        return [dict(h[1]) for h in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp)]
+
+    expected = {"largest": 3.0, "two": [1.0, 3.0]}
+    assert histories(1) == histories(2) == [expected, expected]
 
 
 def test_f10_the_contract_of_start() -> None:

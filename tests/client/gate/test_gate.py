@@ -53,9 +53,9 @@ def gate_with(tmp_path: Path, policy: str, clock: Clock | None = None) -> Gate:
     return Gate(tmp_path, clock or Clock())
 
 
-def request(kind: str = "train") -> Message:
+def request(kind: str = "train", nonce: str = "n-1") -> Message:
     set_task_identity(run_id=7, node_id=1)
-    config = ConfigRecord({"train.batch_size": 64, "a": 1, "nonce": "n-1"})
+    config = ConfigRecord({"train.batch_size": 64, "a": 1, "nonce": nonce})
     message = Message(RecordDict({"arrays": model(), "config": config}), 5, kind, group_id="3")
     set_message_id(message, "m-1")
     return message
@@ -188,19 +188,25 @@ def test_trainings_are_limited_in_time(tmp_path: Path) -> None:
     for minutes in (0, 2):
         clock.now = NOON + timedelta(minutes=minutes)
         gate.admit(APP)
-        gate.around(honest)(request(), context())
-        gate.around(honest)(request("evaluate"), context())  # does not count
+        gate.around(honest)(request(nonce=f"n-{minutes}"), context())
+        gate.admit(APP)  # of the next task
+        gate.around(honest)(request("evaluate"), context())  # does not count, and may come at once
+    gate.admit(APP)
+    gate.around(never)(request(nonce="n-2"), context())  # is asked again, and answered from memory
     clock.now += timedelta(seconds=30)
     gate.admit(APP)
     with pytest.raises(Refusal, match="trains at most every 60 s"):
-        gate.around(never)(request(), context())
+        gate.around(never)(request(nonce="n-3"), context())
     clock.now += timedelta(minutes=5)
     gate.admit(APP)
     with pytest.raises(Refusal, match="has trained 2 times in 24 hours"):
-        gate.around(never)(request(), context())
+        gate.around(never)(request(nonce="n-4"), context())
     clock.now = NOON + timedelta(days=1, seconds=1)
     gate.admit(APP)
-    gate.around(honest)(request(), context())
+    gate.around(honest)(request(nonce="n-5"), context())
+    entries = [(each["event"], each.get("kind")) for each in Ledger(tmp_path / "ledger.jsonl").entries()]
+    assert entries.count(("ran", "train")) == 3
+    assert entries.count(("refused", "train")) == 2
 
 
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255))

@@ -25,7 +25,7 @@ def test_length_and_cosine_of_known_updates() -> None:
     rows = Matrix(ORIGIN + updates[:3])
     replies = [Reply(Report(f"c{row}", 1), rows, row) for row in range(3)]
     replies.append(Reply(Report("c3", 1, {"loss": 0.5, COSINE: 7.0}), SingleRow((ORIGIN + updates[3],)), 0))
-    found = with_drift(replies, model(ORIGIN), model(ORIGIN + STEP))
+    found = with_drift(replies, model(ORIGIN), model(ORIGIN + STEP), {})
     assert {node: report.metrics.get(NORM) for node, report in found.items()} == pytest.approx(
         {"c0": 5.0, "c1": 10.0, "c2": 50**0.5, "c3": 0.0}
     )

@@ -12,9 +12,10 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from corymb.client.algorithms.memory_files import folder_of
 from corymb.protocol.codec import to_arrays
-from corymb.protocol.flower import set_task_identity
-from corymb.protocol.records import DEADLINE, NONCE
+from corymb.protocol.flower import empty_run, set_message_id, set_task_identity
+from corymb.protocol.records import DEADLINE, MEMORY, NONCE
 from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
 from corymb.server.rounds import asking
 from corymb.server.rounds.asking import _copy
@@ -25,7 +26,7 @@ from corymb.server.rounds.late import LateReplies
 from corymb.server.rounds.round import Asked, Round
 from corymb.server.rounds.state import Method
 from corymb.simulations.grid.local_grid import LocalGrid
-from corymb.strategies import FedAvg, Layout, Median
+from corymb.strategies import FedAvg, FedNova, Layout, Median
 from corymb.tests.server.rounds.wire import FIRST_ID, Wire
 from corymb.tests.support import content
 
@@ -144,3 +145,32 @@ def test_a_round_whose_replies_are_all_lost_is_asked_again(tmp_path: Path, monke
             wire.answer(node, is_lost=True)
         assert len(list(exchange.replies())) == 3
     assert [node.trained for node in wire.nodes] == [{1: 1, 2: 1}] * 3
+
+
+def test_a_run_that_goes_on_under_another_id_names_the_first_one(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path)) as journal:
+        exchange = ask_train(journal, Wire(3), messages_to_three())
+        assert exchange.begin(1, "evaluate", ConfigRecord())[MEMORY] == "7"
+    with closing(Journal(tmp_path)) as journal:
+        later = Wire(3)
+        later._run = empty_run(8)
+        config = Exchange(later, 60.0, journal.asks).begin(2, "train", ConfigRecord())
+        assert config[MEMORY] == "7"
+        context = Context(8, 1, {}, RecordDict(), {})
+        assert folder_of(context, "north", [config]).parent.name == "7"
+        assert folder_of(context, "north").parent.name == "8"
+
+
+def test_the_door_asks_for_what_the_rules_of_an_election_need() -> None:
+    method = Method(FedAvg(), candidate_election=CandidateElection((FedNova(),)))
+    model = Layout.of({"w": torch.zeros(2)}).flatten({"w": torch.zeros(2)})
+    state = method.initial(model)
+    requests = Requests({f"m-{i}": f"site-{i}" for i in range(3)}, tuple(f"site-{i}" for i in range(3)))
+    replies = []
+    for number, weight in enumerate((2.0, -1.0, 5e-324)):
+        set_task_identity(run_id=7, node_id=1)
+        request = Message(RecordDict(), 100 + number, "train")
+        set_message_id(request, f"m-{number}")
+        replies.append(Message(content({"w": torch.ones(2)}, 5, **{"step-weight": weight}), reply_to=request))
+    _, record = conclude(state, Round(1, method, requests), replies, lambda model: iter(()))
+    assert [verdict.code for verdict in record.verdicts] == ["admitted", "metrics", "metrics"]

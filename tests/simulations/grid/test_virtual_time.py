@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Result
 
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.sizes import HEADER
 from corymb.server import FlowerStrategy, RoundRecord
+from corymb.server.rounds.buffered_loop import BufferedLoop
 from corymb.server.rounds.staleness import Asynchrony
 from corymb.simulations import Experiment, LocalGrid, run
 from corymb.simulations.data.devices import Devices, DevicesSettings
@@ -154,3 +156,47 @@ def test_a_run_in_virtual_time_that_was_stopped_begins_anew(tmp_path: Path) -> N
     for one, two in zip(whole.runs[0].records, resumed.runs[0].records, strict=True):
         assert one.notes == two.notes
     assert whole.runs[0].model_sha256 == resumed.runs[0].model_sha256
+
+
+def test_an_election_is_held_in_virtual_time(tmp_path: Path) -> None:
+    table: dict[str, Any] = {
+        "name": "election", "rounds": 2, "rules": [{"name": "fedavg", "candidate_election": ["median"]}],
+        "partition": {"clients": 4}, "devices": {"seconds_per_example": 0.1},
+    }  # fmt: skip
+    (finished,) = run(Experiment(**table), folder=tmp_path, progress=False).runs
+    assert all("elected" in record.notes for record in finished.records)
+    with pytest.raises(ValueError, match=r"devices\.buffer has no rounds, so there is no candidate_election"):
+        Experiment(**table | {"devices": {"seconds_per_example": 1, "buffer": 2}})
+
+
+def test_a_client_that_trains_two_models_takes_twice_as_long(tmp_path: Path) -> None:
+    experiment = Experiment(
+        name="two", rounds=1, rules=["fedavg", "ditto", "fedrep"], partition={"clients": 3, "kind": "iid"},
+        devices={"seconds_per_example": 0.1}, evaluate={"clients": True}, train={"epochs": 2},
+    )  # fmt: skip
+    seconds = [r.records[0].notes["virtual-seconds"] for r in run(experiment, folder=tmp_path, progress=False).runs]
+    assert seconds[1:] == pytest.approx([2 * seconds[0], 1.5 * seconds[0]])
+
+
+def test_a_grid_in_virtual_time_keeps_the_messages_itself() -> None:
+    strategy = FlowerStrategy(FedAvg(), asynchrony=Asynchrony(2, 3), min_available_nodes=1)
+    loop = BufferedLoop(strategy, timed([1.0, 2.0, 4.0]), strategy.asynchrony)  # type: ignore[arg-type]
+    strategy.start(timed([1.0, 2.0, 4.0]), to_arrays({"w": torch.zeros(10)}), 1)  # sets the first model
+    loop.run(4, Result(), ConfigRecord(), None)
+    assert strategy.state.round == 4
+    assert (loop._sent, loop._waiting) == ({}, {})
+
+
+def test_without_rounds_a_run_waits_for_nodes() -> None:
+    strategy = FlowerStrategy(FedAvg(), asynchrony=Asynchrony(2, 3), min_available_nodes=3, wait_seconds=1.0)
+    with pytest.raises(TimeoutError, match="Only 2 of 3 required nodes connected"):
+        strategy.start(LocalGrid(client, 2), to_arrays({"w": torch.zeros(10)}), 5)
+
+
+def test_drift_without_rounds_is_measured_from_where_each_client_began() -> None:
+    """Each client adds its number to each of ten parameters, whatever it received."""
+    options = {"asynchrony": Asynchrony(buffer=2, concurrency=3, exponent=1.0), "drift": True}
+    records, _, _ = start(timed([1.0, 2.0, 4.0]), 3, **options)
+    lengths = {v.node: v.metrics["update-norm"] for record in records for v in record.admitted}
+    expected = {f"client-{i}": (i + 1) * 10**0.5 for i in range(3)}
+    assert lengths == pytest.approx(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,12 @@ from torch.utils.data import TensorDataset
 from corymb.client import TrainSettings, train
 from corymb.client.app import batch_generator, make_seeded
 from corymb.client.batches import training_batches
+from corymb.server import RoundRecord
+from corymb.server.rounds.record import Verdict
 from corymb.simulations import Experiment, Results, run
 from corymb.simulations.experiments.resolved import resolve
-from corymb.simulations.results.folder import FinishedRun
+from corymb.simulations.results.client_results import client_results
+from corymb.simulations.results.folder import FinishedRun, final_score
 from corymb.simulations.results.score import Score
 from corymb.simulations.results.summary import further_metrics
 
@@ -166,3 +170,35 @@ def test_a_metric_that_a_rule_lacks_leaves_its_cell_empty() -> None:
     assert further_metrics(runs) == {
         second: {"local": "0.5000", "fedavg": "0.7500"}, first: {"local": "", "fedavg": "0.2500"}
     }  # fmt: skip
+
+
+def test_a_run_that_has_diverged_has_no_final_score() -> None:
+    def records(*tests: dict[str, float]) -> list[RoundRecord]:
+        return [RoundRecord(number, server=test) for number, test in enumerate(tests, 1)]
+
+    good, bad = {"loss": 1.0, "perplexity": 3.0}, {"loss": 500.0}
+    assert final_score(records(good, {}, good, good), "perplexity", 2) == 3.0
+    assert final_score(records(good, {}), "perplexity", 1) == 3.0  # the last test before
+    assert math.isnan(final_score(records(good, good, bad), "perplexity", 1) or 0.0)
+    assert final_score(records(bad, bad), "perplexity", 0) is None
+    assert final_score(records({}, {}), "perplexity", 0) is None
+
+
+def test_what_is_said_of_clients_together_is_said_of_each_run() -> None:
+    """Under another seed, the clients of the same names are others: 0 and 1 change places."""
+    score = Score("accuracy", "clients-accuracy")
+
+    def finished(rule: str, seed: int, *scores: float) -> FinishedRun:
+        tests = tuple(
+            Verdict(f"client-{i}", "admitted", examples=10, metrics={"accuracy": value})
+            for i, value in enumerate(scores)
+        )
+        record = RoundRecord(1, evaluations=tests, server={"clients-loss": 1.0}, train={"loss": 0.5})
+        return FinishedRun(rule, seed, [record], 0.0, 1.0, "", score)
+
+    runs = [finished("fedavg", 0, 0.2, 0.8), finished("fedavg", 1, 0.8, 0.2)]
+    runs += [finished("local", 0, 0.3, 0.3), finished("local", 1, 0.3, 0.3)]
+    (best,) = [found for found in client_results(runs) if found.rule == "fedavg"]
+    assert (best.mean, best.worst_tenth, best.gaining, best.gap) == pytest.approx((0.5, 0.2, 0.5, 0.5))
+    assert best.deviation == pytest.approx(float(np.std([0.2, 0.8], ddof=1)))
+    assert sorted(best.values) == [0.2, 0.2, 0.8, 0.8]

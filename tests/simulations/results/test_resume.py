@@ -41,6 +41,17 @@ kind = "mlp"
 steps = 2
 """
 
+# Its clients keep what they need in files, which must not run ahead of the journal.
+KEPT = """
+rounds = 240
+seeds = 1
+rules = ["scaffold"]
+[partition]
+clients = 6
+[evaluate]
+every = 240
+"""
+
 
 def command(folder: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "corymb.cli", "simulate", str(folder / "killed.toml"), *options]
@@ -51,8 +62,12 @@ def models(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_simulation_is_resumed_to_the_same_models(tmp_path: Path) -> None:
-    (tmp_path / "killed.toml").write_text(EXPERIMENT)
+@pytest.mark.parametrize(("experiment", "rounds", "seconds"), [(EXPERIMENT, 120, 0.0), (KEPT, 240, 0.5)])
+def test_a_killed_simulation_is_resumed_to_the_same_models(
+    experiment: str, rounds: int, seconds: float, tmp_path: Path
+) -> None:
+    """The process is killed so many `seconds` after it has committed a round."""
+    (tmp_path / "killed.toml").write_text(experiment)
     subprocess.run(command(tmp_path, "--out", "whole"), cwd=tmp_path, check=True, capture_output=True)
     expected = models(tmp_path / "whole")
     options = ["--out", "parts"]
@@ -60,11 +75,12 @@ def test_a_killed_simulation_is_resumed_to_the_same_models(tmp_path: Path) -> No
         ends = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < ends:
             if sum(map(rounds_in, (tmp_path / "parts" / "journals").glob("*"))):
+                time.sleep(seconds)
                 os.kill(process.pid, signal.SIGKILL)
                 break
             time.sleep(0.02)
     finished = sum(map(rounds_in, (tmp_path / "parts" / "journals").glob("*")))
-    assert 0 < finished < 120, "the simulation was not killed in time"
+    assert 0 < finished < rounds, "the simulation was not killed in time"
     options = ["--out", "parts", "--resume"]
     resumed = subprocess.run(command(tmp_path, *options), cwd=tmp_path, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
