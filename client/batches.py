@@ -110,11 +110,18 @@ def shuffled_rows(examples: int, settings: TrainSettings, generator: torch.Gener
     return batches
 
 
-def draw_rows(examples: int, settings: TrainSettings, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Return the indices of the examples in all batches of one round, concatenated, and the length of each batch."""
+def draw_rows(
+    examples: int, settings: TrainSettings, generator: torch.Generator, no_single: bool = False
+) -> tuple[Tensor, list[int]]:
+    """Return the indices of the examples in all batches of one round, concatenated, and the length of each batch.
+
+    `no_single` is that of `training_batches`.
+    """
     order = _order(examples, settings, generator)
     full, rest = divmod(len(order), settings.batch_size)
     lengths = [settings.batch_size] * full + [rest] * bool(rest)
+    if no_single and full and rest == 1:
+        lengths[-2:] = [settings.batch_size + 1]
     epochs = -(-settings.steps // len(lengths)) if settings.steps is not None else settings.epochs or 1
     if epochs > 1:
         order = torch.cat([order, *(_order(examples, settings, generator) for _ in range(epochs - 1))])

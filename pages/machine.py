@@ -66,7 +66,8 @@ def server_processes(parent: int) -> dict[str, tuple[bool, int]]:
     state: dict[str, tuple[bool, int]] = {}
     for name, part in SERVER_PROCESSES.items():
         own = [number for number, (command, _) in running.items() if part in command]
-        size = sum(running[number][1] for number in own)
-        size += sum(each[1] for number in own for each in family(number).values())
-        state[name] = bool(own), size
+        sizes = {number: running[number][1] for number in own}
+        for number in own:  # its children may be among them
+            sizes |= {child: size for child, (_, size) in family(number).items()}
+        state[name] = bool(own), sum(sizes.values())
     return state

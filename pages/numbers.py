@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -87,9 +86,12 @@ class Runs:
 
 @dataclass
 class Federation(Runs):
-    """The federation whose server's kit lies in `folder`; `parent` is the process id of `corymb serve`."""
+    """The federation whose server's kit lies in `folder`; `parent` is the process id of `corymb serve`.
 
-    parent: int = field(default_factory=os.getppid)
+    Without it, nothing is said of the server's processes.
+    """
+
+    parent: int | None = None
 
     @property
     def kit(self) -> ServerKit:
@@ -174,7 +176,8 @@ def _machine(federation: Federation) -> Iterator[Number]:
     error = clock_error()
     yield Number("corymb_clock_synchronised", float(error is not None))
     yield Number("corymb_clock_error_seconds", error or 0.0)
-    for name, (is_running, size) in server_processes(federation.parent).items():
+    processes = {} if federation.parent is None else server_processes(federation.parent)
+    for name, (is_running, size) in processes.items():
         if name == "edge" and not federation.kit.edge:
             continue
         yield Number("corymb_process_up", float(is_running), (("process", name),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from corymb.pages.app import make_app, serve
@@ -15,7 +16,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
-    serve(make_app(Federation(options.folder)), options.port)
+    serve(make_app(Federation(options.folder, parent=os.getppid())), options.port)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def site_state(folder: Path, now: datetime) -> dict[str, Any]:
     except Refusal as error:
         return {"name": folder.name, "problem": f"Nothing runs: {error}.", "policy": None, "entries": [], "apps": []}
     left = [entry for entry in entries if "bytes" in entry]
-    today = [entry for entry in left if _is_training(entry) and now - _time_of(entry) < timedelta(days=1)]
+    ran = [entry for entry in entries if entry["event"] == "ran" and _is_training(entry)]  # as the gate counts them
+    today = [entry for entry in ran if now - _time_of(entry) < timedelta(days=1)]
     budget = f"{len(today)} of {policy.most_rounds_a_day}" if policy.most_rounds_a_day else str(len(today))
     apps = [
         {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+CLIENTS = "clients"  # the folder in `home()` with what clients keep between rounds
+
 
 def home() -> Path:
     """Return `$CORYMB_HOME`, which is `~/.corymb` by default."""

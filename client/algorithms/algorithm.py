@@ -95,6 +95,7 @@ class ClientAlgorithm:
     """
 
     trains_in_blocks: ClassVar[bool] = False
+    pulls: ClassVar[bool] = False  # whether `correction` returns a pull
     remembers: ClassVar[bool] = False  # whether `remember` returns something
 
     def correction(self, memory: Memory, received: Tensor | None) -> tuple[Tensor | None, float]:

@@ -17,6 +17,7 @@ class FedDyn(ClientAlgorithm):
     """
 
     trains_in_blocks = True
+    pulls = True
     remembers = True
 
     alpha: float = 0.1

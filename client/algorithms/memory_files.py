@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from corymb.protocol.home import home
+from corymb.protocol.home import CLIENTS, home
 from corymb.protocol.records import MEMORY
 
-FOLDER = "clients"  # in `home()`
 PLACE = "client-memory"  # key of the run config with the folder for all clients of a run
 KEPT_FILES = 3  # after a crash, a round is repeated, and another one if the newest file of the journal is damaged
 
@@ -33,7 +32,7 @@ def folder_of(context: Context, client: object, configs: Iterable[ConfigRecord] 
     """
     place = context.run_config.get(PLACE)
     run_id = next((int(str(config[MEMORY])) for config in configs if MEMORY in config), context.run_id)
-    root = Path(str(place)) if place else home() / FOLDER / str(run_id)
+    root = Path(str(place)) if place else home() / CLIENTS / str(run_id)
     return root / hashlib.sha256(str(client).encode()).hexdigest()[:16]
 
 

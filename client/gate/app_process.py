@@ -12,9 +12,11 @@ import traceback
 from importlib import import_module
 from typing import Any
 
+from corymb.client.gate.kept import packed, stamps, unpack
 from corymb.client.gate.pipe import Pipe
 from corymb.protocol.flower import set_task_identity
 from corymb.protocol.flower_tasks import App, Bundle, context_from_bytes, context_to_bytes, load_app
+from corymb.protocol.home import CLIENTS, home
 from corymb.protocol.message_file import from_bytes, to_pieces
 
 
@@ -22,6 +24,7 @@ def serve(pipe: Pipe) -> None:
     """Run the tasks that come through `pipe` until its other end closes."""
     _warm_up()
     app: App | None = None
+    kept = home() / CLIENTS
     while True:
         try:
             header, parts = pipe.receive()
@@ -29,16 +32,22 @@ def serve(pipe: Pipe) -> None:
             return
         set_task_identity(header["run"], header["node"])
         try:
+            if "kept" in parts:
+                unpack(parts["kept"], kept)
+            before = stamps(kept)
             if app is None:
                 app = load_app(Bundle(parts["bundle"], tuple(header["names"])))
             context = context_from_bytes(parts["context"])
             reply = app(from_bytes(parts["message"]), context)
             answer: dict[str, Any] = {"is_done": True}
             results = {"reply": to_pieces(reply), "context": [context_to_bytes(context)]}
+            if stamps(kept) != before:
+                results["kept"] = [packed(kept)]
         except BaseException as error:  # SystemExit too: an app may call sys.exit
             traceback.print_exc()
             kind = type(error).__name__
-            answer, results = {"is_done": False, "kind": kind, "error": f"{kind}: {error}"[:2000]}, {}
+            answer = {"is_done": False, "kind": kind, "error": f"{kind}: {error}"[:2000], "is_loaded": app is not None}
+            results = {}
         sys.stdout.flush()
         sys.stderr.flush()
         pipe.send(answer, **results)

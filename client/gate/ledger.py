@@ -57,7 +57,10 @@ class Ledger:
         return _hash(lines[-1]) if lines else FIRST
 
     def _lines(self) -> list[str]:
-        return self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        if not self._path.exists():
+            return []
+        *lines, rest = self._path.read_bytes().decode(errors="replace").split("\n")  # at no other kind of line end
+        return [*lines, rest] if rest else lines
 
 
 def _hash(line: str) -> str:

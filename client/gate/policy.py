@@ -129,9 +129,10 @@ class SitePolicy(Settings):
         """Return the approval under which `app` may run `now`, by the site's clock. Raises `Refusal` if it may not."""
         if self.pause:
             raise Refusal("the site has paused")
-        found = next((approval for approval in self.approved if approval.app == app), None)
-        if found is None:
+        matching = [approval for approval in self.approved if approval.app == app]
+        if not matching:
             raise Refusal(f"the app {app} is not approved at this site")
+        found = max(matching, key=lambda approval: approval.expires)  # it may have been renewed
         if now.date() >= found.expires:
             raise Refusal(f"the approval of the app {app} has expired on {found.expires}")
         if not _is_within(now.time(), self.from_hour, self.to_hour):
@@ -141,7 +142,8 @@ class SitePolicy(Settings):
     def check_training(self, now: datetime, trained: Iterable[datetime]) -> None:
         """Raise `Refusal` if it is too early for another training; `trained` are the times of those so far."""
         recent = sorted(trained)
-        if recent and (now - recent[-1]).total_seconds() < self.least_seconds_between_rounds:
+        elapsed = (now - recent[-1]).total_seconds() if recent else inf
+        if 0 <= elapsed < self.least_seconds_between_rounds:  # below 0, the clock was set back
             raise Refusal(f"the site trains at most every {self.least_seconds_between_rounds:g} s")
         if self.most_rounds_a_day and sum(now - at < timedelta(days=1) for at in recent) >= self.most_rounds_a_day:
             raise Refusal(f"the site has trained {self.most_rounds_a_day} times in 24 hours")

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -102,9 +103,15 @@ class Service:
             return
         ours, theirs = socket.socketpair()
         if not (child := os.fork()):
-            self._listener.close()
-            ours.close()
-            os._exit(run_task(description, self._folder, theirs))
+            code = 1
+            try:
+                self._listener.close()
+                ours.close()
+                code = run_task(description, self._folder, theirs)
+            except BaseException:
+                traceback.print_exc()
+            finally:  # nothing else of this process may run here
+                os._exit(code)
         theirs.close()
         self._tasks[child] = Task(child, program, ours)
         for each in (program, ours):

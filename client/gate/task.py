@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,10 +18,13 @@ from typing import Any
 from flwr.app import Context, Message
 
 from corymb.client.gate.gate import Gate
+from corymb.client.gate.kept import Kept
 from corymb.client.gate.pipe import Pipe
 from corymb.client.gate.policy import Refusal, SitePolicy, short_name
 from corymb.protocol.flower_tasks import Bundle, context_from_bytes, context_to_bytes, run_clientapp_command
 from corymb.protocol.message_file import from_bytes, to_pieces
+
+MOST_KEPT = 8  # how many times as much as may leave, an app may keep
 
 
 class AppFailed(RuntimeError):
@@ -35,7 +39,7 @@ def run_task(task: dict[str, Any], folder: Path, control: socket.socket) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(task["environment"])
     sys.argv = ["flwr-clientapp", *task["arguments"]]
-    gate, apps = Gate(folder), _Apps(control)
+    gate, apps = Gate(folder), _Apps(control, folder)
 
     def run_app(bundle: Bundle, message: Message, context: Context) -> Message:
         guarded = gate.around(lambda message, context: apps.run(gate.policy(), bundle, message, context))
@@ -78,8 +82,8 @@ def _reason(policy: SitePolicy, kind: str, text: str) -> str:
 class _Apps:
     """The processes of apps, which the parent of this process keeps."""
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
+    def __init__(self, control: socket.socket, folder: Path) -> None:
+        self._control, self._folder = control, folder
 
     def run(self, policy: SitePolicy, bundle: Bundle, message: Message, context: Context) -> Message:
         """Run the app in `bundle` in the process of its run. Raises `AppFailed` if it does not return a reply."""
@@ -91,12 +95,15 @@ class _Apps:
         pipe = Pipe(connection)
         header = {"run": context.run_id, "node": context.node_id, "names": bundle.names}
         parts = {"message": to_pieces(message), "context": [context_to_bytes(context)]}
+        kept = Kept(self._folder, hashlib.sha256(bundle.content).hexdigest(), message, context)
         if answer["is_new"]:
             parts["bundle"] = [bundle.content]
+            if policy.sandbox and (copy := kept.read()) is not None:
+                parts["kept"] = [copy]
         try:
             with closing(pipe), _limit(policy.most_seconds):
                 pipe.send(header, **parts)
-                result, received = pipe.receive(policy.most_bytes)
+                result, received = pipe.receive(MOST_KEPT * policy.most_bytes)
         except TimeoutError:
             self._forget()
             raise AppFailed(f"it took longer than the {policy.most_seconds:g} s that the site allows") from None
@@ -104,7 +111,14 @@ class _Apps:
             ended = self._forget(has_ended=True)
             raise AppFailed(f"the process of the app has ended {ended or 'early'}") from None
         if not result["is_done"]:
+            if not result.get("is_loaded"):  # the process will not get the app again
+                self._forget()
             raise AppFailed(_reason(policy, result["kind"], result["error"]))
+        if policy.sandbox and "kept" in received:
+            try:
+                kept.write(received["kept"])
+            except OSError as error:
+                print(f"What the app keeps is lost if its process ends, as it cannot be written: {error}", flush=True)
         if not policy.warm:
             self._forget()
         context.state = context_from_bytes(received["context"]).state

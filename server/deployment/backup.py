@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import tarfile
 import tempfile
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from corymb.server.deployment.federation import KIT
+from corymb.server.journal.tables import DATABASE
 
 SKIPPED = ("log", "nginx", "programs", "health")  # in var: made anew at each start
 ABOUT = "backup.txt"
+TRIES = 10
 
 
 def backup(folder: Path, archive: Path) -> None:
@@ -30,10 +33,13 @@ def backup(folder: Path, archive: Path) -> None:
                 name = path.relative_to(folder)
                 if not path.is_file() or name.parts[:2] in [("var", part) for part in SKIPPED]:
                     continue
-                if path.suffix in (".db", ".sqlite"):
+                if path.name == DATABASE:
+                    _add_journal(tar, path.parent, str(name.parent), Path(scratch))
+                elif path.suffix == ".db":
                     tar.add(_copied(path, Path(scratch) / "copy"), str(name))
                 elif not path.name.endswith(("-wal", "-shm", ".draft", ".socket")):
-                    tar.add(path, str(name))
+                    with suppress(FileNotFoundError):  # a journal has deleted an old model meanwhile
+                        tar.add(path, str(name))
     except BaseException:
         archive.unlink()
         raise
@@ -56,6 +62,27 @@ def restore(archive: Path, folder: Path) -> str:
     flower = about.read_text().split()[1]
     about.unlink()
     return flower
+
+
+def _add_journal(tar: tarfile.TarFile, folder: Path, name: str, scratch: Path) -> None:
+    """Add the database of a journal, and the model and the state of its newest round, while a run may go on."""
+    for _ in range(TRIES):
+        copy, files = _copied(folder / DATABASE, scratch / "copy"), []
+        with closing(sqlite3.connect(copy)) as database:
+            newest = "SELECT model FROM rounds WHERE model IS NOT NULL ORDER BY round DESC LIMIT 1"
+            models = [row[0] for row in database.execute(newest)]
+        try:
+            for file in (*models, *(model.replace("model-", "state-") for model in models)):
+                if file in models or (folder / file).exists():
+                    files.append(shutil.copyfile(folder / file, scratch / file))
+        except FileNotFoundError:  # two rounds have passed meanwhile
+            continue
+        tar.add(copy, f"{name}/{DATABASE}")
+        for each in files:
+            tar.add(each, f"{name}/{each.name}")
+            each.unlink()
+        return
+    raise OSError(f"The journal in {folder} changes faster than it can be copied; pause the run, and try again.")
 
 
 def _copied(path: Path, copy: Path) -> Path:

@@ -20,9 +20,10 @@ from torch import Tensor
 from corymb.server.journal.asks import Asks
 from corymb.server.journal.files import FileLock, save, sha256
 from corymb.server.journal.rows import delete_after, insert, open_database, read_rounds
-from corymb.server.rounds.record import RoundRecord
+from corymb.server.rounds.record import RoundRecord, score_of
 from corymb.server.rounds.run_failed import FAILED
 from corymb.server.rounds.state import RunState
+from corymb.strategies import Model
 from corymb.strategies.core.serialization import pack_memory, unpack_memory
 
 log = logging.getLogger("flwr.corymb")
@@ -52,6 +53,9 @@ class Journal:
         self.folder, self._durable, self._keep_every, self._notes = folder, durable, keep_every, notes or {}
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
+        self._best: tuple[float, int, Model] | None = (
+            None  # the best of them: score, round and model, if it is a new best
+        )
         self._commit_seconds, self._last_commit = commit_seconds, time.monotonic()
         self._lock = FileLock(folder / "writer.lock")
         self._database = open_database(folder)
@@ -116,6 +120,11 @@ class Journal:
         """
         self._uncommitted.append(record)
         self._state = state
+        score = score_of(record)
+        if score is not None and score > (
+            self._best[0] if self._best else float(self.about().get("best-score", "-inf"))
+        ):
+            self._best = score, record.round, state.model
         if self._durable or time.monotonic() - self._last_commit > self._commit_seconds:
             self.commit()
 
@@ -148,7 +157,7 @@ class Journal:
         self._last_commit = time.monotonic()
         if self.asks is not None:
             self.asks.forget(records[-1].round)
-        self._keep_if_best(records[-1], newest)
+        self._keep_best()
         for number, name, *_ in self._saved()[KEPT_MODELS:]:
             if not (self._keep_every and number % self._keep_every == 0):
                 for file in (name, _state_of(name)):
@@ -202,10 +211,8 @@ class Journal:
 
         The files of older rounds may be deleted by now.
         """
-        columns = "round, model, model_sha256, state_sha256"
-        return list(
-            self._database.execute(f"SELECT {columns} FROM rounds WHERE model IS NOT NULL ORDER BY round DESC LIMIT 64")
-        )
+        saved = "SELECT round, model, model_sha256, state_sha256 FROM rounds WHERE model IS NOT NULL"
+        return list(self._database.execute(f"{saved} ORDER BY round DESC LIMIT 64"))
 
     def _check(self, model: str, digest: str, state_digest: str | None) -> None:
         """Raise `ValueError` if a file of a saved round does not have its SHA-256."""
@@ -214,13 +221,12 @@ class Journal:
             if sha256(self.folder / name) != expected:
                 raise ValueError(f"the file {name} is damaged")
 
-    def _keep_if_best(self, record: RoundRecord, model: str) -> None:
-        """Keep a copy of the newest model if its round has the best score so far."""
-        score = score_of(record)
-        best = self.about().get("best-score")
-        if score is not None and (best is None or score > float(best)):
-            save(load_file(self.folder / model), self.folder / BEST, self._durable)
-            self.note({"best-score": repr(score), "best-round": str(record.round)})
+    def _keep_best(self) -> None:
+        """Keep the best model of the rounds that were committed, if it is the best so far."""
+        if self._best is not None:
+            (score, number, model), self._best = self._best, None
+            save(model.layers.restore(model), self.folder / BEST, self._durable)
+            self.note({"best-score": repr(score), "best-round": str(number)})
 
     def note(self, entries: Mapping[str, str]) -> None:
         """Store `entries` in what `about` returns."""
@@ -233,13 +239,6 @@ class Journal:
         if row is None:
             raise LookupError(f"The journal in {self.folder} has no rounds yet; run at least one round first.")
         return row[0]
-
-
-def score_of(record: RoundRecord) -> float | None:
-    """Return a round's score, higher is better: accuracy if it was measured, else minus the loss; None without both."""
-    measured = record.server or record.evaluate
-    loss = measured.get("loss")
-    return measured.get("accuracy", None if loss is None else -loss)
 
 
 def _without_model(state: RunState) -> dict[str, Any]:

@@ -151,3 +151,10 @@ def log_reasons(judged: Iterable[Verdict], prefix: str) -> None:
     for verdict in judged:
         if verdict.reason and verdict.code != Code.OFFLINE:
             log.info("\t│ %s (%s%s)", verdict.reason, prefix, verdict.code)
+
+
+def score_of(record: RoundRecord) -> float | None:
+    """Return a round's score, higher is better: accuracy if it was measured, else minus the loss; None without both."""
+    measured = record.server or record.evaluate
+    loss = measured.get("loss")
+    return measured.get("accuracy", None if loss is None else -loss)

@@ -181,7 +181,7 @@ def _parquet_per_site(files: list[Path], options: Options) -> Source:
     """Read one file per site; the file's name is the site's."""
     if isinstance(options.label, list):
         raise ValueError("parquet files have one label column; name one in data.label")
-    inputs, targets, labels = zip(*(read_parquet([file], options.label) for file in files), strict=True)
+    inputs, targets, labels = zip(*(read_parquet([file], options.label, files[0]) for file in files), strict=True)
     sites = tuple(file.stem for file, own in zip(files, targets, strict=True) for _ in own)
     examples = made(np.concatenate(inputs), np.concatenate(targets), options, sites=sites)
     return replace(split(examples, options), notes=(f"Each file is a site. The label is the column {labels[0]!r}.",))

@@ -71,7 +71,10 @@ def markov_rates(probabilities: Probabilities, rate: float) -> tuple[Probabiliti
 
 
 class Cyclic:
-    """Each node is online for one contiguous run of rounds in every `cycle`, with a random phase per node."""
+    """Each node is online for one contiguous run of rounds in every `cycle`, with a random phase per node.
+
+    The run has a whole number of rounds, at least one; so has the time offline.
+    """
 
     def __init__(self, probabilities: Probabilities, rng: np.random.Generator, cycle: int = 100) -> None:
         self.active, self.inactive = cyclic_lengths(probabilities, cycle)

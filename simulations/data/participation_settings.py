@@ -20,6 +20,7 @@ from corymb.simulations.data.participation import (
     Probabilities,
     Trace,
     class_correlated,
+    cyclic_lengths,
 )
 from corymb.strategies.core.registry import Registry
 
@@ -104,6 +105,13 @@ class CyclicSettings(_Random):
     kind: Literal["cyclic"] = "cyclic"
     cycle: int = Field(100, ge=2)
     """The length of a cycle in rounds."""
+
+    def make(self, labels: NDArray[np.float64], rng: np.random.Generator) -> ProcessAndProbabilities:
+        """Return the process, and the clients' probabilities, which follow from whole rounds, `[N]`."""
+        process, probabilities = super().make(labels, rng)
+        assert probabilities is not None
+        active, inactive = cyclic_lengths(probabilities, self.cycle)
+        return process, active / (active + inactive)
 
     def process(self, probabilities: Probabilities, rng: np.random.Generator) -> Participation:
         """See `Cyclic`."""

@@ -34,16 +34,18 @@ class Batches:
         settings: TrainSettings,
         seed_keys: Sequence[tuple[int, int, int]],
         dtype: torch.dtype = torch.float32,
+        no_single: bool = False,
     ) -> Batches:
         """Draw one round of batches for clients with `sizes` examples; `dtype` is the model's, for the weights.
 
-        `seed_keys` holds the seed, the client and the round that seed each client's generator.
+        `no_single` says that no batch may have one example; see `training_batches`. `seed_keys` holds the seed, the
+        client and the round that seed each client's generator.
         """
         if settings.shuffle:
             pairs = zip(sizes, seed_keys, strict=True)
-            drawn = [draw_rows(size, settings, batch_generator(*key)) for size, key in pairs]
+            drawn = [draw_rows(size, settings, batch_generator(*key), no_single) for size, key in pairs]
         else:
-            by_size = {size: draw_rows(size, settings, UNUSED) for size in set(sizes)}
+            by_size = {size: draw_rows(size, settings, UNUSED, no_single) for size in set(sizes)}
             drawn = [by_size[size] for size in sizes]
         width = max(max(lengths) for _, lengths in drawn)
         steps = [len(lengths) for _, lengths in drawn]

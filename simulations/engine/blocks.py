@@ -46,6 +46,10 @@ class Keeper(Protocol):
     """What clients keep between rounds; see `kept.Kept`."""
 
     @property
+    def personal(self) -> Mapping[str, NDArray[Any]]:
+        """The entries that stay at the client, with their values in a new module."""
+
+    @property
     def has_own_starts(self) -> bool:
         """Whether each client starts from its own model."""
 
@@ -77,6 +81,13 @@ class Task:
     def has_own_starts(self) -> bool:
         """Whether each client starts from its own model."""
         return self.starts is not None or (self.kept is not None and self.kept.has_own_starts)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the task's arrays."""
+        own = [array for array in (self.starts, self.offsets) if array is not None]
+        kept = self.kept.personal.values() if self.kept is not None else ()
+        return sum(array.nbytes for array in (*own, *self.buffers.values(), *kept))
 
     def train(
         self, trainer: Trainer, layout: Layout, parameters: Mapping[str, Tensor], second: Tensor | None = None

@@ -49,6 +49,8 @@ def obstacle(settings: TrainSettings, device: torch.device) -> str | None:
     """
     if not algorithm_of(settings).trains_in_blocks:
         return f"the client algorithm {settings.algorithm!r} does more than blocks support"
+    if algorithm_of(settings).pulls and settings.personal:
+        return f"blocks pull all layers, and {settings.algorithm!r} only those that are not personal"
     if settings.augment:
         return "blocks do not augment inputs"
     if settings.compression is not None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from corymb.client import TrainSettings
+from corymb.client.app import has_batch_norm
 from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import CLASSIFICATION, Task
 from corymb.simulations.data.population import Population
@@ -57,6 +58,7 @@ class Program:
         for name, rows in rows_per_example(module, population.store.inputs_at(slice(0, 1)).cpu()).items():
             if isinstance(layer := self._layers.get(name), ClientLinear):
                 layer.rows = rows
+        self._no_single = has_batch_norm(module)
         self._has_dropout = any(isinstance(layer, ClientDropout) for layer in self._layers.values())
         self._added: list[tuple[Tensor, Tensor]] = []  # tensors of all clients, and what is added to their gradients
         self._needs_lengths = any(layer.needs_lengths for layer in self._layers.values())
@@ -95,7 +97,7 @@ class Program:
         seed_keys = [(settings.seed, client, server_round) for client in clients]
         sizes = [self._population.size(client) for client in clients]
         dtype = start[self._names[0]].dtype
-        batches = Batches.draw(sizes, settings, seed_keys, dtype)
+        batches = Batches.draw(sizes, settings, seed_keys, dtype, self._no_single)
         # Positions of the examples in the store, steps first: [S, K, B].
         positions = self._population.store_positions(clients, batches.rows).transpose(0, 1)
         positions, batches = positions.to(store.inputs.device), batches.to(device)

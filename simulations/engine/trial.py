@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
-from corymb.client.app import make_seeded
+from corymb.client.app import has_batch_norm, make_seeded
 from corymb.client.batches import training_batches
 from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import Task
@@ -108,7 +108,8 @@ def _compare(trainer: Trainer, module: nn.Module, population: Population, tolera
             for client in range(len(population)):
                 module.load_state_dict(whole)
                 torch.default_generator.manual_seed(derive_seed(settings.seed, client, 1))
-                batches = training_batches(TensorDataset(*population.examples(client)), settings, torch.Generator())
+                data = TensorDataset(*population.examples(client))
+                batches = training_batches(data, settings, torch.Generator(), has_batch_norm(module))
                 losses.append(train(module, batches, settings, task)["loss"])
                 expected.append(_trained(module).detach())
                 buffers.append({name: buffer.clone() for name, buffer in module.named_buffers()})

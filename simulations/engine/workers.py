@@ -31,6 +31,7 @@ from corymb.strategies import Layout
 from corymb.strategies.core.rows import Rows
 
 MAX_UNFINISHED = 2  # tasks that a worker may have at once, so that it never waits for its next one
+MOST_AHEAD = 1 << 15  # bytes of a task that a worker gets before it has finished another one; a pipe has room for them
 MAX_UNREAD = 8  # blocks per worker that may be trained and not yet taken from the iterator
 
 
@@ -134,9 +135,14 @@ class WorkerEngine:
         return MatrixBlock(models, self._layout)
 
     def _send_tasks(self, waiting: deque[tuple[int, Task]], ready: int) -> None:
-        """Send each worker as many tasks as it may have, one to each worker before a second one to any."""
+        """Send each worker as many tasks as it may have, one to each worker before a second one to any.
+
+        A worker gets no large task ahead: while this process waits for room in the pipe, the worker could do the same.
+        """
         for unfinished in range(MAX_UNFINISHED):
             for worker in self._workers:
+                if waiting and worker.unfinished and waiting[0][1].nbytes > MOST_AHEAD:
+                    continue
                 if waiting and worker.unfinished <= unfinished and ready < MAX_UNREAD * len(self._workers):
                     released, worker.released = worker.released, []
                     send(worker.tasks, (self._generation, self._has_second, *waiting.popleft(), released))

@@ -12,7 +12,8 @@ from corymb.client.tasks.task import make_task
 from corymb.protocol.settings import Settings, problems
 from corymb.protocol.task_settings import TaskSettings
 from corymb.server.rule_settings import RuleSettings
-from corymb.simulations.data.attacks import AttackSettings
+from corymb.simulations.data.attacks import AttackSettings, ModelAttack
+from corymb.simulations.data.colluding_attacks import ColludingAttack
 from corymb.simulations.data.data_attacks import ShuffledLabels
 from corymb.simulations.data.devices import DevicesSettings
 from corymb.simulations.data.participation_settings import AlwaysSettings, ParticipationSettings
@@ -114,6 +115,10 @@ class Experiment(Settings):
             raise ValueError("devices need another engine than 'ray'; devices.buffer needs clients always online")
         if has_buffer and any(rule.candidate_election is not None for rule in self.rules):
             raise ValueError("devices.buffer has no rounds, so there is no candidate_election; leave one of them out")
+        if any(self.train_for(rule).compression for rule in self.rules) and isinstance(
+            self.attack, ModelAttack | ColludingAttack
+        ):
+            raise ValueError("an attack on models cannot change compressed updates; leave out attack or compression")
         if self.train.seed:
             raise ValueError(f"train.seed = {self.train.seed} has no effect in an experiment; set seeds")
         if self.target.examples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -107,6 +107,19 @@ class Cohort:
         its cohort are views of this one's.
         """
         return torch.cat([work(self._layer(entry)) for entry in self.layout.parameters if entry.stop > entry.start])
+
+    def subset(self, rows: Sequence[int], round_models: RoundModels) -> Cohort:
+        """Return the cohort of the clients at `rows`, with these models."""
+        index, nodes = torch.tensor(rows), tuple(self.nodes[row] for row in rows)
+        return replace(
+            self,
+            round_models=round_models,
+            nodes=nodes,
+            examples=self.examples[index],
+            metrics={name: values[index] for name, values in self.metrics.items()},
+            steps={node: steps for node, steps in self.steps.items() if node in nodes},
+            client_buffers=self.client_buffers[index],
+        )
 
     def _layer(self, entry: Entry) -> Cohort:
         columns = slice(entry.start, entry.stop)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import ClassVar, Generic, Literal, final
+from typing import Any, ClassVar, Generic, Literal, final
 
 import torch
 from torch import Tensor
@@ -115,6 +115,15 @@ class SightedRule(Rule[M]):
         else:
             return origin.buffers
         return buffers.to(origin.buffers.dtype)
+
+
+def require_plain(**rules: SightedRule[Any]) -> None:
+    """Raise `ValueError` unless each of `rules`, which another rule applies, needs nothing but the models."""
+    for name, rule in rules.items():
+        if rule.initial() is not None or rule.needs_proxy or rule.needs_metrics or rule.client_algorithm:
+            raise ValueError(
+                f"{name} = {rule} keeps a memory, or needs proxy data, metrics or a client algorithm; use another rule."
+            )
 
 
 def _has_finite_outputs(reply: Reply, origin: Model, proxy: Proxy) -> bool:

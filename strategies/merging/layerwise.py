@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from corymb.strategies.core.cohort import Cohort
-from corymb.strategies.core.sighted import Mix, SightedRule
+from corymb.strategies.core.sighted import Mix, SightedRule, require_plain
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Layerwise(SightedRule[None]):
     rule: SightedRule[Any]
 
     def __post_init__(self) -> None:
-        if self.rule.initial() is not None or self.rule.needs_proxy:
-            raise ValueError(f"rule = {self.rule} keeps a memory or needs proxy data; use a rule that does neither.")
+        require_plain(rule=self.rule)
 
     def tolerates(self, clients: int) -> int:
         """Return the number that the inner rule tolerates."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from corymb.strategies.core.cohort import Cohort
 from corymb.strategies.core.proxy import Proxy
 from corymb.strategies.core.round_models import RoundModels
-from corymb.strategies.core.sighted import Mix, SightedRule
+from corymb.strategies.core.sighted import Mix, SightedRule, require_plain
 from corymb.strategies.core.validation import one_of
 from corymb.strategies.merging.permutation import layer_axes, match, permuted
 
@@ -28,8 +28,9 @@ class WeightMatching(SightedRule[None]):
     rule without memory that merges the models (default: the mean weighted by examples).
 
     The rule finds the units from names and shapes, for a plain chain of layers. The server's proxy inputs show whether
-    that was right: `mix` raises `ValueError` if a reordered model has other outputs. On the same inputs, BatchNorm's
-    statistics are estimated again.
+    that was right: `mix` raises `ValueError` if the origin, reordered like a client's model, has other outputs. A
+    client whose own model then has other outputs, as one with extreme weights, is left out; the note "dropped" has
+    their number. On the same inputs, BatchNorm's statistics are estimated again.
     """
 
     needs_proxy = True
@@ -44,38 +45,48 @@ class WeightMatching(SightedRule[None]):
 
     def __post_init__(self) -> None:
         one_of(("origin", "first"), reference=self.reference)
-        if self.merge_rule is not None and (self.merge_rule.initial() is not None or self.merge_rule.needs_proxy):
-            raise ValueError(
-                f"merge_rule = {self.merge_rule} keeps a memory or needs proxy data; use a rule that does neither."
-            )
+        if self.merge_rule is not None:
+            require_plain(merge_rule=self.merge_rule)
+
+    def min_replies(self) -> int:
+        """Return the number that the rule which merges needs."""
+        return 1 if self.merge_rule is None else self.merge_rule.min_replies()
 
     def mix(self, cohort: Cohort, memory: None) -> Mix[None]:
         """Match every model to the reference, then merge the models."""
         axes = layer_axes(cohort.layout)
         reference = cohort.origin if self.reference == "origin" else cohort.models[0]
-        ordered = [
-            permuted(cohort.layout, model, match(cohort.layout, reference, model, axes, self.seed), axes)
-            for model in cohort.models
-        ]
-        for node, model, reordered, buffers in zip(
-            cohort.nodes, cohort.models, ordered, cohort.client_buffers, strict=True
-        ):
-            _require_same_outputs(cohort.proxy, node, model, reordered, buffers)
-        matched = replace(cohort, round_models=RoundModels.of_matrix(torch.stack(ordered)))
+        ordered, kept = [], []
+        for row, (node, model) in enumerate(zip(cohort.nodes, cohort.models, strict=True)):
+            order = match(cohort.layout, reference, model, axes, self.seed)
+            as_client = permuted(cohort.layout, cohort.origin, order, axes)
+            if not _has_same_outputs(cohort.proxy, cohort.origin, as_client, cohort.buffers):
+                raise ValueError(
+                    f"Reordering the hidden units like those of {node} changes the outputs of the model; weight "
+                    "matching needs a plain chain of layers, defined in the order in which they are called."
+                )
+            reordered = permuted(cohort.layout, model, order, axes)
+            if _has_same_outputs(cohort.proxy, model, reordered, cohort.client_buffers[row]):
+                ordered.append(reordered)
+                kept.append(row)
+        dropped = {"dropped": float(len(cohort.nodes) - len(kept))} if len(kept) < len(cohort.nodes) else {}
+        if len(kept) < self.min_replies():
+            return Mix(cohort.origin, notes=dropped)
+        matched = cohort.subset(kept, RoundModels.of_matrix(torch.stack(ordered)))
+        mixed: Mix[None] = Mix(matched.mixed(matched.shares), weights=matched.shares)
         if self.merge_rule is not None:
-            return self.merge_rule.mix(matched, None)
-        return Mix(matched.mixed(cohort.shares), weights=cohort.shares)
+            mixed = self.merge_rule.mix(matched, None)
+        weights = mixed.weights
+        if weights is not None:
+            weights = torch.zeros_like(cohort.examples).index_copy(0, torch.tensor(kept), weights.double())
+        return replace(mixed, weights=weights, notes={**mixed.notes, **dropped})
 
 
-def _require_same_outputs(proxy: Proxy, node: str, model: Tensor, reordered: Tensor, buffers: Tensor) -> None:
-    """Raise `ValueError` if a model and the same model with its units reordered differ in their outputs."""
+def _has_same_outputs(proxy: Proxy, model: Tensor, reordered: Tensor, buffers: Tensor) -> bool:
+    """Return whether a model and the same model with its units reordered have the same outputs."""
     rows = torch.arange(min(PROBES, len(proxy.inputs)))
     with torch.no_grad():
         before, after = (
             proxy.outputs(vector, buffers, rows, batch_statistics=True).double() for vector in (model, reordered)
         )
-    if not (before - after).abs().max() <= TOLERANCE * before.abs().max():
-        raise ValueError(
-            f"Reordering the hidden units of the model of {node} changes its outputs; weight matching needs a plain "
-            "chain of layers, defined in the order in which they are called."
-        )
+    return bool((before - after).abs().max() <= TOLERANCE * before.abs().max())

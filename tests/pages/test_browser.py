@@ -270,7 +270,8 @@ def test_the_page_of_a_site(browser: Browser, tmp_path: Path) -> None:
     ledger = Ledger(kit / "ledger.jsonl")
     ledger.add("refused", day, app="cd" * 32, reason="the app is not approved at this site")
     left = {"arrays": 2, "bytes": 8_000_000, "metrics": {"loss": 0.5}, "withheld": ["name"]}
-    ledger.add("released", day, app=app, kind="train", run=7, round=3, purpose="Study 17 <b>", **left)
+    ledger.add("ran", day, app=app, kind="train", run=7, round=3, purpose="Study 17 <b>")
+    ledger.add("left", day, app=app, kind="train", run=7, round=3, purpose="Study 17 <b>", **left)
     with command("site", str(kit), port=free_port()) as address:
         for scheme in ("light", "dark"):
             with opened(browser, address, scheme) as (page, errors):

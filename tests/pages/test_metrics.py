@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -115,7 +116,7 @@ def test_a_stalled_run_is_not_ready_and_health_alone_does_not_see_it(finished: F
 def test_a_run_that_no_superexec_begins_is_stalled(tmp_path: Path) -> None:
     kit = make_kit(tmp_path)
     publish(kit, runs={"7": "pending"}, ago=90)
-    assert {"CorymbStalled", "CorymbMonitorSilent"} <= quiet(numbers(Federation(kit)))
+    assert {"CorymbStalled", "CorymbMonitorSilent"} <= quiet(numbers(Federation(kit, parent=os.getppid())))
 
 
 def test_overdue_answers_and_zombies(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_overdue_answers_and_zombies(tmp_path: Path) -> None:
     journal.asks.note_event(Event(5, "train", "north", "replied", 1.0))
     journal.close()
     publish(kit, runs={"1": "running"})
-    found = numbers(Federation(kit))
+    found = numbers(Federation(kit, parent=os.getppid()))
     assert value(found, "corymb_replies_overdue") == 2
     assert value(found, "corymb_zombies") == 1
     assert quiet(found) == {"CorymbRepliesOverdue", "CorymbZombies"}
@@ -145,7 +146,7 @@ def test_overdue_answers_and_zombies(tmp_path: Path) -> None:
 def test_certificates_that_end(tmp_path: Path) -> None:
     kit = make_kit(tmp_path, days=7)
     publish(kit)
-    assert quiet(numbers(Federation(kit))) == {"CorymbServerCertificate", "CorymbSiteCertificate"}
+    assert quiet(numbers(Federation(kit, parent=os.getppid()))) == {"CorymbServerCertificate", "CorymbSiteCertificate"}
 
 
 def test_a_process_that_is_down(finished: Federation) -> None:

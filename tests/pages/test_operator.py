@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def test_a_run_that_waits_for_sites_to_begin_says_so(tmp_path: Path) -> None:
     grid.close()
     journal.close()
     publish(kit, runs={"1": "running"})
-    source = Federation(kit)
+    source = Federation(kit, parent=os.getppid())
     assert Operator(source).view()["sentence"] == "Waiting for 5 sites to begin; 3 are online."
     assert [n.value for n in source.numbers(time.time()) if n.metric == "corymb_sites_missing"] == [2]
     said = list(Progress(source.runs / "run-1", reminded=-100.0).lines())
@@ -149,5 +150,5 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
     grid.close()
     journal.close()
     publish(kit, runs={"2": "finished:failed"})
-    said = Operator(Federation(kit)).view()["sentence"]
+    said = Operator(Federation(kit, parent=os.getppid())).view()["sentence"]
     assert said.startswith("Failed after round 1 of 4. A round had fewer admitted replies than the quorum of 9")

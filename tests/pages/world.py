@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -92,4 +93,4 @@ def federation(folder: Path, **run: object) -> Federation:
     kit = make_kit(folder)
     run_rounds(kit / "var" / "corymb" / "runs" / "run-1", **run)  # type: ignore[arg-type]
     publish(kit, runs={"1": "finished:completed"})
-    return Federation(kit)
+    return Federation(kit, parent=os.getppid())

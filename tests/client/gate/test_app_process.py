@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,14 @@ def train(message, context):
         os.kill(os.getpid(), 9)
     if what == "hang":
         time.sleep(600)
+    kept = Path.home() / ".corymb" / "clients" / "a"
+    if what == "keep":
+        kept.mkdir(parents=True)
+        (kept / "000001.safetensors").write_bytes(b"its memory")
     context.state["mine"] = ConfigRecord({"calls": calls})
     numbers = {"num-examples": 1, "calls": calls, "can-read": int(os.path.exists(str(context.node_config["data"])))}
     numbers["sees-secret"] = int(os.path.exists(str(context.node_config["secret"])))
+    numbers["kept"] = len(list(kept.glob("*")))
     numbers["processes"] = len(list(Path("/proc").glob("[0-9]*")))
     numbers["interfaces"] = len(socket.if_nameindex())
     content = RecordDict({"arrays": message.content["arrays"], "metrics": MetricRecord(numbers)})
@@ -85,6 +91,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def apps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Apps]:
     """The processes of apps as a task sees them; a thread plays the gate's own process."""
     monkeypatch.setenv("FLWR_HOME", str(tmp_path / "flwr"))
+    (tmp_path / "site").mkdir()
     pool, (ours, theirs) = AppPool(tmp_path / "kit", tmp_path / "log"), socket.socketpair()
 
     task = Task(1, ours, ours)
@@ -97,7 +104,7 @@ def apps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Apps]:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    yield _Apps(theirs)
+    yield _Apps(theirs, tmp_path / "site")
     theirs.shutdown(socket.SHUT_RDWR)
     thread.join()
     theirs.close()
@@ -106,11 +113,17 @@ def apps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Apps]:
 
 
 def ask(
-    apps: _Apps, bundle: Bundle, policy: SitePolicy, folder: Path, what: str = "train", run: int = 7
+    apps: _Apps,
+    bundle: Bundle,
+    policy: SitePolicy,
+    folder: Path,
+    what: str = "train",
+    run: int = 7,
+    **config: str,
 ) -> tuple[Message, Context]:
     set_task_identity(run_id=run, node_id=5)
     arrays = to_arrays({"w": torch.arange(1000.0), "half": torch.ones(2, dtype=torch.bfloat16)})
-    message = Message(RecordDict({"arrays": arrays, "config": ConfigRecord({"what": what})}), 5, "train")
+    message = Message(RecordDict({"arrays": arrays, "config": ConfigRecord({"what": what, **config})}), 5, "train")
     set_message_id(message, "m-1")
     secret = folder / "secret"
     secret.write_text("a key")
@@ -152,6 +165,24 @@ def test_an_app_that_fails_costs_its_reply_and_nothing_else(apps: _Apps, bundle:
     with pytest.raises(AppFailed, match=r"it took longer than the 0\.5 s that the site allows"):
         ask(apps, bundle, policy.model_copy(update={"most_seconds": 0.5}), tmp_path, "hang")
     assert "KeyError: 'no such column'" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(not HAS_SANDBOX, reason="needs bubblewrap")
+def test_what_an_app_keeps_outlives_its_process(apps: _Apps, bundle: Bundle, tmp_path: Path) -> None:
+    policy = SitePolicy()
+
+    def kept(**options: Any) -> float:
+        return metrics(ask(apps, bundle, policy, tmp_path, **options)[0])["kept"]
+
+    assert kept() == 0
+    assert kept(what="keep") == 1
+    with pytest.raises(AppFailed, match="the process of the app has ended"):
+        ask(apps, bundle, policy, tmp_path, "die")
+    assert kept() == 1  # in a new process
+    assert kept(run=8) == 0  # another run has a memory of its own
+    assert kept(run=9, **{"memory-run": "7"}) == 1  # unless it goes on with that one
+    (copy,) = (tmp_path / "site" / "kept").iterdir()
+    assert copy.name.endswith("-7.tar")
 
 
 @pytest.mark.skipif(not HAS_SANDBOX, reason="needs bubblewrap")

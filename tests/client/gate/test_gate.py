@@ -6,19 +6,19 @@ import hashlib
 import re
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from corymb.client.gate.gate import Gate
 from corymb.client.gate.ledger import Ledger, in_words
-from corymb.client.gate.policy import Refusal, SitePolicy, template
+from corymb.client.gate.policy import Refusal, SitePolicy, approve, template
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import set_message_id, set_task_identity
 
@@ -209,6 +209,28 @@ def test_trainings_are_limited_in_time(tmp_path: Path) -> None:
     assert entries.count(("refused", "train")) == 2
 
 
+def test_a_clock_that_is_set_back_refuses_nothing(tmp_path: Path) -> None:
+    clock = Clock()
+    gate = gate_with(tmp_path, "least_seconds_between_rounds = 60\n" + APPROVED, clock)
+    for number, minutes in enumerate((0, -60)):
+        clock.now = NOON + timedelta(minutes=minutes)
+        gate.admit(APP)
+        gate.around(honest)(request(nonce=f"n-{number}"), context())
+
+
+def test_an_approval_that_has_expired_can_be_renewed(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.now = datetime(2026, 12, 2)
+    gate = gate_with(tmp_path, APPROVED, clock)
+    gate.admit(APP)
+    with pytest.raises(Refusal, match="has expired on 2026-12-01"):
+        gate.around(never)(request(), context())
+    approve(tmp_path / "policy.toml", HASH, "Study 17", date(2027, 1, 1))
+    gate.admit(APP)
+    gate.around(honest)(request(), context())
+
+
+@example(place=157, byte=0x1E)  # the end of a line becomes another of Unicode's ends of lines
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255))
 def test_one_changed_byte_of_the_ledger_is_found(
     place: int, byte: int, tmp_path_factory: pytest.TempPathFactory

@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,17 @@ def test_rounds_that_are_not_durable_are_committed_together(tmp_path: Path) -> N
     assert list(reopened.rounds()) == [record(number) for number in range(1, 6)]
     assert reopened.model_sha256() == sha256(tmp_path / "model-000005.safetensors")
     reopened.close()
+
+
+def test_the_best_of_rounds_that_are_committed_together_is_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, durable=False)
+    for number, accuracy in enumerate((0.5, 0.9, 0.7), start=1):
+        after = state({"w": torch.full((1,), float(number))})
+        journal.write(replace(record(number), server={"accuracy": accuracy}), after)
+    journal.close()
+    assert load_file(tmp_path / "best.safetensors")["w"].item() == 2
+    with closing(Journal(tmp_path)) as reopened:
+        assert reopened.about()["best-round"] == "2"
 
 
 def test_an_empty_journal_raises_an_error(tmp_path: Path) -> None:

@@ -233,6 +233,20 @@ def test_a_parquet_file_per_site(tmp_path: Path) -> None:
     assert source.notes == ("Each file is a site. The label is the column 'target'.",)
 
 
+def test_parquet_files_of_sites_are_matched_by_the_names_of_their_columns(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"age": [1.0] * 10, "bp": [2.0] * 10, "y": [0, 1] * 5}
+    parquet.write_table(pa.table(columns), tmp_path / "north.parquet")
+    parquet.write_table(pa.table({name: columns[name] for name in ("y", "bp", "age")}), tmp_path / "south.parquet")
+    source = load(str(tmp_path))
+    assert (source.train.inputs == torch.tensor([1.0, 2.0])).all()
+    parquet.write_table(pa.table({"age": [1.0], "pulse": [2.0], "y": [0]}), tmp_path / "west.parquet")
+    with pytest.raises(ValueError, match="the column 'bp' is not in both"):
+        load(str(tmp_path))
+
+
 def test_missing_data_and_unknown_formats(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no data at 'nowhere'"):
         load("nowhere")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
-from corymb.client.app import batch_generator
+from corymb.client.app import batch_generator, has_batch_norm
 from corymb.client.batches import training_batches
 from corymb.client.seeds import derive_seed
 from corymb.simulations.data.examples import Examples
@@ -93,6 +93,7 @@ def one_by_one(
             TensorDataset(*clients.examples(client)),
             train_settings,
             batch_generator(train_settings.seed, client, number),
+            has_batch_norm(module),
         )
         train(module, batches, train_settings, server_round=number)
         models.append(nn.utils.parameters_to_vector(module.parameters()).detach())

@@ -9,18 +9,23 @@ from numpy.testing import assert_allclose
 from torch import Tensor, nn
 
 from corymb.strategies import (
+    Bulyan,
     FedAvg,
+    FedDyn,
     FisherMerging,
     GreedySoup,
     IsoC,
     IsoCTS,
+    Layerwise,
     Layout,
     LearnedSoup,
+    Median,
     ModelStock,
     Outcome,
     Proxy,
     Reply,
     Rule,
+    Scaffold,
     WeightMatching,
 )
 from corymb.strategies.merging.fisher import diagonal_fisher, fisher_mean
@@ -235,8 +240,36 @@ def test_s12_weight_matching_refuses_to_change_what_a_model_computes(make: Calla
         module = make()
         replies.append(Reply.of(f"c{seed}", Layout.of_module(module).flatten(module.state_dict()).parameters))
     origin = Layout.of_module(module).flatten(module.state_dict())
-    with pytest.raises(ValueError, match="changes its outputs; weight matching needs a plain chain"):
+    with pytest.raises(ValueError, match="changes the outputs of the model; weight matching needs a plain chain"):
         WeightMatching().aggregate(origin, replies, None, proxy=Proxy(module, torch.randn(20, 8)))
+
+
+def test_a_client_with_extreme_weights_is_left_out_and_ends_no_run() -> None:
+    """Sums of 1e8 and -1e8 lose the third unit in one order and not in another."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    layout = Layout.of_module(module)
+    origin = layout.flatten(module.state_dict())
+    hostile = {name: torch.ones_like(tensor) for name, tensor in module.state_dict().items()}
+    hostile["0.bias"] = torch.tensor([2.0, 1.0, 2.0])
+    hostile["2.weight"] = torch.tensor([[1e8, 1.0, -1e8]])
+    vectors = [origin.parameters, origin.parameters + 0.1, layout.flatten(hostile).parameters]
+    replies = [Reply.of(f"c{number}", vector) for number, vector in enumerate(vectors)]
+    proxy = Proxy(module, 100 * torch.rand(20, 2))
+    for rule in (WeightMatching(), WeightMatching(merge_rule=Median())):
+        outcome = rule.aggregate(origin, list(replies), None, proxy=proxy)
+        assert outcome.notes["dropped"] == 1
+        assert_allclose(outcome.model.parameters, origin.parameters + 0.05, atol=1e-5)
+    assert WeightMatching().aggregate(origin, list(replies), None, proxy=proxy).weights["c2"] == 0
+
+
+def test_a_rule_inside_another_needs_nothing_but_models() -> None:
+    for rule in (Scaffold(), FedDyn()):
+        with pytest.raises(ValueError, match="or needs proxy data, metrics or a client algorithm"):
+            Layerwise(rule)
+        with pytest.raises(ValueError, match="or needs proxy data, metrics or a client algorithm"):
+            WeightMatching(merge_rule=rule)
+    assert WeightMatching(merge_rule=Bulyan(hostile=1)).min_replies() == 7
 
 
 def test_layers_that_are_no_chain_are_refused() -> None:
