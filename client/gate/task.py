@@ -93,7 +93,7 @@ class _Apps:
         if connection is None:
             raise Refusal(answer["error"])
         pipe = Pipe(connection)
-        header = {"run": context.run_id, "node": context.node_id, "names": bundle.names}
+        header = {"run": context.run_id, "node": context.node_id, "names": bundle.names, "is_boxed": policy.sandbox}
         parts = {"message": to_pieces(message), "context": [context_to_bytes(context)]}
         kept = Kept(self._folder, hashlib.sha256(bundle.content).hexdigest(), message, context)
         if answer["is_new"]:

@@ -115,10 +115,6 @@ class Experiment(Settings):
             raise ValueError("devices need another engine than 'ray'; devices.buffer needs clients always online")
         if has_buffer and any(rule.candidate_election is not None for rule in self.rules):
             raise ValueError("devices.buffer has no rounds, so there is no candidate_election; leave one of them out")
-        if any(self.train_for(rule).compression for rule in self.rules) and isinstance(
-            self.attack, ModelAttack | ColludingAttack
-        ):
-            raise ValueError("an attack on models cannot change compressed updates; leave out attack or compression")
         if self.train.seed:
             raise ValueError(f"train.seed = {self.train.seed} has no effect in an experiment; set seeds")
         if self.target.examples:
@@ -127,6 +123,10 @@ class Experiment(Settings):
         for index, rule in enumerate(self.rules):
             _check_train(lambda rule=rule: self.train_for(rule), f"rules.{index}.train.")
             algorithm_of(self.train_for(rule))
+        if any(self.train_for(rule).compression for rule in self.rules) and isinstance(
+            self.attack, ModelAttack | ColludingAttack
+        ):
+            raise ValueError("an attack on models cannot change compressed updates; leave out attack or compression")
         return self
 
     def devices_for(self, rule: ExperimentRule) -> DevicesSettings:
