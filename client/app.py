@@ -24,7 +24,7 @@ from corymb.client.tasks.task import Loss, Task, make_task, task_of_loss
 from corymb.client.trainer import evaluate
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.compression import COMPRESSION, UPDATE
-from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, ROUND, STEPS, of_kind
+from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, ROUND, STEPS, memory_run, of_kind
 from corymb.protocol.task_settings import TaskSettings
 from corymb.protocol.train_settings import TrainSettings
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
@@ -80,10 +80,11 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
             else make_task(TaskSettings.read(context.run_config, context.node_config, *configs))
         )
         module = fresh_module(settings.seed).to(device)
+        folder = folder_of(context, identity, memory_run(message.content, context.run_id))
         extra = message.content.get(EXTRA)
         work = LocalWork(
             module, to_state(model_record(message.content)), to_state(extra) if isinstance(extra, ArrayRecord) else {},
-            settings, server_round, task, lambda: fresh_module(settings.seed), folder_of(context, identity, configs),
+            settings, server_round, task, lambda: fresh_module(settings.seed), folder,
         )  # fmt: skip
 
         def seeded() -> None:

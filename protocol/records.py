@@ -22,6 +22,12 @@ MEMORY: Final = "memory-run"  # config: the first Flower run of a resumed run; c
 DEADLINE: Final = "deadline"  # config: seconds from the creation of the message until the server stops waiting
 
 
+def memory_run(content: RecordDict, run_id: int) -> int:
+    """Return the id of the Flower run under which a client keeps things: that which the message names, or `run_id`."""
+    named = [int(str(record[MEMORY])) for record in of_kind(content, ConfigRecord) if MEMORY in record]
+    return named[0] if named else run_id
+
+
 def of_kind(content: RecordDict, kind: type[R]) -> list[R]:
     """Return all records of the type `kind` in a message.
 

@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context
+from flwr.app import Context
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corymb.protocol.home import CLIENTS, home
-from corymb.protocol.records import MEMORY
 
 PLACE = "client-memory"  # key of the run config with the folder for all clients of a run
 KEPT_FILES = 3  # after a crash, a round is repeated, and another one if the newest file of the journal is damaged
 
 
-def folder_of(context: Context, client: object, configs: Iterable[ConfigRecord] = ()) -> Path:
+def folder_of(context: Context, client: object, run_id: int | None = None) -> Path:
     """Return the folder of what `client` keeps in the run of `context`.
 
-    It lies in the folder that the run config names as `client-memory`, by default `~/.corymb/clients/RUN-ID`. A run
-    that goes on under another id than it began with names the first one in the `configs` of its messages.
+    It lies in the folder that the run config names as `client-memory`, by default `~/.corymb/clients/RUN-ID`. `run_id`
+    is another id than the context's, of a run that began under it; see `memory_run`.
     """
     place = context.run_config.get(PLACE)
-    run_id = next((int(str(config[MEMORY])) for config in configs if MEMORY in config), context.run_id)
-    root = Path(str(place)) if place else home() / CLIENTS / str(run_id)
+    root = Path(str(place)) if place else home() / CLIENTS / str(context.run_id if run_id is None else run_id)
     return root / hashlib.sha256(str(client).encode()).hexdigest()[:16]
 
 

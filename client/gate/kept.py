@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import tarfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import Context, Message
 
-from corymb.protocol.records import MEMORY, of_kind
+from corymb.protocol.records import memory_run
 
 KEPT = "kept"  # the folder at the site, with a file for each app and run
-OLD_SECONDS = 90 * 24 * 3600.0  # after which a copy that is not used is deleted
+OLD_SECONDS = 90 * 24 * 3600.0  # after which a copy that does not change is deleted
 Stamps = dict[str, tuple[int, int]]  # of the files in a folder: when they changed, and their sizes
 
 
@@ -30,7 +29,8 @@ def stamps(folder: Path) -> Stamps:
 
 
 def packed(folder: Path) -> bytes:
-    """Return `folder` as an archive."""
+    """Return `folder` as an archive; it may be missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.add(folder, arcname=".")
@@ -38,19 +38,20 @@ def packed(folder: Path) -> bytes:
 
 
 def unpack(data: bytes, folder: Path) -> None:
-    """Write the files in an archive of `packed` to `folder`."""
+    """Write the files in an archive of `packed` to `folder`, as far as it is whole: a power cut may have torn it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        archive.extractall(folder, filter="data")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            archive.extractall(folder, filter="data")
+    except tarfile.TarError as error:
+        print(f"What the app has kept is damaged ({error}), and begins anew.", flush=True)
 
 
 class Kept:
     """The copy of what the app with the SHA-256 `app` keeps in the run of a task, in the site's `folder`."""
 
     def __init__(self, folder: Path, app: str, message: Message, context: Context) -> None:
-        names = [str(record[MEMORY]) for record in of_kind(message.content, ConfigRecord) if MEMORY in record]
-        run = next((name for name in names if re.fullmatch(r"\d{1,20}", name)), str(context.run_id))
-        self._path = folder / KEPT / f"{app}-{run}.tar"
+        self._path = folder / KEPT / f"{app}-{memory_run(message.content, context.run_id)}.tar"
 
     def read(self) -> bytes | None:
         """Return the copy, None if there is none."""
@@ -59,7 +60,7 @@ class Kept:
         return None
 
     def write(self, data: bytes) -> None:
-        """Replace the copy, and delete copies that have not been used for long. Raises `OSError` as on a full disk."""
+        """Replace the copy, and delete copies that have not changed for long. Raises `OSError` as on a full disk."""
         self._path.parent.mkdir(mode=0o700, exist_ok=True)
         part = self._path.with_suffix(f".part-{os.getpid()}")
         try:

@@ -125,7 +125,7 @@ class Journal:
             self._best[0] if self._best else float(self.about().get("best-score", "-inf"))
         ):
             self._best = score, record.round, state.model
-        if self._durable or time.monotonic() - self._last_commit > self._commit_seconds:
+        if self._durable or time.monotonic() - self._last_commit >= self._commit_seconds:
             self.commit()
 
     def commit(self) -> None:

@@ -47,9 +47,9 @@ class ModelTests:
         if isinstance(attack, Backdoor) and scenario.hostile:
             self._backdoor = CentralTest(module, attack.test_set(scenario.test), threads, resolved.task)
         parts = {"": scenario.test} | ({} if scenario.validation is None else {VALIDATION: scenario.validation})
-        self._voting = {
-            prefix: proxy_of(resolved, part) for prefix, part in parts.items() if isinstance(rule, VotingRule)
-        }
+        self._voting: dict[str, Proxy] = {}
+        if isinstance(rule, VotingRule):
+            self._voting = {prefix: proxy_of(resolved, part) for prefix, part in parts.items()}
         # At the clients: the prefix of the metrics, and the tests on the clients' test or validation parts.
         self._at_clients = [
             (prefix, ClientTests(resolved.model, scenario, examples, config, threads))

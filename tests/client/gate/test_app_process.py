@@ -183,6 +183,10 @@ def test_what_an_app_keeps_outlives_its_process(apps: _Apps, bundle: Bundle, tmp
     assert kept(run=9, **{"memory-run": "7"}) == 1  # unless it goes on with that one
     (copy,) = (tmp_path / "site" / "kept").iterdir()
     assert copy.name.endswith("-7.tar")
+    copy.write_bytes(copy.read_bytes()[:100])  # as after a power cut
+    with pytest.raises(AppFailed, match="the process of the app has ended"):
+        ask(apps, bundle, policy, tmp_path, "die")
+    assert kept() == 0
 
 
 @pytest.mark.skipif(not HAS_SANDBOX, reason="needs bubblewrap")

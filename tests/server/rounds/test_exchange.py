@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from corymb.client.algorithms.memory_files import folder_of
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.flower import empty_run, set_message_id, set_task_identity
-from corymb.protocol.records import DEADLINE, MEMORY, NONCE
+from corymb.protocol.records import DEADLINE, MEMORY, NONCE, memory_run
 from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
 from corymb.server.rounds import asking
 from corymb.server.rounds.asking import _copy
@@ -157,7 +157,8 @@ def test_a_run_that_goes_on_under_another_id_names_the_first_one(tmp_path: Path)
         config = Exchange(later, 60.0, journal.asks).begin(2, "train", ConfigRecord())
         assert config[MEMORY] == "7"
         context = Context(8, 1, {}, RecordDict(), {})
-        assert folder_of(context, "north", [config]).parent.name == "7"
+        run_id = memory_run(RecordDict({"config": config}), context.run_id)
+        assert folder_of(context, "north", run_id).parent.name == "7"
         assert folder_of(context, "north").parent.name == "8"
 
 

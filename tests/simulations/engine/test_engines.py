@@ -809,6 +809,21 @@ def test_any_number_of_workers_gives_the_same_bits(tmp_path: Path) -> None:
     assert models[0] == models[1] == models[2]
 
 
+def wide(shape: tuple[int, ...], classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4000), nn.BatchNorm1d(4000), nn.ReLU(), nn.Linear(4000, classes))
+
+
+@pytest.mark.timeout(120)
+def test_large_tasks_and_large_reports_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """Each of two tasks holds ten own starts, and each report ten buffers: more than a pipe has room for."""
+    experiment = Experiment(
+        name="wide", rounds=1, rules=["fedavg"], engine="processes", blocks=2,
+        model={"kind": f"{__name__}:wide", "random_start": True}, partition={"kind": "iid", "clients": 20},
+    )  # fmt: skip
+    run_rule(experiment, 0, 0, tmp_path, workers=1)
+    assert (tmp_path / "model-000001.safetensors").exists()
+
+
 @pytest.mark.parametrize("engine", ["low_rank", "processes"])
 def test_one_client_s_nan_data_do_not_affect_the_others(engine: str, tmp_path: Path) -> None:
     """A client with NaN in its data is rejected, and the model equals that of a round without it."""
