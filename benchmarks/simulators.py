@@ -118,11 +118,12 @@ def run_peer(peer: str, row: Row, ordered: bool) -> Result:
     """Return the result of a peer; for pfl-research, the faster one of a single process and of two processes."""
     if peer != "pfl":
         return run_script(peer, row, ["--ordered"] * ordered, [], "2")
-    results = [
+    alone, pair = (
         run_script(peer, row, [], launcher, "1")
         for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"])
-    ]
-    return min(results, key=lambda result: workload.median(result["seconds"]))
+    )
+    one_process = workload.median(alone["seconds"])
+    return {**min(alone, pair, key=lambda result: workload.median(result["seconds"])), "one process": one_process}
 
 
 def run_script(
@@ -181,6 +182,10 @@ def main() -> None:
             difference = f", checksum {peer_checksum / checksum - 1:+.0e}" if compares else ""
             line += f"{f'{times[peer]:.0f} ms = {ratio:.1f}x ({row.targets[peer]:g}x{difference})':>34}"
         print(line, flush=True)
+        if alone := [run["one process"] for run in results.get("pfl", ())]:
+            print(
+                f"{'':20}than one process of pfl-research: {workload.median(alone) / times['corymb']:.1f}x", flush=True
+            )
         print(f"{'':20}time of a round: {overhead(row)}", flush=True)
     sys.exit(missed > 0)
 

@@ -108,7 +108,7 @@ class LocalWork:
         if self.keeps_memory:
             kept = {**self._remembered(local, metrics), **local.kept}
             kept |= {f"{PERSONAL}.{name}": state[name] for name in self._personal}
-        shared = {name: state[name].cpu() for name in self._received}
+        shared = {name: state[name].cpu().contiguous() for name in self._received}
         update: dict[str, Tensor] = {}
         if self._settings.compression is not None:
             shared, update, left_out = self._compressed(self._settings.compression, shared, local.memory)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from corymb.protocol.flower import MESSAGE_LOST, set_message_id, set_reply_to, unchecked_messages
+from corymb.protocol.flower import MESSAGE_LOST, NODE_UNAVAILABLE, set_message_id, set_reply_to, unchecked_messages
 from corymb.protocol.records import DEADLINE, NONCE, of_kind
 from corymb.protocol.signatures import RECORD as SIGNATURE
 from corymb.protocol.sizes import bytes_of
@@ -22,6 +22,7 @@ log = logging.getLogger("flwr.corymb")
 MOST_ASKS = 4  # times that a node is asked in one phase
 REMIND_SECONDS = 30.0  # between two log lines about nodes that have not answered
 SLACK_SECONDS = 30.0
+BACK_SECONDS = 40.0  # in which an offline node may come back; a SuperNode sends a heartbeat every half a minute
 LEAST_LEFT = 5.0  # seconds to the deadline, below which nobody is asked again
 
 
@@ -37,10 +38,10 @@ def overdue_after(durations: Collection[float], asks: int) -> float | None:
 class Asking:
     """What was `asked` in a phase of round `number`, with the `messages` to ask again with, until `ends` (Unix time).
 
-    A node is asked again, with a copy of its message, if it is overdue or if its reply was lost. Only clients that
-    answer such a request from memory are asked again: their replies repeat the nonce of the request. `remembers` says
-    so by node, and is updated; a node that has never replied is taken for what all others are. `longest` has the
-    longest duration of a reply by phase, and is updated.
+    A node is asked again, with a copy of its message, if it is overdue, if its reply was lost, or if it was offline and
+    has come back. Only clients that answer such a request from memory are asked again: their replies repeat
+    the nonce of the request. `remembers` says so by node, and is updated; a node that has never replied is taken for
+    what all others are. `longest` has the longest duration of a reply by phase, and is updated.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Asking:
         self._node_of = dict(requests.by_message)
         self._asks = dict.fromkeys(self._ids, 1)
         self._answered: set[str] = set()
+        self._offline: dict[str, tuple[Message, float]] = {}  # what Flower says of a node that may come back, and when
         self._reminded = time.monotonic()
 
     def unanswered(self) -> dict[str, list[str]]:
@@ -82,7 +84,8 @@ class Asking:
     def accept(self, reply: Message, kept_at: float | None = None) -> bool:
         """Return whether `reply` counts. `kept_at` is the time of its arrival before a restart of the server.
 
-        It does not count if the node has answered before, or if its reply was lost and it is asked again.
+        It does not count if the node has answered before, or if its reply was lost and it is asked again. Flower's
+        word that the node is offline does not count yet; see `still_offline`.
         """
         asked_id = reply.metadata.reply_to_message_id
         name = self._node_of.get(asked_id)
@@ -92,6 +95,10 @@ class Asking:
             set_reply_to(reply, next(i for i, node in self.asked.requests.by_message.items() if node == name))
         seconds = max(0.0, (time.time() if kept_at is None else kept_at) - self.asked.at)
         if reply.has_error():
+            if reply.error.code == NODE_UNAVAILABLE and kept_at is None and self._may_ask_again(name):
+                self._offline[name] = reply, time.monotonic()
+                self._events.add(Event(self._round, self._phase, name, "offline", seconds))
+                return False
             is_lost = reply.error.code in {*MESSAGE_LOST, UNREADABLE}
             if is_lost and kept_at is None and self._ask_again(name, "lost"):
                 return False
@@ -109,8 +116,27 @@ class Asking:
             self._events.add(Event(self._round, self._phase, name, kind, seconds, bytes_of(reply)), left)
         return True
 
+    @property
+    def awaits_return(self) -> bool:
+        """Whether a node is offline and may come back."""
+        return bool(self._offline)
+
+    def still_offline(self, is_over: bool = False) -> Iterator[Message]:
+        """Yield what Flower says of the nodes that have been offline for too long, or of all if the phase `is_over`.
+
+        They are not asked again.
+        """
+        for name, (reply, since) in list(self._offline.items()):
+            if is_over or time.monotonic() - since >= BACK_SECONDS:
+                del self._offline[name]
+                self._asks[name] = MOST_ASKS
+                yield reply
+
     def attend(self) -> None:
-        """Ask the nodes that are overdue again, and log who has not answered. To be called while no reply arrives."""
+        """Ask the nodes again that are overdue or back, and log who has not answered.
+
+        To be called while no reply arrives.
+        """
         left = self.unanswered()
         elapsed = time.time() - self.asked.at
         if time.monotonic() - self._reminded >= REMIND_SECONDS:
@@ -119,10 +145,11 @@ class Asking:
         online: set[int] | None = None
         for name in left:
             limit = overdue_after(self.durations or self._before, self._asks[name])
-            if limit is not None and elapsed > limit and self._is_ready(name):
+            was_offline = name in self._offline
+            if (was_offline or (limit is not None and elapsed > limit)) and self._may_ask_again(name):
                 online = self._online() if online is None else online
-                if self._ids[name] in online:
-                    self._ask_again(name, "overdue")
+                if self._ids[name] in online and self._ask_again(name, "back" if was_offline else "overdue"):
+                    self._offline.pop(name, None)
 
     def _online(self) -> set[int]:
         try:
@@ -136,13 +163,15 @@ class Asking:
         known = self._remembers.values()
         return self._remembers.get(name, bool(known) and all(known))
 
+    def _may_ask_again(self, name: str) -> bool:
+        left = self.ends - time.time() >= LEAST_LEFT and self._asks.get(name, MOST_ASKS) < MOST_ASKS
+        return left and name in self._originals and self._is_ready(name)
+
     def _ask_again(self, name: str, why: str) -> bool:
         """Send the message to a node again. Returns whether that was possible."""
-        original = self._originals.get(name)
-        seconds_left = self.ends - time.time()
-        if original is None or not self._is_ready(name) or self._asks[name] >= MOST_ASKS or seconds_left < LEAST_LEFT:
+        if not self._may_ask_again(name):
             return False
-        again = _copy(original, seconds_left)
+        again = _copy(self._originals[name], self.ends - time.time())
         try:
             (accepted,) = push(self._grid, [again]) or [""]
         except Exception as error:

@@ -16,8 +16,8 @@ SHOWN = 5  # names in a log line
 class Event:
     """An event in a round: `what` happened with `node`.
 
-    `what` is "asked", "asked again", "replied", "failed", "late", or a verdict of the door. `seconds` are those since
-    the request, `size` the bytes of the model in the reply, and `at` is Unix time.
+    `what` is "asked", "asked again", "offline", "replied", "failed", "late", or a verdict of the door. `seconds` are
+    those since the request, `size` the bytes of the model in the reply, and `at` is Unix time.
     """
 
     round: int

@@ -32,6 +32,7 @@ from corymb.server.rounds.round import Asked, Requests
 from corymb.server.rounds.round_journal import AskJournal
 
 log = logging.getLogger("flwr.corymb")
+PAUSE_SECONDS = 1.0  # between two looks for nodes that come back
 LEAST_SECONDS = 10.0  # that a restarted server waits for replies, even if the deadline has passed meanwhile
 
 
@@ -137,12 +138,22 @@ class Exchange:
             del reply
         if self._is_closed():
             return
-        for reply in polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend):
+        for reply in self._arriving(asking, deadline):
             if asking.accept(reply):
                 if self._journal is not None:
                     self._journal.keep_reply(number, phase, reply, time.time())
                 yield reply
             del reply
+
+    def _arriving(self, asking: Asking, deadline: float) -> Generator[Message]:
+        """Yield the replies that arrive until `deadline`, and errors for the nodes that stay offline."""
+        yield from polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend)
+        while asking.awaits_return and time.monotonic() < deadline:
+            time.sleep(PAUSE_SECONDS)
+            asking.attend()
+            yield from polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend)
+            yield from asking.still_offline()
+        yield from asking.still_offline(is_over=True)
 
     def _make_asking(self, asked: Asked, messages: list[Message]) -> Asking:
         ends = inf if self._timeout is None else asked.at + self._timeout

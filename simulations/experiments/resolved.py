@@ -17,6 +17,7 @@ from corymb.protocol.shared_state import fixed_names, personal_names
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.data.examples import Source
 from corymb.simulations.data.targets import outputs_of
+from corymb.simulations.engine.channels_last import in_faster_layout
 from corymb.simulations.engine.engine import obstacle
 from corymb.simulations.engine.factory import TrainerMaker, find_trainer
 from corymb.simulations.experiments.experiment import Experiment
@@ -35,7 +36,8 @@ class Resolved:
 
     `scenarios` has the clients of each seed; for rules with `attacked = false`, also without hostile ones, and for
     rules with `pooled`, also with one client that has all examples. `model()` returns a new module with this `layout`.
-    `trainer` makes the trainer of an engine; it is None if the engine trains clients one by one.
+    `trainer` makes the trainer of an engine; it is None if the engine trains clients one by one. Those have modules of
+    `model_alone()`, which differ from those of `model()` in their layout in memory at most.
     """
 
     experiment: Experiment
@@ -46,6 +48,7 @@ class Resolved:
     device: torch.device
     task: Task
     trainer: TrainerMaker | None
+    model_alone: Callable[[], nn.Module]
 
     def key(self, rule: RuleSettings, seed: int) -> Key:
         """Return the key of the scenario that `rule` runs on with `seed`."""
@@ -123,7 +126,10 @@ def resolve(experiment: Experiment, source: Source | None = None) -> Resolved:
     for rule in experiment.rules if trainer is not None else ():
         if reason := obstacle(experiment.train_for(rule), device):
             log.warning("Under %r, clients train one by one because %s.", rule.title, reason)
-    return Resolved(experiment, source, scenarios, model, trained_layout(module), device, task, trainer)
+    alone: Callable[[], nn.Module] = model
+    if trainer is None and experiment.engine == "auto" and device.type == "cpu":
+        alone = in_faster_layout(model, source.train, task)
+    return Resolved(experiment, source, scenarios, model, trained_layout(module), device, task, trainer, alone)
 
 
 def trained_layout(module: nn.Module) -> Layout:

@@ -58,7 +58,7 @@ def clients_of(resolved: Resolved, key: Key, workers: int = 1, together: bool = 
         examples = TensorDataset(*population.examples(int(context.node_config["partition-id"])))
         return examples, examples
 
-    app: Client = make_client_app(resolved.model, data)
+    app: Client = make_client_app(resolved.model_alone, data)
     engine = None
     if resolved.trainer is not None and together:
         layout = resolved.layout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +26,8 @@ GATE_POLICY = template(signed_tasks=False).replace("sandbox = true", "sandbox = 
 class Federation:
     """A SuperLink that survives a crash, a SuperExec with Corymb's supervisor, and the sites; `run` starts the app.
 
-    The journals lie in the folder `journals`, the SuperLink's database in `database`. With `through_proxy`, a proxy is
+    The journals lie in the folder `journals`, the SuperLink's database in `database`, and what the sites keep in
+    neither. `start_seconds` is how long the last start of the SuperLink took. With `through_proxy`, a proxy is
     in between. With `joined`, the SuperNodes are those of `corymb join`. With `gates`, each site has Corymb's gate, and
     a policy that approves nothing.
     """
@@ -65,7 +67,9 @@ class Federation:
             "--superexec-auth-secret-file", str(self.folder / "secret"),
             "--database", str(self.database / "state.db"), "--host", "127.0.0.1", "--port", str(self.port),
         )  # fmt: skip
+        started = time.monotonic()
         until(lambda: self.started.succeeds("flwr", "list", "here"), 120, "the start of the SuperLink")
+        self.start_seconds = time.monotonic() - started
         return superlink
 
     def start_site(self, site: int) -> subprocess.Popen[bytes]:
@@ -76,6 +80,7 @@ class Federation:
             f"site-{site}", *command, "--insecure", "--superlink", f"127.0.0.1:{port}",
             "--node-config", f'partition-id={site} num-partitions={SITES} folder="{self.folder}"',
             "--host", "127.0.0.1", "--port", str(free_port()),
+            home=self.folder / "sites",
             first_on_path=str(write_site(self.site_folder(site), GATE_POLICY).parent) if self.has_gates else "",
         )  # fmt: skip
 

@@ -38,13 +38,18 @@ class Processes:
         (folder / "flwr").mkdir()
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, *command: str, first_on_path: str = "") -> subprocess.Popen[bytes]:
-        """Start a process that stays, in a group of its own. It finds commands in `first_on_path` before others."""
+    def start(
+        self, name: str, *command: str, first_on_path: str = "", home: Path | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a process that stays, in a group of its own. It finds commands in `first_on_path` before others.
+
+        `home` is its `CORYMB_HOME`, if that is another one than that of all.
+        """
         path = f"{first_on_path}:{self.environment['PATH']}" if first_on_path else self.environment["PATH"]
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 [str(BIN / command[0]), *command[1:]],
-                env=self.environment | {"PATH": path},
+                env=self.environment | {"PATH": path} | ({"CORYMB_HOME": str(home)} if home else {}),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -18,6 +18,7 @@ from corymb.protocol.flower import empty_run, set_message_id, set_task_identity
 from corymb.protocol.records import DEADLINE, MEMORY, NONCE, memory_run
 from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
 from corymb.server.rounds import asking
+from corymb.server.rounds import exchange as exchange_module
 from corymb.server.rounds.asking import _copy
 from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.events import EventLog
@@ -36,12 +37,17 @@ STATE = {"counts": torch.zeros(3, 3)}
 def ask_train(journal: Journal, wire: Wire, messages: list[Message]) -> Exchange:
     """Begin the training of round 1 over `wire`."""
     exchange = Exchange(wire, 60.0, journal.asks)
-    config = exchange.begin(1, "train", ConfigRecord({"server-round": 1}))
+    ask(exchange, 1, messages)
+    return exchange
+
+
+def ask(exchange: Exchange, number: int, messages: list[Message]) -> None:
+    """Begin the training of round `number`."""
+    config = exchange.begin(number, "train", ConfigRecord({"server-round": number}))
     for message in messages:
         message.content["config"] = config
     names = {FIRST_ID + i: f"node-{FIRST_ID + i}" for i in range(3)}
     exchange.push(messages, lambda sent: Requests.of(sent, names))
-    return exchange
 
 
 def messages_to_three() -> list[Message]:
@@ -135,16 +141,41 @@ def test_a_round_whose_replies_are_all_lost_is_asked_again(tmp_path: Path, monke
         for node in wire.nodes:
             wire.answer(node)
         assert len(list(exchange.replies())) == 3
-        config = exchange.begin(2, "train", ConfigRecord({"server-round": 2}))
-        messages = messages_to_three()
-        for message in messages:
-            message.content["config"] = config
-        names = {FIRST_ID + i: f"node-{FIRST_ID + i}" for i in range(3)}
-        exchange.push(messages, lambda sent: Requests.of(sent, names))
+        ask(exchange, 2, messages_to_three())
         for node in wire.nodes:
             wire.answer(node, is_lost=True)
         assert len(list(exchange.replies())) == 3
     assert [node.trained for node in wire.nodes] == [{1: 1, 2: 1}] * 3
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_node_that_is_offline_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """As all nodes are, for the SuperLink, when it comes back from an absence that was longer than two heartbeats."""
+    monkeypatch.setattr(asking, "BACK_SECONDS", 2.0)
+    monkeypatch.setattr(exchange_module, "PAUSE_SECONDS", 0.1)
+    pulls = 0
+
+    def let_nodes_return(wire: Wire) -> None:
+        nonlocal pulls
+        pulls += 1
+        wire.offline = {0, 1} if pulls < 3 else set() if comes_back else {0}
+        for node in wire.nodes:
+            if node.number not in wire.offline and node.queue:
+                wire.answer(node)
+
+    wire = Wire(3)
+    with closing(Journal(tmp_path)) as journal:
+        exchange = ask_train(journal, wire, messages_to_three())
+        for node in wire.nodes:
+            wire.answer(node)
+        assert len(list(exchange.replies())) == 3
+        wire.before_pull = let_nodes_return
+        ask(exchange, 2, messages_to_three())
+        replies = list(exchange.replies())
+    assert sorted(reply.has_error() for reply in replies) == ([False] * 3 if comes_back else [False, False, True])
+    assert [node.trained[2] for node in wire.nodes] == [int(comes_back), 1, 1]
 
 
 def test_a_run_that_goes_on_under_another_id_names_the_first_one(tmp_path: Path) -> None:

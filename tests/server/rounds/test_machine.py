@@ -1,4 +1,4 @@
-"""The server under crashes, lost, late and repeated replies and a full disk, in orders that hypothesis chooses.
+"""The server under crashes, lost, late and repeated replies, absent nodes and a full disk, in random orders.
 
 The journal, the exchange and the round loop are the real ones; time and the network are the test's.
 """
@@ -24,19 +24,20 @@ from hypothesis import strategies as st
 from corymb.protocol.codec import to_state
 from corymb.server import FlowerStrategy, Journal, NoReplyAdmitted
 from corymb.server.journal import asks, journal
-from corymb.server.rounds import asking, events, exchange, late, pulls, round_journal, round_loop
+from corymb.server.rounds import asking, events, exchange, late, pulls, roster, round_journal, round_loop
 from corymb.strategies import FedAvg
 from corymb.tests.server.rounds.wire import FIRST_ID, Wire, initial_counts
 
 ROUNDS, NODES = 3, 3
 DEADLINE = 600.0
-MODULES = (asking, events, exchange, late, pulls, round_journal, round_loop)
+MODULES = (asking, events, exchange, late, pulls, roster, round_journal, round_loop)
 # What happens before a pull: (action, number). A crash comes at the n-th point from here, a full disk lasts n points.
 actions = st.one_of(
     st.tuples(st.sampled_from(["answer", "lose", "keep", "repeat"]), st.integers(0, NODES - 1)),
     st.tuples(st.just("wait"), st.sampled_from([1, 100, 700])),
     st.tuples(st.just("crash"), st.integers(0, 12)),
     st.tuples(st.just("full"), st.integers(1, 12)),
+    st.tuples(st.just("away"), st.integers(0, 20)),  # ten seconds each
 )
 
 
@@ -57,6 +58,7 @@ class World:
         self.crashes = 0
         self.lost_notes = False  # whether a crash came while the disk was full
         self.delivered: dict[str, Any] = {}
+        self.returns: dict[int, float] = {}  # when a node that is away comes back
 
     def before_pull(self, wire: Wire) -> None:
         self.steps += 1
@@ -68,11 +70,18 @@ class World:
             self.crash_in = number
         elif action == "full":
             self.full_for = number
+        elif action == "away":
+            self.returns[number % NODES] = self.now + 10 * number
         elif action == "repeat" and self.delivered:  # Flower does not do this, but nothing must depend on it
             self.wire.ready |= self.delivered
-        elif node.queue and action in ("answer", "lose"):
+        elif node.queue and node.number not in self.wire.offline and action in ("answer", "lose"):
             self.wire.answer(node, is_lost=action == "lose")
             self.delivered |= self.wire.ready
+        self.let_return()
+
+    def let_return(self) -> None:
+        """Tell the wire which nodes are away."""
+        self.wire.offline = {number for number, until in self.returns.items() if until > self.now}
 
     def point(self) -> None:
         """A point at which the server may be killed."""
@@ -93,6 +102,7 @@ class World:
 
     def sleep(self, seconds: float) -> None:
         self.now += max(0.01, seconds)
+        self.let_return()
 
 
 @contextmanager
@@ -194,6 +204,12 @@ def test_a_lost_reply_is_asked_for_again_and_answered_from_memory() -> None:
     world = check([("answer", 0), ("lose", 1), ("answer", 2), ("wait", 100)])
     assert world.wire.nodes[1].trained == dict.fromkeys(range(1, ROUNDS + 1), 1)
     assert world.wire.pushed[f"node-{FIRST_ID + 1}"] > ROUNDS
+
+
+def test_a_node_that_is_away_for_half_a_minute_is_asked_when_it_is_back() -> None:
+    first_round = [("answer", node) for node in range(NODES)]  # shows that the clients answer from memory
+    world = check([*first_round, ("away", 3), ("answer", 1), ("answer", 2)])
+    assert all(node.trained == dict.fromkeys(range(1, ROUNDS + 1), 1) for node in world.wire.nodes)
 
 
 def test_a_client_of_another_make_is_never_asked_again() -> None:

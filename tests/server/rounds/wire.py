@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from corymb.client.memory import answer_from_memory
 from corymb.protocol.codec import to_arrays, to_state
-from corymb.protocol.flower import empty_run, node_info, set_message_id, set_task_identity
+from corymb.protocol.flower import NODE_UNAVAILABLE, empty_run, node_info, set_message_id, set_task_identity
 from corymb.protocol.records import copied_message
 
 FIRST_ID = 100
@@ -45,7 +45,8 @@ class Wire(Grid):
         self.nodes = [WireNode(i, Context(7, FIRST_ID + i, {}, RecordDict(), {})) for i in range(nodes)]
         self.ready: dict[str, Message] = {}
         self.pushed: Counter[str] = Counter()  # by node
-        self._before_pull, self._messages, self._remembers = before_pull, 0, remembers
+        self.offline: set[int] = set()  # numbers of nodes
+        self.before_pull, self._messages, self._remembers = before_pull, 0, remembers
         self._run = empty_run(7)
 
     def answer(self, node: WireNode, is_lost: bool = False) -> None:
@@ -84,12 +85,18 @@ class Wire(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """See `Grid`."""
-        self._before_pull(self)
+        self.before_pull(self)
+        for node in self.nodes:
+            if node.number in self.offline:  # the SuperLink says so once for each message, which it deletes
+                for message in node.queue:
+                    error = Message(Error(NODE_UNAVAILABLE, "offline"), reply_to=message)
+                    self.ready[message.metadata.message_id] = error
+                node.queue.clear()
         return [self.ready.pop(message_id) for message_id in message_ids if message_id in self.ready]
 
     def get_nodes(self) -> list[Any]:
         """See `Grid`."""
-        return [node_info(FIRST_ID + node.number, "") for node in self.nodes]
+        return [node_info(FIRST_ID + node.number, "") for node in self.nodes if node.number not in self.offline]
 
     def get_node_ids(self) -> list[int]:
         """See `Grid`."""
