@@ -108,6 +108,7 @@ class Asking:
             configs = of_kind(reply.content, ConfigRecord)
             self._remembers[name] = any(record.get(NONCE) == self.asked.nonce for record in configs)
         self._answered.add(name)
+        self._offline.pop(name, None)
         for message_id in [i for i, node in self._node_of.items() if node == name]:
             self.waiting.pop(message_id, None)
         if kept_at is None:
