@@ -23,7 +23,10 @@ DEADLINE: Final = "deadline"  # config: seconds from the creation of the message
 
 
 def memory_run(content: RecordDict, run_id: int) -> int:
-    """Return the id of the Flower run under which a client keeps things: that which the message names, or `run_id`."""
+    """Return the id of the Flower run under which a client keeps things: that which the message names, or `run_id`.
+
+    Raises `ValueError` if the message names something that is no number.
+    """
     named = [int(str(record[MEMORY])) for record in of_kind(content, ConfigRecord) if MEMORY in record]
     return named[0] if named else run_id
 

@@ -147,13 +147,13 @@ class Exchange:
 
     def _arriving(self, asking: Asking, deadline: float) -> Generator[Message]:
         """Yield the replies that arrive until `deadline`, and errors for the nodes that stay offline."""
-        yield from polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend)
-        while asking.awaits_return and time.monotonic() < deadline:
+        while True:
+            yield from polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend)
+            yield from asking.still_offline(is_over=time.monotonic() >= deadline)
+            if not asking.awaits_return:
+                return
             time.sleep(PAUSE_SECONDS)
             asking.attend()
-            yield from polled(self._grid, asking.sent, asking.waiting, deadline, asking.attend)
-            yield from asking.still_offline()
-        yield from asking.still_offline(is_over=True)
 
     def _make_asking(self, asked: Asked, messages: list[Message]) -> Asking:
         ends = inf if self._timeout is None else asked.at + self._timeout

@@ -152,7 +152,7 @@ def test_a_round_whose_replies_are_all_lost_is_asked_again(tmp_path: Path, monke
 def test_a_node_that_is_offline_for_a_while_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
 ) -> None:
-    """As all nodes are, for the SuperLink, when it comes back from an absence that was longer than two heartbeats."""
+    """As nodes are, for the SuperLink, when it comes back and their last heartbeat is a minute old."""
     monkeypatch.setattr(asking, "BACK_SECONDS", 2.0)
     monkeypatch.setattr(exchange_module, "PAUSE_SECONDS", 0.1)
     pulls = 0

@@ -66,6 +66,11 @@ def with_group_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 5), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(6272, 10))
 
 
+def with_instance_norm() -> nn.Module:
+    """So is this one."""
+    return nn.Sequential(nn.Conv2d(3, 8, 5), nn.InstanceNorm2d(8), nn.Flatten(), nn.Linear(6272, 10))
+
+
 def is_last(module: nn.Module) -> bool:
     weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d)]
     return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
@@ -77,7 +82,10 @@ def test_convolutions_have_channels_last() -> None:
     assert not is_last(convolutions())
 
 
-@pytest.mark.parametrize("model", [Viewing, ReadingMemory, dropping_pixels, with_group_norm, lambda: nn.Linear(4, 2)])
+@pytest.mark.parametrize(
+    "model",
+    [Viewing, ReadingMemory, dropping_pixels, with_group_norm, with_instance_norm, lambda: nn.Linear(4, 2)],
+)
 def test_a_module_that_needs_its_own_layout_or_gains_nothing_keeps_it(model: Callable[[], nn.Module]) -> None:
     assert in_faster_layout(model, images().train, CLASSIFICATION) is model
 
