@@ -1,8 +1,8 @@
 """Inject faults and hostile replies, and count what they cost. Prints the last line of docs/reliability.md.
 
-Faults of the first kind are crashes of the server, lost, late and repeated replies and a full disk, in random orders,
-in one process with a clock of its own (`tests/server/rounds/test_machine.py`). Those of the second kind kill the
-ServerApp of a real federation. Each hostile reply is judged in a round and in an evaluation.
+Faults of the first kind are crashes of the server, lost, late and repeated replies, absent nodes and a full disk, in
+random orders, in one process with a clock of its own (`tests/server/rounds/test_machine.py`). Those of the second kind
+kill the ServerApp of a real federation. Each hostile reply is judged in a round and in an evaluation.
 
     python benchmarks/reliability.py [--plans 1000] [--hostile 2000] [--kills 20]
 """
@@ -52,7 +52,7 @@ def main() -> None:
     @repeated(options.plans, plan=st.lists(machine.actions, min_size=10, max_size=60))
     def inject(plan: list[tuple[str, int]]) -> None:
         machine.check(plan)
-        tally["faults"] += sum(action in ("crash", "lose", "repeat", "wait", "full") for action, _ in plan)
+        tally["faults"] += sum(action in ("crash", "lose", "repeat", "wait", "full", "away") for action, _ in plan)
 
     @repeated(options.hostile, changed=st.lists(hostile.changes(), min_size=1, max_size=4), policy=hostile.policies)
     def judge(changed: list[hostile.Change], policy: Any) -> None:

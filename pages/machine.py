@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 SERVER_PROCESSES = {  # a part of the command line of each process of a server
-    "superlink": "flower-superlink",
+    "superlink": "flower_programs superlink",
     "superexec": "flower-superexec",
     "monitor": "corymb.server.deployment.monitor",
     "edge": "nginx",

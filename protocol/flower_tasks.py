@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-import time
 import tomllib
 from base64 import b64decode, b64encode
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import httpx
 from flwr.app import Context, Error, Message
 from flwr.common.serde import context_from_proto, context_to_proto, run_from_proto, run_to_proto
 from flwr.proto.message_pb2 import Context as ContextProto
@@ -28,66 +26,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from corymb.protocol.flower import CLIENT_APP_RAISED, with_error
+from corymb.protocol.flower_programs import look_often, retry_heartbeats
 from corymb.protocol.stored_arrays import store_pulled_arrays
 
 RunApp = Callable[..., Context]  # (grid, context, server_app_dir, server_app_attr) -> context
 App = Callable[[Message, Context], Message]
 MODULE = "flwr.superlink.runtime.run_serverapp"
 RAISED = re.compile(r"<class '(?:.*\.)?(\w+)'>:<'(.*)'>", re.DOTALL)  # Flower's text for an exception
-POLLING = ("flwr.supernode.start_client_internal", "flwr.superlink.grid.http_grid")
-LONGEST_SLEEP = 1.0  # seconds
-TEMPORARY = (408, 429)  # HTTP codes below 500: timeout, and too many requests
 CLIENT_MODULE = "flwr.supernode.runtime.run_clientapp"
-
-
-class _Impatient:
-    """The module `time`, whose `sleep` ends after `LONGEST_SLEEP` at the latest."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        time.sleep(min(seconds, LONGEST_SLEEP))
-
-
-def look_often() -> None:
-    """Let Flower look each second for messages and replies, instead of every three.
-
-    And first after 0.1 s, instead of 1 s, whether a part of a message has arrived.
-    """
-    for name in POLLING:
-        import_module(name).__dict__["time"] = _Impatient()
-    defaults = import_module("flwr.supercore.inflatable.inflatable_utils").pull_objects.__kwdefaults__
-    defaults["initial_backoff"] = 0.1
-
-
-def retry_heartbeats() -> None:
-    """Let Flower repeat a heartbeat that the SuperLink or a proxy answers with a temporary error.
-
-    Such an answer, as of a SuperLink with a full disk, would end the thread that sends them. The node would stay
-    offline, and Flower would end the run after a minute.
-    """
-    module = import_module("flwr.supercore.heartbeat")
-    sender = module.HeartbeatSender
-    beat = sender._heartbeat
-
-    def beat_or_retry(self: Any) -> None:
-        try:
-            beat(self)
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code >= 500 or error.response.status_code in TEMPORARY:
-                raise module.HeartbeatFailure from error
-            raise
-
-    sender._heartbeat = beat_or_retry
-
-
-def run_supernode_command() -> None:
-    """Do what the command `flower-supernode` does, with `look_often` and `retry_heartbeats`."""
-    look_often()
-    retry_heartbeats()
-    import_module("flwr.supernode.cli").flower_supernode()
 
 
 def run_serverapp_command(run_app: RunApp) -> None:
@@ -210,7 +156,3 @@ def build_bundle(app: Path) -> Bundle:
     publisher, name = project["tool"]["flwr"]["app"]["publisher"], project["project"]["name"]
     digest = hashlib.sha256(content).hexdigest()
     return Bundle(content, (f"{publisher}/{name}", project["project"]["version"], digest))
-
-
-if __name__ == "__main__":
-    run_supernode_command()

@@ -27,7 +27,7 @@ from corymb.client.gate.app_pool import AppPool
 from corymb.client.gate.policy import Refusal, SitePolicy
 from corymb.client.gate.program import LOG, POLICY, SOCKET
 from corymb.client.gate.task import run_task
-from corymb.protocol.flower_tasks import look_often
+from corymb.protocol.flower_programs import look_often
 
 LOCK = "gate.lock"  # in the site's folder
 REST_SECONDS = 20.0  # without a task, after which a process for the next run is started

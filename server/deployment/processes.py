@@ -45,7 +45,8 @@ def server_processes(folder: Path, kit: ServerKit) -> list[Process]:
         f"address = {json.dumps(address)}\nroot-certificates = {json.dumps(str(folder / 'ca.crt'))}\n"
     )
     superlink = [
-        _bin("flower-superlink"), "--ssl-ca-certfile", str(folder / "ca.crt"),
+        sys.executable, "-m", "corymb.protocol.flower_programs", "superlink",
+        "--ssl-ca-certfile", str(folder / "ca.crt"),
         "--ssl-certfile", str(folder / "superlink.crt"), "--ssl-keyfile", str(folder / "superlink.key"),
         "--enable-supernode-auth", "--disable-runtime-dependency-installation", "--isolation", "process",
         "--superexec-auth-secret-file", str(var / "secret"), "--database", str(var / "state.db"),
@@ -92,7 +93,7 @@ def site_processes(folder: Path, kit: SiteKit, gate: Path, node: Node) -> list[P
     """
     var, address = _prepared(folder), f"127.0.0.1:{kit.local_port}"
     supernode = [
-        sys.executable, "-m", "corymb.protocol.flower_tasks", "--superlink", f"{kit.server}:{kit.port}",
+        sys.executable, "-m", "corymb.protocol.flower_programs", "supernode", "--superlink", f"{kit.server}:{kit.port}",
         "--root-certificates", str(folder / "ca.crt"),
         "--auth-supernode-private-key", str(folder / "site.key"), "--isolation", "process",
         "--superexec-auth-secret-file", str(var / "secret"),

@@ -28,8 +28,8 @@ class Federation:
 
     The journals lie in the folder `journals`, the SuperLink's database in `database`, and what the sites keep in
     neither. `start_seconds` is how long the last start of the SuperLink took. With `through_proxy`, a proxy is
-    in between. With `joined`, the SuperNodes are those of `corymb join`. With `gates`, each site has Corymb's gate, and
-    a policy that approves nothing.
+    in between. With `served`, SuperLink and SuperNodes are as `corymb serve` and `join` run them. With `gates`, each
+    site has Corymb's gate, and a policy that approves nothing.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class Federation:
         database: Path | None = None,
         through_proxy: bool = False,
         gates: bool = False,
-        joined: bool = False,
+        served: bool = False,
     ) -> None:
         self.started, self.folder = started, started.folder
         self.journals, self.database = journals or self.folder, database or self.folder
         self.port = free_port()
-        self.has_gates, self.is_joined = gates, joined
+        self.has_gates, self.is_served = gates, served
         self.proxy = Proxy(self.port) if through_proxy else None
         (self.folder / "flwr" / "config.toml").write_text(
             f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
@@ -63,7 +63,7 @@ class Federation:
     def start_superlink(self) -> subprocess.Popen[bytes]:
         """Start the SuperLink, with its state on disk, and wait until it answers."""
         superlink = self.started.start(
-            "superlink", "flower-superlink", "--insecure", "--isolation", "process",
+            "superlink", *self.program("superlink"), "--insecure", "--isolation", "process",
             "--superexec-auth-secret-file", str(self.folder / "secret"),
             "--database", str(self.database / "state.db"), "--host", "127.0.0.1", "--port", str(self.port),
         )  # fmt: skip
@@ -75,14 +75,17 @@ class Federation:
     def start_site(self, site: int) -> subprocess.Popen[bytes]:
         """Start the SuperNode of a site."""
         port = self.proxy.port if self.proxy else self.port
-        command = ["python", "-m", "corymb.protocol.flower_tasks"] if self.is_joined else ["flower-supernode"]
         return self.started.start(
-            f"site-{site}", *command, "--insecure", "--superlink", f"127.0.0.1:{port}",
+            f"site-{site}", *self.program("supernode"), "--insecure", "--superlink", f"127.0.0.1:{port}",
             "--node-config", f'partition-id={site} num-partitions={SITES} folder="{self.folder}"',
             "--host", "127.0.0.1", "--port", str(free_port()),
             home=self.folder / "sites",
             first_on_path=str(write_site(self.site_folder(site), GATE_POLICY).parent) if self.has_gates else "",
         )  # fmt: skip
+
+    def program(self, name: str) -> list[str]:
+        """The beginning of the command that starts Flower's program of this name."""
+        return ["python", "-m", "corymb.protocol.flower_programs", name] if self.is_served else [f"flower-{name}"]
 
     def site_folder(self, site: int) -> Path:
         """The folder of a site's policy and ledger."""

@@ -89,7 +89,7 @@ class Hospitals:
             return set()
         return {name for name, site in state["sites"].items() if site["online"]}
 
-    def wait_for_all(self, seconds: float = 120) -> float:
+    def wait_for_all(self, seconds: float = 300) -> float:
         """Wait until all sites are online. Returns after how many seconds."""
         began = time.monotonic()
         until(lambda: self.online() == set(SITES), seconds, "all sites online")

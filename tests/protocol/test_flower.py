@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import import_module
 from importlib.metadata import version
@@ -28,7 +29,10 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.proto import control_pb2
+from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.superlink.federation import NoOpFederationManager
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 
 from corymb.protocol import stored_arrays
@@ -48,15 +52,8 @@ from corymb.protocol.flower import (
     unchecked_messages,
 )
 from corymb.protocol.flower_control import ControlError, SuperLink
-from corymb.protocol.flower_tasks import (
-    MODULE,
-    POLLING,
-    build_bundle,
-    describe_task,
-    load_app,
-    look_often,
-    retry_heartbeats,
-)
+from corymb.protocol.flower_programs import POLLING, STATE, look_often, retry_heartbeats, wait_for_serverapps
+from corymb.protocol.flower_tasks import MODULE, build_bundle, describe_task, load_app
 from corymb.protocol.message_file import from_bytes, to_pieces
 from corymb.protocol.stored_arrays import CLIENT, GRID, ArrayFile, store_pulled_arrays
 
@@ -294,6 +291,28 @@ def test_a_heartbeat_with_a_temporary_error_is_repeated(
         heart.start()
         assert beaten.wait(10)
         heart.stop()
+
+
+@pytest.mark.filterwarnings("ignore:No path_separator found")  # Flower's use of alembic
+@pytest.mark.parametrize(
+    ("is_patient", "seconds", "goes_on"), [(False, 90, False), (True, 290, True), (True, 310, False)]
+)
+def test_how_long_the_superlink_waits_for_a_heartbeat_of_a_serverapp(
+    is_patient: bool, seconds: float, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module(STATE)
+    monkeypatch.setattr(module, "HEARTBEAT_PATIENCE", module.HEARTBEAT_PATIENCE)  # restored afterwards
+    if is_patient:
+        wait_for_serverapps()
+    factory = LinkStateFactory(str(tmp_path / "state.db"), NoOpFederationManager(), ObjectStoreFactory())
+    state: Any = factory.state()
+    task = state.create_task("flwr-serverapp", 1)
+    assert state.claim_task(task)
+    assert state.activate_task(task)
+    later = module.now() + timedelta(seconds=seconds)
+    monkeypatch.setattr(module, "now", lambda: later)
+    assert state.acknowledge_task_heartbeat(task) == goes_on
+    state._engine.dispose()
 
 
 def test_a_chunk_that_an_array_names_a_million_times_is_an_error(

@@ -251,7 +251,8 @@ def test_an_invalid_setting_keeps_earlier_results(tmp_path: Path) -> None:
 
 
 def test_several_experiments_run_in_parallel(tmp_path: Path) -> None:
-    small = ["rounds = 2", 'rules = ["fedavg"]', "train.steps = 1", "evaluate.every = 2", 'based_on = "demo"']
+    small = ["rounds = 2", "seeds = 1", 'rules = ["fedavg"]', "train.steps = 1", "evaluate.every = 2"]
+    small.append('based_on = "demo"')
     for name, kind in (("often", "always"), ("in_turn", "cyclic")):
         (tmp_path / f"{name}.toml").write_text("\n".join([*small, f'participation.kind = "{kind}"']))
     result = corymb("simulate", "often.toml", "in_turn.toml", "--jobs", "2", "--out", "both", cwd=tmp_path)

@@ -43,13 +43,13 @@ steps = 2
 
 # Its clients keep what they need in files, which must not run ahead of the journal.
 KEPT = """
-rounds = 240
+rounds = 120
 seeds = 1
 rules = ["scaffold"]
 [partition]
 clients = 6
 [evaluate]
-every = 240
+every = 120
 """
 
 
@@ -62,7 +62,7 @@ def models(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("experiment", "rounds", "seconds"), [(EXPERIMENT, 120, 0.0), (KEPT, 240, 0.5)])
+@pytest.mark.parametrize(("experiment", "rounds", "seconds"), [(EXPERIMENT, 120, 0.0), (KEPT, 120, 0.5)])
 def test_a_killed_simulation_is_resumed_to_the_same_models(
     experiment: str, rounds: int, seconds: float, tmp_path: Path
 ) -> None:
