@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, train
+from corymb.client.algorithms.algorithm import Correction
 from corymb.client.app import batch_generator, has_batch_norm
 from corymb.client.batches import training_batches
 from corymb.client.seeds import derive_seed
@@ -81,11 +82,22 @@ def trainer_for(model: Callable[[], nn.Module], clients: Population) -> Trainer:
     return maker_for(model, clients)(clients, torch.device("cpu"))
 
 
+def noise(parameters: int, client: int, number: int) -> Tensor:
+    """Return what is added to the gradients of a client in a round, `[P]`, by the tests of that."""
+    generator = torch.Generator().manual_seed(1000 * number + client)
+    return 0.1 * torch.randn(parameters, generator=generator, dtype=torch.float64)
+
+
 def one_by_one(
-    module: nn.Module, start: Tensor, clients: Population, train_settings: TrainSettings, number: int
+    module: nn.Module,
+    start: Tensor,
+    clients: Population,
+    train_settings: TrainSettings,
+    number: int,
+    with_noise: bool = False,
 ) -> Tensor:
     """Train every client alone and return the models, `[K, P]`."""
-    models = []
+    models, layout = [], Layout.of_module(module)
     for client in range(len(clients)):
         nn.utils.vector_to_parameters(start.clone(), module.parameters())
         torch.default_generator.manual_seed(derive_seed(train_settings.seed, client, number))
@@ -95,7 +107,9 @@ def one_by_one(
             batch_generator(train_settings.seed, client, number),
             has_batch_norm(module),
         )
-        train(module, batches, train_settings, server_round=number)
+        added = layout.split(noise(len(start), client, number).to(start.dtype)) if with_noise else None
+        correction = None if added is None else Correction(added, 0.0, {})
+        train(module, batches, train_settings, server_round=number, correction=correction)
         models.append(nn.utils.parameters_to_vector(module.parameters()).detach())
     return torch.stack(models)
 
@@ -108,11 +122,14 @@ def together(
     train_settings: TrainSettings,
     number: int,
     buffers: Mapping[str, Tensor],
+    with_noise: bool = False,
 ) -> Tensor:
     """Train the clients in blocks and return the models, `[K, P]`, and check the sums and bounds of each block."""
     models = torch.empty(len(clients), len(start), dtype=start.dtype)
     for block in cut_into_blocks([clients.size(client) for client in range(len(clients))], train_settings):
-        result = trainer.train({**layout.split(start), **buffers}, block, train_settings, number)
+        added = [noise(len(start), client, number).to(start.dtype) for client in block]
+        offsets = layout.split(torch.stack(added)) if with_noise else None
+        result = trainer.train({**layout.split(start), **buffers}, block, train_settings, number, offsets=offsets)
         models[block] = result.models()
         weights = torch.rand(len(block), generator=torch.Generator().manual_seed(number), dtype=start.dtype)
         update = weights @ (models[block] - start)
@@ -126,17 +143,25 @@ def together(
 
 
 def differences(
-    module: nn.Module, trainer: Any, clients: Population, train_settings: TrainSettings, rounds: int = 5
+    module: nn.Module,
+    trainer: Any,
+    clients: Population,
+    train_settings: TrainSettings,
+    rounds: int = 5,
+    with_noise: bool = False,
 ) -> list[float]:
-    """Return each parameter's relative difference between the mean models of the engine and of `serial`."""
+    """Return each parameter's relative difference between the mean models of the engine and of `serial`.
+
+    With noise, a vector of each client's own is added to its gradients.
+    """
     layout = Layout.of_module(module)
     expected = actual = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     for number in range(1, rounds + 1):
-        next_expected = one_by_one(module, expected, clients, train_settings, number).mean(dim=0)
+        next_expected = one_by_one(module, expected, clients, train_settings, number, with_noise).mean(dim=0)
         if not (next_expected.abs() < 100).all():
             break  # diverging training magnifies any rounding error
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        models = together(trainer, layout, actual, clients, train_settings, number, buffers)
+        models = together(trainer, layout, actual, clients, train_settings, number, buffers, with_noise)
         expected, actual = next_expected, models.mean(dim=0)
     pairs = zip(layout.split(actual).values(), layout.split(expected).values(), strict=True)
     return [float((a - b).norm() / b.norm().clamp(min=1e-3)) for a, b in pairs]
@@ -200,9 +225,21 @@ def in_double(module: nn.Module, clients: Population) -> tuple[nn.Module, Popula
 
 
 @SEARCH
-@given(networks(), all_settings(["SGD"]), SIZES, st.sampled_from(["cheapest", "always", "gram"]), st.booleans())
+@given(
+    networks(),
+    all_settings(["SGD"]),
+    SIZES,
+    st.sampled_from(["cheapest", "always", "gram"]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_low_rank_is_serial(
-    module: nn.Module, train_settings: TrainSettings, sizes: list[int], form: str, by_frequency: bool
+    module: nn.Module,
+    train_settings: TrainSettings,
+    sizes: list[int],
+    form: str,
+    by_frequency: bool,
+    with_noise: bool,
 ) -> None:
     """With low-rank weights where they are cheaper, in all linear layers, or over the examples in the first layer."""
     module, clients = in_double(module, population(sizes))
@@ -212,14 +249,17 @@ def test_low_rank_is_serial(
             patch.setattr(linears, "low_rank_is_cheaper", lambda *shape: True)
         if by_frequency:  # `FourierConv` even for small convolutions
             patch.setattr(frequencies, "MAX_COST_RATIO", inf)
-        assert max(differences(module, trainer, clients, train_settings)) < EXACT
+        assert max(differences(module, trainer, clients, train_settings, with_noise=with_noise)) < EXACT
 
 
 @SEARCH
-@given(networks(), all_settings(["SGD", "Adam", "RMSprop"]), SIZES)
-def test_batched_is_serial(module: nn.Module, train_settings: TrainSettings, sizes: list[int]) -> None:
+@given(networks(), all_settings(["SGD", "Adam", "RMSprop"]), SIZES, st.booleans())
+def test_batched_is_serial(
+    module: nn.Module, train_settings: TrainSettings, sizes: list[int], with_noise: bool
+) -> None:
     module, clients = in_double(module, population(sizes))
-    assert max(differences(module, Program(module, clients, low_rank=False), clients, train_settings)) < EXACT
+    trainer = Program(module, clients, low_rank=False)
+    assert max(differences(module, trainer, clients, train_settings, with_noise=with_noise)) < EXACT
 
 
 class Branching(nn.Module):
