@@ -13,9 +13,10 @@ from typing import Any
 
 import httpx
 
+from corymb.protocol.temporary import is_temporary
+
 POLLING = ("flwr.supernode.start_client_internal", "flwr.superlink.grid.http_grid")
 LONGEST_SLEEP = 1.0  # seconds
-TEMPORARY = (408, 429)  # HTTP codes below 500: timeout, and too many requests
 STATE = "flwr.supercore.corestate.sql_corestate"
 PATIENCE = 10  # heartbeats of a ServerApp, one every 30 s, that may be missing; Flower's own number is 2
 
@@ -56,7 +57,7 @@ def retry_heartbeats() -> None:
         try:
             beat(self)
         except httpx.HTTPStatusError as error:
-            if error.response.status_code >= 500 or error.response.status_code in TEMPORARY:
+            if is_temporary(error):
                 raise module.HeartbeatFailure from error
             raise
 

@@ -46,7 +46,11 @@ class Asks:
         fields = json.loads(requests)
         connected = {int(node_id): name for node_id, name in fields["connected"].items()}
         return Asked(
-            nonce, Requests(fields["by_message"], tuple(fields["nodes"]), connected, fields.get("down", {})), at, run_id
+            nonce,
+            Requests(fields["by_message"], tuple(fields["nodes"]), connected, fields.get("down", {})),
+            at,
+            run_id,
+            fields.get("remembers", {}),
         )
 
     def note_asked(self, number: int, phase: str, asked: Asked) -> None:
@@ -57,6 +61,7 @@ class Asks:
             "nodes": requests.nodes,
             "connected": requests.connected,
             "down": requests.bytes_down,
+            "remembers": dict(asked.remembers),
         }
         row = (number, phase, str(asked.run_id), asked.nonce, asked.at, json.dumps(fields))
         self._write("INSERT OR REPLACE INTO asks VALUES (?, ?, ?, ?, ?, ?)", row)

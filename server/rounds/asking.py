@@ -70,7 +70,8 @@ class Asking:
         self._node_of = dict(requests.by_message)
         self._asks = dict.fromkeys(self._ids, 1)
         self._answered: set[str] = set()
-        self._offline: dict[str, tuple[Message, float]] = {}  # what Flower says of a node that may come back, and when
+        # What Flower says of a node that may come back, or that cannot be asked again now, and since when.
+        self._offline: dict[str, tuple[Message, float]] = {}
         self._reminded = time.monotonic()
 
     def unanswered(self) -> dict[str, list[str]]:
@@ -100,7 +101,9 @@ class Asking:
                 self._events.add(Event(self._round, self._phase, name, "offline", seconds))
                 return False
             is_lost = reply.error.code in {*MESSAGE_LOST, UNREADABLE}
-            if is_lost and kept_at is None and self._ask_again(name, "lost"):
+            if is_lost and kept_at is None and self._may_ask_again(name):
+                if not self._ask_again(name, "lost"):
+                    self._offline[name] = reply, time.monotonic()
                 return False
         else:
             self.durations.append(seconds)
@@ -157,6 +160,7 @@ class Asking:
             return {node.node_id for node in self._grid.get_nodes()}
         except Exception as error:  # the SuperLink is away or fails; the next call may succeed
             log.warning("The SuperLink does not say which nodes are online (%s).", error)
+            self._offline = {name: (reply, time.monotonic()) for name, (reply, _) in self._offline.items()}
             return set()
 
     def _is_ready(self, name: str) -> bool:
@@ -172,11 +176,13 @@ class Asking:
         """Send the message to a node again. Returns whether that was possible."""
         if not self._may_ask_again(name):
             return False
-        again = _copy(self._originals[name], self.ends - time.time())
+        again = copy_of(self._originals[name], self.ends - time.time())
         try:
             (accepted,) = push(self._grid, [again]) or [""]
         except Exception as error:
             log.warning("The node %s could not be asked again (%s).", name, error)
+            if name in self._offline:
+                self._offline[name] = self._offline[name][0], time.monotonic()
             return False
         if not accepted:
             return False
@@ -194,7 +200,7 @@ class Asking:
         return message
 
 
-def _copy(message: Message, seconds_left: float) -> Message:
+def copy_of(message: Message, seconds_left: float) -> Message:
     """Return a new message with the content of `message`, and what is left of the deadline."""
     content = RecordDict({name: record for name, record in message.content.items() if name != SIGNATURE})
     for name, record in message.content.items():

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from math import inf
 
 from flwr.app import ConfigRecord, Message
@@ -20,10 +21,11 @@ from corymb.protocol.flower import forget_chunks, is_simulation, set_message_ids
 from corymb.protocol.grids import SigningGrid
 from corymb.protocol.records import DEADLINE, MEMORY, NONCE
 from corymb.server.rounds.arrivals import arrivals, first, polled
-from corymb.server.rounds.asking import Asking
+from corymb.server.rounds.asking import Asking, copy_of
 from corymb.server.rounds.codes import ADMITTED, SILENT
 from corymb.server.rounds.events import Event, EventLog, some
 from corymb.server.rounds.late import LateReplies
+from corymb.server.rounds.patience import Patience
 from corymb.server.rounds.record import Verdict
 from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.requests import push
@@ -90,23 +92,40 @@ class Exchange:
         if self._asked is not None and self._asked.requests.by_message:
             requests, number = self._asked.requests, self._round
             log.info("[ROUND %d] These nodes were asked before the restart: %s", number, some(requests.nodes))
+            self._remembers = {**self._asked.remembers, **self._remembers}
             self._asking = self._make_asking(self._asked, messages)
             return requests
-        if isinstance(self._grid, SigningGrid):
-            messages = [self._grid.sign(message) for message in messages]
-        set_message_ids(messages)
-        asked = Asked(self._nonce, requests_of(messages), time.time(), self._run_id)
-        self._note(asked)  # before the push: after a crash, Flower tells which of these ids it does not know
-        accepted = push(self._grid, messages)
+        messages, asked, accepted = self._pushed(messages, requests_of)
         for message in messages:
             forget_chunks(message)
         if set(asked.requests.by_message) - set(accepted):  # refused, or a grid that gives ids of its own
-            asked = Asked(self._nonce, requests_of(messages), asked.at, self._run_id)
+            asked = replace(asked, requests=requests_of(messages))
             self._note(asked)
         self._asking = self._make_asking(asked, messages)
         for node in asked.requests.by_message.values():
             self._events.add(Event(self._round, self._phase, node, "asked"))
         return asked.requests
+
+    def _pushed(
+        self, messages: list[Message], requests_of: Callable[[list[Message]], Requests]
+    ) -> tuple[list[Message], Asked, Collection[str]]:
+        """Note and push `messages`. Returns them as pushed, what is noted, and the ids that the grid has accepted.
+
+        If the SuperLink fails, nobody knows which of them it has. They are pushed again as new ones, with the same
+        nonce, which ready clients answer only once.
+        """
+        patience = Patience()
+        while True:
+            if isinstance(self._grid, SigningGrid):
+                messages = [self._grid.sign(message) for message in messages]
+            set_message_ids(messages)
+            asked = Asked(self._nonce, requests_of(messages), time.time(), self._run_id, dict(self._remembers))
+            self._note(asked)  # before the push: after a crash, Flower tells which of these ids it does not know
+            try:
+                return messages, asked, push(self._grid, messages)
+            except Exception as error:
+                patience.wait(error)
+                messages = [copy_of(message, self._timeout or inf) for message in messages]
 
     def replies(self, enough: int | None = None) -> Iterator[Message]:
         """Yield the replies to the messages of this phase as they arrive; see `arrivals`."""

@@ -11,6 +11,9 @@ from threading import Thread
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from corymb.protocol.temporary import is_temporary
+from corymb.server.rounds.patience import PATIENCE_SECONDS
+
 POLL_SECONDS = 0.2  # the first pause after a poll that brought no reply
 MAX_POLL_SECONDS = 1.0  # the longest pause, for up to 100 replies
 STALL_SECONDS = 10.0  # a pull that takes longer goes on in its own thread, and the other replies are pulled meanwhile
@@ -25,10 +28,12 @@ def pulled(grid: Grid, waiting: dict[str, None], deadline: float) -> Iterator[Pu
 
     The caller may add or remove ids at any time. None is yielded after each poll of all ids that brought no reply. Ends
     after all replies, or at `deadline`, a value of `time.monotonic()`, even if a pull hangs: its thread is left alone,
-    and its reply is dropped. One reply is pulled at a time; while an upload is slow, it and another one.
+    and its reply is dropped. One reply is pulled at a time; while an upload is slow, it and another one. While the
+    SuperLink fails, a reply counts as not arrived.
     """
     pulls = _Pulls(grid)
     failed: Counter[str] = Counter()
+    failing_since: dict[str, float] = {}
     pause = POLL_SECONDS
     while waiting:
         arrived = False
@@ -39,6 +44,11 @@ def pulled(grid: Grid, waiting: dict[str, None], deadline: float) -> Iterator[Pu
                 pulls.start(message_id)
             # Waits for this pull, or for one that stalled before.
             for finished, outcome in pulls.finished(min(STALL_SECONDS, deadline - time.monotonic())):
+                if not isinstance(outcome, Exception):
+                    failing_since.pop(finished, None)
+                elif is_temporary(outcome):
+                    since = failing_since.setdefault(finished, time.monotonic())
+                    outcome = None if time.monotonic() - since < PATIENCE_SECONDS else outcome
                 failed[finished] += isinstance(outcome, Exception)
                 is_over = outcome is not None and (isinstance(outcome, Message) or failed[finished] >= TRIES)
                 if outcome is not None and is_over and finished in waiting:

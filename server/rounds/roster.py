@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from flwr.serverapp import Grid
 
 from corymb.protocol.grids import CompleteGrid
+from corymb.server.rounds.patience import patiently
 
 log = logging.getLogger("flwr.corymb")
 POLL_SECONDS = 0.5
@@ -85,7 +86,7 @@ def connected(grid: Grid) -> dict[str, int]:
     A name that the operator gave stays the same over reconnects and runs. For a node without such a name, or with a
     name that another node has too, the returned name contains the node id.
     """
-    nodes = [(node.name, node.node_id) for node in grid.get_nodes()]
+    nodes = [(node.name, node.node_id) for node in patiently(grid.get_nodes)]
     count = Counter(name for name, _ in nodes)
     return {name if name and count[name] == 1 else f"{name or 'node'}-{node_id}": node_id for name, node_id in nodes}
 

@@ -74,13 +74,15 @@ class Requests:
 class Asked:
     """What was asked in one phase of a round of the Flower run `run_id`, at the Unix time `at`.
 
-    `nonce` is in the config of the requests, and the same if a node is asked again.
+    `nonce` is in the config of the requests, and the same if a node is asked again. `remembers` says by node whether
+    its client answers from memory, as far as that was known.
     """
 
     nonce: str
     requests: Requests
     at: float
     run_id: int
+    remembers: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

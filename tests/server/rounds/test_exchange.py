@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from corymb.client.algorithms.memory_files import folder_of
 from corymb.protocol.codec import to_arrays
-from corymb.protocol.flower import empty_run, set_message_id, set_task_identity
+from corymb.protocol.flower import MESSAGE_LOST, empty_run, set_message_id, set_task_identity
 from corymb.protocol.records import DEADLINE, MEMORY, NONCE, memory_run
 from corymb.server import CandidateElection, FlowerStrategy, Journal, Policy, Requests
-from corymb.server.rounds import asking
+from corymb.server.rounds import asking, patience
 from corymb.server.rounds import exchange as exchange_module
-from corymb.server.rounds.asking import _copy
+from corymb.server.rounds.asking import copy_of
 from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.events import EventLog
 from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.late import LateReplies
+from corymb.server.rounds.roster import connected
 from corymb.server.rounds.round import Asked, Round
 from corymb.server.rounds.state import Method
 from corymb.simulations.grid.local_grid import LocalGrid
@@ -48,6 +51,12 @@ def ask(exchange: Exchange, number: int, messages: list[Message]) -> None:
         message.content["config"] = config
     names = {FIRST_ID + i: f"node-{FIRST_ID + i}" for i in range(3)}
     exchange.push(messages, lambda sent: Requests.of(sent, names))
+
+
+def answer_all(wire: Wire) -> None:
+    for node in wire.nodes:
+        if node.queue:
+            wire.answer(node)
 
 
 def messages_to_three() -> list[Message]:
@@ -106,7 +115,7 @@ def test_each_candidate_of_an_election_is_a_new_question() -> None:
 def test_a_repeated_request_has_what_is_left_of_the_deadline() -> None:
     original = messages_to_three()[0]
     original.content["config"] = ConfigRecord({DEADLINE: 1200.0, NONCE: "n"})
-    copy: Any = _copy(original, 180.0)
+    copy: Any = copy_of(original, 180.0)
     assert dict(copy.content["config"]) == {DEADLINE: 180.0, NONCE: "n"}
     assert original.content["config"][DEADLINE] == 1200.0
     assert copy.metadata.dst_node_id == original.metadata.dst_node_id
@@ -176,6 +185,72 @@ def test_a_node_that_is_offline_for_a_while_is_asked_again(
         replies = list(exchange.replies())
     assert sorted(reply.has_error() for reply in replies) == ([False] * 3 if comes_back else [False, False, True])
     assert [node.trained[2] for node in wire.nodes] == [int(comes_back), 1, 1]
+
+
+class FailingWire(Wire):
+    """A SuperLink that answers 500 in all calls but the first `good` ones, until it has done so `failures` times."""
+
+    def __init__(self, good: int, failures: int) -> None:
+        super().__init__(3, answer_all)
+        self.good, self.failures = good, failures
+
+    def _fail(self) -> None:
+        self.good -= 1
+        if self.good < 0 < self.failures:
+            self.failures -= 1
+            raise httpx.HTTPStatusError("", request=httpx.Request("POST", "http://link"), response=httpx.Response(500))
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        self._fail()
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        self._fail()
+        return super().pull_messages(message_ids)
+
+    def get_nodes(self) -> list[Any]:
+        self._fail()
+        return super().get_nodes()
+
+
+@pytest.mark.parametrize("good", range(5))
+@pytest.mark.parametrize("failures", [1, 7])
+def test_while_the_superlink_fails_the_server_goes_on_trying(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int, failures: int
+) -> None:
+    """As while its disk is full; in the first round, too, when nobody knows which clients answer from memory."""
+    monkeypatch.setattr(patience, "PAUSE_SECONDS", 0.01)
+    wire = FailingWire(good, failures)
+    with closing(Journal(tmp_path)) as journal:
+        for number in (1, 2):
+            assert len(connected(wire)) == 3
+            exchange = Exchange(wire, 60.0, journal.asks)
+            ask(exchange, number, messages_to_three())
+            assert not any(reply.has_error() for reply in exchange.replies())
+    assert [node.trained for node in wire.nodes] == [{1: 1, 2: 1}] * 3
+    assert not wire.failures
+
+
+def test_an_error_that_is_not_temporary_is_raised_at_once() -> None:
+    with pytest.raises(ZeroDivisionError):
+        patience.patiently(lambda: 1 // 0)
+
+
+def test_a_restarted_server_knows_which_clients_answer_from_memory(tmp_path: Path) -> None:
+    """Here it died after it had noted what it asks, and before it asked."""
+    wire = Wire(3, answer_all)
+    with closing(Journal(tmp_path)) as journal:
+        exchange = ask_train(journal, wire, messages_to_three())
+        assert len(list(exchange.replies())) == 3
+        ask(exchange, 2, messages_to_three())
+        for node in wire.nodes:
+            lost = node.queue.popleft()
+            error = Message(Error(min(MESSAGE_LOST), "unknown message"), reply_to=lost)
+            wire.ready[lost.metadata.message_id] = error
+        restarted = Exchange(wire, 60.0, journal.asks)
+        ask(restarted, 2, messages_to_three())
+        assert not any(reply.has_error() for reply in restarted.replies())
+    assert [node.trained for node in wire.nodes] == [{1: 1, 2: 1}] * 3
 
 
 def test_a_run_that_goes_on_under_another_id_names_the_first_one(tmp_path: Path) -> None:
