@@ -96,13 +96,12 @@ class Asking:
             set_reply_to(reply, next(i for i, node in self.asked.requests.by_message.items() if node == name))
         seconds = max(0.0, (time.time() if kept_at is None else kept_at) - self.asked.at)
         if reply.has_error():
-            if reply.error.code == NODE_UNAVAILABLE and kept_at is None and self._may_ask_again(name):
-                self._offline[name] = reply, time.monotonic()
-                self._events.add(Event(self._round, self._phase, name, "offline", seconds))
-                return False
+            is_offline = reply.error.code == NODE_UNAVAILABLE
             is_lost = reply.error.code in {*MESSAGE_LOST, UNREADABLE}
-            if is_lost and kept_at is None and self._may_ask_again(name):
-                if not self._ask_again(name, "lost"):
+            if (is_offline or is_lost) and kept_at is None and self._has_asks_left(name) and self._is_ready(name, True):
+                if is_offline:
+                    self._events.add(Event(self._round, self._phase, name, "offline", seconds))
+                if is_offline or not self._ask_again(name, "lost"):
                     self._offline[name] = reply, time.monotonic()
                 return False
         else:
@@ -128,10 +127,10 @@ class Asking:
     def still_offline(self, is_over: bool = False) -> Iterator[Message]:
         """Yield what Flower says of the nodes that have been offline for too long, or of all if the phase `is_over`.
 
-        They are not asked again.
+        They are not asked again. Nor are those whose clients, as is known by now, do not answer from memory.
         """
         for name, (reply, since) in list(self._offline.items()):
-            if is_over or time.monotonic() - since >= BACK_SECONDS:
+            if is_over or time.monotonic() - since >= BACK_SECONDS or not self._is_ready(name, True):
                 del self._offline[name]
                 self._asks[name] = MOST_ASKS
                 yield reply
@@ -163,14 +162,17 @@ class Asking:
             self._offline = {name: (reply, time.monotonic()) for name, (reply, _) in self._offline.items()}
             return set()
 
-    def _is_ready(self, name: str) -> bool:
-        """Return whether the client at a node answers from memory, as far as is known."""
+    def _is_ready(self, name: str, if_unknown: bool = False) -> bool:
+        """Return whether the client at a node answers from memory, as far as is known; `if_unknown` if nobody replied."""
         known = self._remembers.values()
-        return self._remembers.get(name, bool(known) and all(known))
+        return self._remembers.get(name, all(known) if known else if_unknown)
+
+    def _has_asks_left(self, name: str) -> bool:
+        left = self.ends - time.time() >= LEAST_LEFT and self._asks.get(name, MOST_ASKS) < MOST_ASKS
+        return left and name in self._originals
 
     def _may_ask_again(self, name: str) -> bool:
-        left = self.ends - time.time() >= LEAST_LEFT and self._asks.get(name, MOST_ASKS) < MOST_ASKS
-        return left and name in self._originals and self._is_ready(name)
+        return self._has_asks_left(name) and self._is_ready(name)
 
     def _ask_again(self, name: str, why: str) -> bool:
         """Send the message to a node again. Returns whether that was possible."""

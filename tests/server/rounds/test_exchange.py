@@ -253,6 +253,30 @@ def test_a_restarted_server_knows_which_clients_answer_from_memory(tmp_path: Pat
     assert [node.trained for node in wire.nodes] == [{1: 1, 2: 1}] * 3
 
 
+@pytest.mark.parametrize("remembers", [True, False])
+def test_in_the_first_round_a_lost_reply_waits_until_the_others_show_what_clients_can(
+    tmp_path: Path, remembers: bool
+) -> None:
+    wire = Wire(3, remembers=remembers)
+    with closing(Journal(tmp_path)) as journal:
+        exchange = ask_train(journal, wire, messages_to_three())
+        lost = wire.nodes[0].queue[0]
+        wire.answer(wire.nodes[0], is_lost=True)
+        wire.ready[lost.metadata.message_id] = Message(Error(min(MESSAGE_LOST), "unknown"), reply_to=lost)
+        pulls = 0
+
+        def answer_later(wire: Wire) -> None:
+            nonlocal pulls
+            pulls += 1
+            if pulls > 3:
+                answer_all(wire)
+
+        wire.before_pull = answer_later
+        replies = list(exchange.replies())
+    assert sum(reply.has_error() for reply in replies) == (0 if remembers else 1)
+    assert [node.trained for node in wire.nodes] == [{1: 1}] * 3
+
+
 def test_a_run_that_goes_on_under_another_id_names_the_first_one(tmp_path: Path) -> None:
     with closing(Journal(tmp_path)) as journal:
         exchange = ask_train(journal, Wire(3), messages_to_three())
