@@ -101,7 +101,7 @@ def serve(folder: Folder) -> None:
     """
     from corymb.server.deployment.federation import ServerKit, read_kit
     from corymb.server.deployment.processes import server_processes
-    from corymb.server.deployment.status import SITES
+    from corymb.server.deployment.status import SITES, active_runs
     from corymb.server.deployment.supervision import Supervisor
     from corymb.server.deployment.units import write_units
 
@@ -115,6 +115,12 @@ def serve(folder: Folder) -> None:
     try:
         Supervisor(processes, folder / "var" / "log", console.print).run()
     finally:
+        for run_id in active_runs(folder):
+            console.print(
+                f"Run {run_id} was under way. Flower ends it within five minutes. Start this server again, and the run "
+                "anew with `corymb run APP --set resume=true`: it goes on after its last round.",
+                soft_wrap=True,
+            )
         (folder / "var" / SITES).unlink(missing_ok=True)  # nobody looks any longer
 
 

@@ -72,18 +72,15 @@ def _run_experiment(file: Path, folder: Path, kit: ServerKit, changes: list[str]
 
 def _run_one(app: Path, folder: Path, kit: ServerKit, config: list[str]) -> bool:
     """Run an app. Returns whether it was completed."""
-    from corymb.server.deployment.run import COMPLETED, follow, start
-    from corymb.server.rounds.orders import read_orders
+    from corymb.server.deployment.run import COMPLETED, follow, journal_of, last_words, start
 
     run_id = start(app, folder, kit, config)
     console.print(f"Run {run_id}")
     status = follow(folder, kit, run_id, console.print)
     console.print(f"Run {run_id} is {status}.")
-    journal = folder / "var" / "corymb" / "runs" / f"run-{run_id}"
-    if by := read_orders(journal).stopped_by:
-        console.print(f"{by} has stopped it with `corymb order`; with --set resume=true, a new run goes on.")
-    if status == COMPLETED and journal.exists():
-        console.print(f"To write its model to a file: corymb model export {journal}")
+    journal = journal_of(folder, run_id)
+    for line in last_words(journal, status) if journal is not None else ():
+        console.print(line, markup=False, soft_wrap=True)
     return status == COMPLETED
 
 

@@ -72,6 +72,8 @@ def approve(
     The approval goes into policy.toml, where it can be changed or taken
     out.
     """
+    from re import fullmatch
+
     from corymb.client.gate.ledger import Ledger
     from corymb.client.gate.policy import SitePolicy
     from corymb.client.gate.policy import approve as add
@@ -81,6 +83,8 @@ def approve(
     waiting = [each for each in refused if each not in known]
     if not app and not waiting:
         raise ValueError(f"No app was refused in {folder} that is not in the policy already; name one with --app.")
+    if app and not fullmatch("[0-9a-f]{64}", app):
+        raise ValueError(f"--app {app} is no SHA-256 of 64 hexadecimal digits, such as `corymb hash APP` prints.")
     add(folder / "policy.toml", app or waiting[-1], purpose, until.date())
     console.print(f"Approved the app {app or waiting[-1]} until {until.date()}.", soft_wrap=True)
 

@@ -194,6 +194,10 @@ def journals_under(folder: Path) -> list[Path]:
 
 
 def written_at(folder: Path) -> float:
-    """Return when a journal was written last: what is new lies in a second file until SQLite moves it."""
+    """Return when a journal was written last: what is new lies in a second file until SQLite moves it.
+
+    A reader makes this second file, too, empty.
+    """
     both = (folder / DATABASE, folder / f"{DATABASE}-wal")
-    return max(each.stat().st_mtime for each in both if each.exists())
+    states = [each.stat() for each in both if each.exists()]
+    return max(state.st_mtime for state in states if state.st_size)

@@ -71,7 +71,7 @@ class Alarm:
 
 ALARMS = (
     Alarm("CorymbStalled", "corymb_stalled", "==", 1,
-          "A run is under way, but nothing happens; look at the SuperExec's log.", "critical"),
+          "A run is under way, but nothing happens; look at Flower's log of the run (`flwr log`).", "critical"),
     Alarm("CorymbProcessDown", "corymb_process_up", "==", 0,
           "A process of the server does not run; its log says why.", "critical"),
     Alarm("CorymbMonitorSilent", "corymb_monitor_age_seconds", ">", 60,

@@ -20,7 +20,7 @@ from corymb.pages.machine import available_bytes, clock_error, free_bytes, serve
 from corymb.protocol.certificates import days_left, read_certificate
 from corymb.server.deployment.federation import ServerKit, read_kit
 from corymb.server.deployment.provision import ROSTER
-from corymb.server.deployment.status import SITES, software_of_sites
+from corymb.server.deployment.status import SITES, active_runs, software_of_sites
 from corymb.server.rounds.codes import ADMITTED, BELOW_QUORUM, SILENT
 from corymb.server.rounds.orders import read_orders
 
@@ -112,6 +112,15 @@ class Federation(Runs):
             seen: dict[str, Any] = json.loads((self.folder / "var" / SITES).read_text())
             return seen
         return {"at": "", "sites": {}, "runs": {}}
+
+    def journal(self, name: str = "") -> JournalReader | None:
+        """Return the reader of the journal with this name, or of the run under way, or of the one written last."""
+        active = active_runs(self.folder)
+        for folder in reversed(journals_under(self.runs)) if active and not name else ():
+            with suppress(ValueError):
+                if (reader := self.reader(folder)).about().get("flower-run") in active:
+                    return reader
+        return super().journal(name)
 
     def software(self) -> dict[str, str]:
         """Return the versions of Corymb and Flower at the sites that have said so."""

@@ -30,7 +30,7 @@ from corymb.protocol.run_config import flatten
 from corymb.protocol.shared_state import shared_state
 from corymb.server.journal import Journal
 from corymb.server.journal.models import APP, unfinished_run
-from corymb.server.rounds.orders import add_order, read_orders
+from corymb.server.rounds.orders import release
 from corymb.server.settings import ServerSettings, runs_folder
 from corymb.server.strategy import FlowerStrategy
 from corymb.strategies import Layout, Proxy
@@ -57,8 +57,8 @@ def main(grid: Grid, context: Context) -> None:
     resume = journal is not None and (settings.resume or is_same_run)
     if journal is not None:
         log.info("Journal: %s", folder)
-        if not is_same_run and read_orders(journal.folder).stopped_by:
-            add_order(journal.folder, "resume", "the next run")  # which was started to go on after the stop
+        if not is_same_run:
+            release(journal.folder)
     shared = shared_state(module, rule.train_under(settings.train))
     strategy = FlowerStrategy(
         rule.make(),

@@ -198,16 +198,18 @@ def server_findings(folder: Path, kit: ServerKit) -> Iterator[Finding]:
     if age > STALE_SECONDS:
         yield Finding(Fault.MONITOR, f"The monitor has not looked for {age:.0f} s; see var/log/monitor.log.")
         return
+    is_busy = any(not each.startswith("finished") for each in runs.values())
     online = [name for name, site in state["sites"].items() if site["online"]]
-    offline = [name for name in state["sites"] if name not in online]
+    answered = _empty_round(folder, kit, online) if online and not is_busy else None
+    offline = [name for name, site in status(folder)["sites"].items() if not site["online"]]  # after that round
     if offline:
         yield Finding(Fault.OFFLINE, f"Offline: {', '.join(offline)}; run `corymb doctor` there.")
     else:
         yield good(f"All {len(state['sites'])} sites are online.")
-    if online and any(not status.startswith("finished") for status in runs.values()):
+    if online and is_busy:
         yield good("A run is under way, whose rounds say which sites answer; no empty round is run.")
-    elif online:
-        yield _empty_round(folder, kit, online)
+    if answered is not None:
+        yield answered
 
 
 def _empty_round(folder: Path, kit: ServerKit, online: list[str]) -> Finding:

@@ -18,6 +18,8 @@ import tomli_w
 
 from corymb.protocol.flower_control import ControlError, SuperLink
 from corymb.server.deployment.federation import ServerKit
+from corymb.server.rounds.orders import read_orders
+from corymb.server.rounds.run_failed import FAILED
 
 COMPLETED = "finished:completed"
 POLL_SECONDS = 1.0
@@ -113,15 +115,54 @@ class Progress:
             yield f"round {late[0][1]} waits for {names}{more}"
 
 
+def journal_of(folder: Path, run_id: int) -> Path | None:
+    """Return the folder of a run's journal, which has the id of an earlier run if it goes on from there."""
+    for path in (folder / "var" / "corymb" / "runs").glob("*/journal.sqlite"):
+        with suppress(sqlite3.Error):
+            if _value(path.parent, "SELECT value FROM run WHERE key = 'flower-run'") == str(run_id):
+                return path.parent
+    return None
+
+
+def last_words(journal: Path, status: str) -> Iterator[str]:
+    """Yield what is to be said of a run that has ended with this status, and what one may do now."""
+    if by := read_orders(journal).stopped_by:
+        yield f"{by} has stopped it with `corymb order`; with --set resume=true, a new run goes on."
+    if status == COMPLETED:
+        yield f"To write its model to a file: corymb model export {journal}"
+        return
+    reason = (
+        _value(journal, f"SELECT value FROM run WHERE key = '{FAILED}'") or "Its ServerApp has ended without a word."
+    )
+    yield f"{reason} With --set resume=true, a new run goes on after the last round."
+
+
+def _value(journal: Path, query: str) -> Any:
+    with closing(sqlite3.connect(f"file:{journal / 'journal.sqlite'}?mode=ro", uri=True)) as database:
+        return (database.execute(query).fetchone() or (None,))[0]
+
+
 def follow(folder: Path, kit: ServerKit, run_id: int, say: Callable[[str], None]) -> str:
     """Say what happens in a run until it ends. Returns its status, as Flower puts it."""
-    superlink = superlink_of(folder, kit)
-    progress = Progress(folder / "var" / "corymb" / "runs" / f"run-{run_id}")
+    superlink, progress = superlink_of(folder, kit), None
+    away_since = None
     while True:
         status = ""
-        with suppress(ControlError):  # the SuperLink is restarted
+        try:
             status = superlink.run_statuses().get(run_id, "")
-        for line in progress.lines():
+            away_since = None
+        except ControlError:  # the SuperLink is restarted, or the server has been stopped
+            if away_since is None:
+                away_since = time.monotonic()
+            elif time.monotonic() - away_since > REMIND_SECONDS:
+                away_since = time.monotonic()
+                say("the server does not answer; does `corymb serve` run?")
+        if progress is None and (journal := journal_of(folder, run_id)) is not None:
+            progress = Progress(journal)
+            if journal.name != f"run-{run_id}":
+                progress.rounds = _value(journal, "SELECT COALESCE(MAX(round), 0) FROM rounds")
+                say(f"goes on after round {progress.rounds} of {journal.name}")
+        for line in progress.lines() if progress is not None else ():
             say(line)
         if status.startswith("finished"):
             return status

@@ -37,6 +37,15 @@ def status(folder: Path) -> dict[str, Any]:
     return {"server": server, "sites": sites}
 
 
+def active_runs(folder: Path) -> list[str]:
+    """Return the ids of the runs that were under way when the monitor looked last."""
+    try:
+        runs: dict[str, str] = json.loads((folder / "var" / SITES).read_text())["runs"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return [run_id for run_id, state in runs.items() if not state.startswith("finished")]
+
+
 def software_of_sites(folder: Path) -> dict[str, str]:
     """Return the versions of Corymb and Flower at each site that has said so in a signed reply."""
     return {path.name: path.read_text() for path in (folder / "var" / SOFTWARE).glob("*")}

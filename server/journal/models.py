@@ -86,6 +86,8 @@ def export_model(folder: Path, out: Path, best: bool = False) -> dict[str, str]:
         if not rounds:
             raise ValueError(f"The journal in {folder} has no finished round, so there is no model.")
         number = int(about.get("best-round", 0)) if best else rounds[-1].round
+        if not any(record.admitted for record in rounds):
+            raise ValueError(f"No reply has counted in the run in {folder}, so there is no trained model.")
         if not number:
             raise ValueError(f"No accuracy or loss was measured in the run in {folder}; export its last model.")
         source = folder / (BEST if best else f"model-{number:06d}.safetensors")

@@ -163,7 +163,7 @@ class Asking:
             return set()
 
     def _is_ready(self, name: str, if_unknown: bool = False) -> bool:
-        """Return whether the client at a node answers from memory, as far as is known; `if_unknown` if nobody replied."""
+        """Return whether the client at a node answers from memory, as far as is known; else `if_unknown`."""
         known = self._remembers.values()
         return self._remembers.get(name, all(known) if known else if_unknown)
 

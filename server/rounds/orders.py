@@ -57,6 +57,13 @@ def read_orders(folder: Path) -> Orders:
     return Orders(tuple(found), paused, stopped, frozenset(excluded))
 
 
+def release(folder: Path) -> None:
+    """Let a new run go on with the journal in `folder`, if the run before was paused or stopped."""
+    orders = read_orders(folder)
+    if orders.paused_by or orders.stopped_by:
+        add_order(folder, "resume", "the next run")
+
+
 def add_order(folder: Path, action: str, by: str, site: str = "") -> None:
     """Add an order, and return once it is on the disk.
 

@@ -22,10 +22,11 @@ class ClientResults:
 
     `by_seed` are those of each run. What is said of the clients together is computed in each run, and then averaged,
     because clients of the same name may be others under another seed; `by_client` are means over seeds. `gap` is the
-    mean test loss minus the mean training loss. `gaining` is the share of clients whose score is better than under the
-    rule "local"; NaN without that rule. `metrics` are the means of all metrics over the clients, and `new` the mean
-    score of clients that took no part in the training, NaN without them. At the clients `undefined`, the score is not
-    defined, such as an AUROC where all examples have the same class.
+    mean test loss minus the mean training loss; NaN if clients test another model than the one whose training loss
+    they report, as under Ditto. `gaining` is the share of clients whose score is better than under the rule "local";
+    NaN without that rule. `metrics` are the means of all metrics over the clients, and `new` the mean score of clients
+    that took no part in the training; NaN without them, and under "local", which trains no model for them. At the
+    clients `undefined`, the score is not defined, such as an AUROC where all examples have the same class.
     """
 
     rule: str
@@ -102,8 +103,9 @@ def _of_rule(runs: Sequence[FinishedRun]) -> ClientResults | None:
                 metrics.setdefault(name, []).append(value)
         if scores:
             by_seed[run.seed] = dict(sorted(scores.items()))
-        gaps.append(last.server.get("clients-loss", nan) - last.train.get("loss", nan))
-        new.append(last.server.get(f"new-clients-{score.name}", nan))
+        gap = last.server.get("clients-loss", nan) - last.train.get("loss", nan)
+        gaps.append(nan if run.tests_another_model else gap)
+        new.append(nan if run.rule == LOCAL else last.server.get(f"new-clients-{score.name}", nan))
     if not by_seed:
         return None
     means = {name: _mean(values) for name, values in metrics.items() if name != "seconds"}

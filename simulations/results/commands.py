@@ -29,14 +29,13 @@ from corymb.simulations.results.folder import (
     journal_folder,
     prepare,
     rounds_in,
-    scores,
     write,
 )
 from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import Plan, run_all
-from corymb.simulations.results.summary import further_metrics, summary_rows
+from corymb.simulations.results.summary import further_metrics, scores, summary_rows
 from corymb.simulations.results.summary import table as summary_as
 
 FIGURES = ("pdf", "svg", "png")

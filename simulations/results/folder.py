@@ -18,6 +18,8 @@ import numpy as np
 import tomli_w
 from safetensors import safe_open
 
+from corymb.client.algorithms.algorithm import ClientAlgorithm
+from corymb.client.local_work import algorithm_of
 from corymb.server import Journal, RoundRecord
 from corymb.server.journal.rows import committed
 from corymb.server.rule_settings import RuleSettings
@@ -37,7 +39,8 @@ class FinishedRun:
     """A finished run of one rule with one seed.
 
     `score` ranks rules, and `final` is its mean over the tests in the last `evaluate.last` rounds. `others` are such
-    means of the task's further metrics. `wall_seconds` is the total time.
+    means of the task's further metrics. `wall_seconds` is the total time. `tests_another_model` says that clients test
+    another model than the one whose training loss they report.
     """
 
     rule: str
@@ -48,6 +51,7 @@ class FinishedRun:
     model_sha256: str
     score: Score = ACCURACY
     others: Mapping[Score, float] = field(default_factory=dict)
+    tests_another_model: bool = False
 
     @property
     def curve(self) -> tuple[list[int], list[float]]:
@@ -81,7 +85,10 @@ def collect_run(experiment: Experiment, folder: Path, rule: RuleSettings, seed: 
         )
     finals = {other: final_score(records, other.key, skipped) for other in others}
     known = {other: value for other, value in finals.items() if value is not None}
-    return FinishedRun(rule.title, seed, records, final, sum(r.seconds for r in records), digest, score, known)
+    seconds = sum(record.seconds for record in records)
+    algorithm = type(algorithm_of(rule.train_under(experiment.train)))
+    another = algorithm.evaluated is not ClientAlgorithm.evaluated
+    return FinishedRun(rule.title, seed, records, final, seconds, digest, score, known, another)
 
 
 def final_score(records: Iterable[RoundRecord], key: str, skipped: int) -> float | None:
@@ -239,12 +246,3 @@ def _drop_empty(row: Mapping[str, Any]) -> dict[str, Any]:
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     with path.open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def scores(runs: list[FinishedRun]) -> dict[str, tuple[float, float]]:
-    """Return each rule's mean final score over seeds, and its standard deviation (0 for one seed)."""
-    by_rule = {rule: [run.final for run in runs if run.rule == rule] for rule in dict.fromkeys(r.rule for r in runs)}
-    return {
-        rule: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
-        for rule, values in by_rule.items()
-    }

@@ -1,4 +1,4 @@
-"""The clients none of whose replies was admitted in a whole run, and why."""
+"""What did not count in a run: clients none of whose replies was admitted, and why, and rounds without a result."""
 
 from __future__ import annotations
 
@@ -13,22 +13,31 @@ MAX_NAMED = 5  # clients that a sentence names
 
 
 def never_counted(runs: Iterable[FinishedRun], resolved: Resolved) -> list[str]:
-    """Return a sentence for each run in which some of the clients that may train never counted."""
+    """Return a sentence for each run in which some of the clients that may train never counted, or rounds did not."""
     sentences = []
     rules = {rule.title: rule for rule in resolved.experiment.rules}
+    kept = [(run, sum("not-finite" in record.notes for record in run.records)) for run in runs]
+    for run, number in kept:
+        if number:
+            sentences.append(
+                f"{run.rule}, seed {run.seed}: {number} of {len(run.records)} rounds kept the model, because the "
+                "rule's result was not finite."
+            )
     for run in runs:
         names = resolved.scenario(rules[run.rule], run.seed).training_names
         counted = {verdict.node for record in run.records for verdict in record.admitted}
         missing = [name for name in names if name not in counted]
         if not missing:
             continue
+        has_buffer = resolved.experiment.devices_for(rules[run.rule]).buffer
+        none = "no reply had arrived when the run ended" if has_buffer else "never asked"
         whys = Counter(
             verdict.code
             for record in run.records
             for verdict in record.verdicts
             if verdict.node not in counted and verdict.code != ADMITTED
         )
-        reasons = ", ".join(f"{code} {times} times" for code, times in whys.most_common()) or "never asked"
+        reasons = ", ".join(f"{code} {times} times" for code, times in whys.most_common()) or none
         example = next(
             (
                 f" For example: {verdict.reason}"

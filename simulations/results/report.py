@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,17 +11,26 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corymb.server.rule_settings import RuleSettings
-from corymb.simulations.experiments.resolved import Resolved
+from corymb.simulations.experiments.resolved import Resolved, is_pooled
 from corymb.simulations.results.client_results import client_columns, client_results, columns_of, without_score
-from corymb.simulations.results.folder import FinishedRun, scores
+from corymb.simulations.results.folder import FinishedRun
 from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
-from corymb.simulations.results.summary import further_metrics
+from corymb.simulations.results.summary import further_metrics, scores
 
 
 def _settings(rule: RuleSettings) -> str:
     """Return the rule with its parameters, and the settings of `[train]` that it overrides."""
     return ", ".join([str(rule.make()), *(f"train.{key} = {value}" for key, value in rule.train.items())])
+
+
+def _participants(runs: list[FinishedRun], rules: Collection[str]) -> str:
+    """Return how many clients counted in a round of `rules` on average: "20.0", or "5.0 to 20.0" if rules differ."""
+    counts = {
+        rule: [len(record.admitted) for run in runs if run.rule == rule for record in run.records] for rule in rules
+    }
+    means = sorted({f"{np.mean(each):.1f}" for each in counts.values() if each}, key=float)
+    return " to ".join(dict.fromkeys([means[0], means[-1]])) if means else "no"
 
 
 def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> Path:
@@ -39,7 +49,7 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
         clients=len(scenario.names),
         notes=resolved.notes,
         never_counted=never_counted(runs, resolved),
-        participants=np.mean([len(record.admitted) for run in runs for record in run.records]),
+        participants=_participants(runs, [rule.title for rule in experiment.rules if not is_pooled(rule)]),
         others=[other.name for other in further],
         rows=[
             {

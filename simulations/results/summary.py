@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from io import StringIO
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 
 from corymb.simulations.results.client_results import client_results
-from corymb.simulations.results.folder import FinishedRun, scores
+from corymb.simulations.results.folder import FinishedRun
 from corymb.simulations.results.score import VIRTUAL, Score
 
 FORMATS = ("markdown", "latex", "csv")
@@ -21,9 +21,10 @@ Row = dict[str, Any]
 def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     """Return a row for each rule of `runs`, best first.
 
-    The score is the mean over seeds, and `over seeds` its standard deviation. The task's further metrics follow. With
-    tests at the clients, the score is the clients' mean, and further columns say how it is spread over the clients.
-    `MB up` and `MB down` are the megabytes of a run, from and to all clients; `seconds` are those of this machine.
+    The score is the mean over seeds, and `over seeds` its standard deviation, NaN for one seed. The task's further
+    metrics follow. With tests at the clients, the score is the clients' mean, and further columns say how it is spread
+    over the clients. `MB up` and `MB down` are the megabytes of a run, from and to all clients; `seconds` are those of
+    this machine.
     """
     score, found = runs[0].score, scores(list(runs))
     tested = {results.rule: results for results in client_results(runs)}
@@ -31,6 +32,8 @@ def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     for rule in sorted(found, key=lambda rule: -score.rank(found[rule][0])):
         own = [run for run in runs if run.rule == rule]
         row: Row = {"rule": rule, score.key: found[rule][0], "over seeds": found[rule][1], "seeds": len(own)}
+        if len(own) == 1:
+            row["over seeds"] = nan
         row |= {other.key: value for other, value in mean_others(own).items()}
         if rule in tested:
             row |= {"worst tenth": tested[rule].worst_tenth, "over clients": tested[rule].deviation}
@@ -61,12 +64,21 @@ def further_metrics(runs: Sequence[FinishedRun]) -> dict[Score, dict[str, str]]:
     }
 
 
+def scores(runs: list[FinishedRun]) -> dict[str, tuple[float, float]]:
+    """Return each rule's mean final score over seeds, and its standard deviation (0 for one seed)."""
+    by_rule = {rule: [run.final for run in runs if run.rule == rule] for rule in dict.fromkeys(r.rule for r in runs)}
+    return {
+        rule: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+        for rule, values in by_rule.items()
+    }
+
+
 def table(rows: Sequence[Row], kind: str = "markdown") -> str:
     """Return `rows` as a table of the `kind` "markdown", "latex" or "csv". Raises `ValueError` for another kind."""
     if kind not in FORMATS:
         raise ValueError(f"The format {kind!r} is unknown; use one of {', '.join(FORMATS)}.")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [[row.get(column, "") for column in columns] for row in rows]
+    cells = [["" if _is_nan(row.get(column)) else row.get(column, "") for column in columns] for row in rows]
     if kind == "csv":
         text = StringIO()
         csv.writer(text, lineterminator="\n").writerows([columns, *cells])
@@ -79,6 +91,10 @@ def table(rows: Sequence[Row], kind: str = "markdown") -> str:
     head = f"  {' & '.join(map(_latex, columns))} \\\\\n"
     layout = "l" + "r" * (len(columns) - 1)
     return f"\\begin{{tabular}}{{{layout}}}\n  \\hline\n{head}  \\hline\n{body}  \\hline\n\\end{{tabular}}\n"
+
+
+def _is_nan(cell: Any) -> bool:
+    return isinstance(cell, float) and isnan(cell)
 
 
 def _text(cell: Any) -> str:

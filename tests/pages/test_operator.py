@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -21,10 +22,10 @@ from corymb.pages.research import experiments_under, payload
 from corymb.pages.rows import Ask, RoundRow
 from corymb.protocol.codec import to_arrays
 from corymb.server import FlowerStrategy, QuorumMissed
-from corymb.server.deployment.run import Progress
+from corymb.server.deployment.run import Progress, journal_of, last_words
 from corymb.server.journal import Journal
 from corymb.server.rounds.events import Event
-from corymb.server.rounds.orders import Orders
+from corymb.server.rounds.orders import Orders, add_order, read_orders, release
 from corymb.simulations import Experiment, run
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg
@@ -152,3 +153,36 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
     publish(kit, runs={"2": "finished:failed"})
     said = Operator(Federation(kit, parent=os.getppid())).view()["sentence"]
     assert said.startswith("Failed after round 1 of 4. A round had fewer admitted replies than the quorum of 9")
+    (words,) = last_words(journal.folder, "finished:failed")
+    assert words.startswith("A round had fewer admitted replies than the quorum of 9")
+    assert words.endswith("With --set resume=true, a new run goes on after the last round.")
+
+
+def test_pages_and_orders_find_the_run_under_way_whichever_journal_was_written_last(tmp_path: Path) -> None:
+    """A run that goes on keeps the journal of the run before, under its name."""
+    kit = make_kit(tmp_path)
+    runs = kit / "var" / "corymb" / "runs"
+    strategy = FlowerStrategy(FedAvg())
+    for name, flower_run in (("run-1", "3"), ("run-2", "2")):
+        with closing(Journal(runs / name, notes={"flower-run": flower_run})) as journal:
+            journal.begin(strategy.about(), resume=False)
+    found = []
+    for states in ({"3": "running", "2": "finished:completed"}, {"3": "finished:completed", "2": "finished:completed"}):
+        publish(kit, runs=states)
+        reader = Federation(kit, parent=os.getppid()).journal()
+        assert reader is not None
+        found.append(reader.folder.name)
+    assert found == ["run-1", "run-2"]
+    assert journal_of(kit, 3) == runs / "run-1"
+    assert journal_of(kit, 1) is None
+
+
+def test_a_run_that_goes_on_does_not_obey_a_pause_of_the_run_before(tmp_path: Path) -> None:
+    add_order(tmp_path, "pause", "root")
+    add_order(tmp_path, "exclude", "root", "north")
+    release(tmp_path)
+    assert read_orders(tmp_path).paused_by == ""
+    assert read_orders(tmp_path).excluded == {"north"}
+    count = len(read_orders(tmp_path).all)
+    release(tmp_path)
+    assert len(read_orders(tmp_path).all) == count, "there is nothing to release"

@@ -19,10 +19,11 @@ from corymb.simulations.data.partition_settings import DirichletSettings
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.reader import SHIPPED, parse_change, read
 from corymb.simulations.experiments.resolved import resolve
-from corymb.simulations.results.folder import collect, prepare, scores, write
+from corymb.simulations.results.folder import collect, prepare, write
 from corymb.simulations.results.plots import _smooth
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import run_all
+from corymb.simulations.results.summary import scores
 from corymb.tests.support import run_rule, scenario_of_seed
 
 SMALL: dict[str, Any] = {
