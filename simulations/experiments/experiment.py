@@ -122,7 +122,11 @@ class Experiment(Settings):
         make_task(self.task)
         for index, rule in enumerate(self.rules):
             _check_train(lambda rule=rule: self.train_for(rule), f"rules.{index}.train.")
-            algorithm_of(self.train_for(rule))
+            if algorithm_of(self.train_for(rule)).remembers and self.devices_for(rule).buffer:
+                raise ValueError(
+                    f"the rule {rule.title!r} needs rounds, because server and clients would keep different updates of "
+                    "a late reply; leave out devices.buffer for it"
+                )
         if any(self.train_for(rule).compression for rule in self.rules) and isinstance(
             self.attack, ModelAttack | ColludingAttack
         ):

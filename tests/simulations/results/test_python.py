@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from corymb.simulations.results.summary import further_metrics
 
 SMALL: dict[str, Any] = {
     "name": "small", "rounds": 3, "partition": {"clients": 6, "alpha": 0.5}, "evaluate": {"clients": True},
-    "rules": ["fedavg", "local", "central"],
+    "rules": ["fedavg", "local", "central"], "seeds": 1,
 }  # fmt: skip
 
 
@@ -59,6 +60,7 @@ def test_tables_and_pictures(results: Results) -> None:
     lines = results.table().splitlines()
     assert lines[0].startswith("| rule | clients-accuracy | over seeds |")
     assert len(lines) == 5
+    assert results.table("csv").splitlines()[1].split(",")[2] == "", "one seed has no deviation"
     assert results.table("csv").splitlines()[0].startswith("rule,clients-accuracy,")
     latex = results.table("latex")
     assert latex.startswith("\\begin{tabular}{lrr")
@@ -110,6 +112,16 @@ def test_no_test_example_is_trained_on(results: Results) -> None:
         tested = set(scenario.tests.store_positions_of(client).tolist())
         assert not trained & tested
         assert len(tested) == max(1, round(0.2 * (len(trained) + len(tested))))
+
+
+def test_a_column_stays_empty_where_it_would_compare_two_models(tmp_path: Path) -> None:
+    """Ditto's clients test their own model, and report the shared one's training loss; "local" has none for others."""
+    rules = ["fedavg", "local", "ditto"]
+    settings = {**SMALL, "rules": rules, "evaluate": {"clients": True, "new_clients": 2}}
+    found = run(Experiment(**settings), folder=tmp_path, progress=False)
+    of = {each.rule: each for each in client_results(found.runs)}
+    assert {rule for rule in rules if isnan(of[rule].gap)} == {"ditto"}
+    assert {rule for rule in rules if isnan(of[rule].new)} == {"local"}
 
 
 def test_new_clients_only_test(tmp_path: Path) -> None:
