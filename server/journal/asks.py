@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -44,6 +45,8 @@ class Asks:
             return None
         nonce, at, requests = row
         fields = json.loads(requests)
+        if "base" in fields and (not fields["base"] or fields["base"] != self._base(number)):
+            return None  # what was asked began from another result of the round before
         connected = {int(node_id): name for node_id, name in fields["connected"].items()}
         return Asked(
             nonce,
@@ -62,9 +65,24 @@ class Asks:
             "connected": requests.connected,
             "down": requests.bytes_down,
             "remembers": dict(asked.remembers),
+            "base": self._base(number),
         }
         row = (number, phase, str(asked.run_id), asked.nonce, asked.at, json.dumps(fields))
         self._write("INSERT OR REPLACE INTO asks VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def _base(self, number: int) -> str:
+        """Return what tells the result of the round before `number` from another one; "" if it is not committed."""
+        query = "SELECT node, code FROM verdicts WHERE round = ? ORDER BY node, code"
+        try:
+            if (
+                number > 1
+                and not self._database.execute("SELECT 1 FROM rounds WHERE round = ?", (number - 1,)).fetchone()
+            ):
+                return ""
+            rows = self._database.execute(query, (number - 1,)).fetchall()
+        except sqlite3.Error:
+            return ""
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def keep_reply(self, number: int, phase: str, reply: Message, at: float) -> None:
         """See `AskJournal.keep_reply`."""

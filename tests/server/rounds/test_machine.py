@@ -206,6 +206,14 @@ def test_a_lost_reply_is_asked_for_again_and_answered_from_memory() -> None:
     assert world.wire.pushed[f"node-{FIRST_ID + 1}"] > ROUNDS
 
 
+def test_a_note_of_a_round_whose_base_was_lost_does_not_count() -> None:
+    """Round 1 could not be written, round 2 was asked, and after a crash the disk was full again."""
+    check([
+        ("wait", 1), ("full", 9), ("away", 1), ("away", 15), ("wait", 1), ("wait", 700), ("answer", 0), ("answer", 0),
+        ("crash", 0), ("full", 1),
+    ])  # fmt: skip
+
+
 def test_a_node_that_is_away_for_half_a_minute_is_asked_when_it_is_back() -> None:
     first_round = [("answer", node) for node in range(NODES)]  # shows that the clients answer from memory
     world = check([*first_round, ("away", 3), ("answer", 1), ("answer", 2)])
