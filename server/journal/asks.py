@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -71,18 +70,15 @@ class Asks:
         self._write("INSERT OR REPLACE INTO asks VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def _base(self, number: int) -> str:
-        """Return what tells the result of the round before `number` from another one; "" if it is not committed."""
-        query = "SELECT node, code FROM verdicts WHERE round = ? ORDER BY node, code"
+        """Return what round `number` begins from: the SHA-256 of the committed model; "" if it is not committed."""
+        if number == 1:
+            return "start"
+        query = "SELECT model_sha256 FROM rounds WHERE round = ?"
         try:
-            if (
-                number > 1
-                and not self._database.execute("SELECT 1 FROM rounds WHERE round = ?", (number - 1,)).fetchone()
-            ):
-                return ""
-            rows = self._database.execute(query, (number - 1,)).fetchall()
+            row = self._database.execute(query, (number - 1,)).fetchone()
         except sqlite3.Error:
             return ""
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return str(row[0] or "") if row else ""
 
     def keep_reply(self, number: int, phase: str, reply: Message, at: float) -> None:
         """See `AskJournal.keep_reply`."""

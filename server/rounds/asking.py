@@ -151,7 +151,7 @@ class Asking:
             was_offline = name in self._offline
             if (was_offline or (limit is not None and elapsed > limit)) and self._may_ask_again(name):
                 online = self._online() if online is None else online
-                if self._ids[name] in online and self._ask_again(name, "back" if was_offline else "overdue"):
+                if self._ids[name] in online and self._ask_again(name, self._why(name)):
                     self._offline.pop(name, None)
 
     def _online(self) -> set[int]:
@@ -166,6 +166,12 @@ class Asking:
         """Return whether the client at a node answers from memory, as far as is known; else `if_unknown`."""
         known = self._remembers.values()
         return self._remembers.get(name, all(known) if known else if_unknown)
+
+    def _why(self, name: str) -> str:
+        """Return why a node that has not answered is asked again."""
+        if name not in self._offline:
+            return "overdue"
+        return "back" if self._offline[name][0].error.code == NODE_UNAVAILABLE else "lost"
 
     def _has_asks_left(self, name: str) -> bool:
         left = self.ends - time.time() >= LEAST_LEFT and self._asks.get(name, MOST_ASKS) < MOST_ASKS

@@ -16,14 +16,12 @@ def never_counted(runs: Iterable[FinishedRun], resolved: Resolved) -> list[str]:
     """Return a sentence for each run in which some of the clients that may train never counted, or rounds did not."""
     sentences = []
     rules = {rule.title: rule for rule in resolved.experiment.rules}
-    kept = [(run, sum("not-finite" in record.notes for record in run.records)) for run in runs]
-    for run, number in kept:
-        if number:
-            sentences.append(
-                f"{run.rule}, seed {run.seed}: {number} of {len(run.records)} rounds kept the model, because the "
-                "rule's result was not finite."
-            )
     for run in runs:
+        if kept := sum("not-finite" in record.notes for record in run.records):
+            sentences.append(
+                f"{run.rule}, seed {run.seed}: {kept} of {len(run.records)} rounds kept the model, because the rule's "
+                "result was not finite."
+            )
         names = resolved.scenario(rules[run.rule], run.seed).training_names
         counted = {verdict.node for record in run.records for verdict in record.admitted}
         missing = [name for name in names if name not in counted]

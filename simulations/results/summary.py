@@ -32,8 +32,6 @@ def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     for rule in sorted(found, key=lambda rule: -score.rank(found[rule][0])):
         own = [run for run in runs if run.rule == rule]
         row: Row = {"rule": rule, score.key: found[rule][0], "over seeds": found[rule][1], "seeds": len(own)}
-        if len(own) == 1:
-            row["over seeds"] = nan
         row |= {other.key: value for other, value in mean_others(own).items()}
         if rule in tested:
             row |= {"worst tenth": tested[rule].worst_tenth, "over clients": tested[rule].deviation}
@@ -65,10 +63,10 @@ def further_metrics(runs: Sequence[FinishedRun]) -> dict[Score, dict[str, str]]:
 
 
 def scores(runs: list[FinishedRun]) -> dict[str, tuple[float, float]]:
-    """Return each rule's mean final score over seeds, and its standard deviation (0 for one seed)."""
+    """Return each rule's mean final score over seeds, and its standard deviation; NaN for one seed."""
     by_rule = {rule: [run.final for run in runs if run.rule == rule] for rule in dict.fromkeys(r.rule for r in runs)}
     return {
-        rule: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
+        rule: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else nan)
         for rule, values in by_rule.items()
     }
 
