@@ -5,18 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from corymb.cli_deployment import join, provision, serve
 from corymb.cli_federation import backup, doctor, order, restore, run, status
 from corymb.cli_operators import alerts, app_hash, dashboard, model, supervisor
-from corymb.cli_research import Jobs, export, figures, report, results, summary_table, sweep
+from corymb.cli_research import Jobs, export, figures, report, results, rules, summary_table, sweep
 from corymb.cli_site import approve, audit, gate, site_page
 
 app = typer.Typer(
@@ -38,37 +36,6 @@ Out = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Keep finished runs of the same settings, and go on with unfinished ones.")
 ]
-
-
-@app.command()
-def rules() -> None:
-    """List the aggregation rules with their parameters, papers and requirements.
-
-    blind: the rule sees no models and only weights replies.
-
-    sighted: the rule sees all models of a round.
-
-    voting: the rule keeps the clients' models, which vote on each input.
-
-    proxy data: the rule needs labelled examples at the server.
-
-    masked: the rule also works on sums of masked updates (secure aggregation).
-    """
-    from corymb.strategies import known_rules
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("rule", "kind", "parameters", "paper", "remarks"):
-        table.add_column(column, overflow="fold", no_wrap=column == "rule")
-    for name, rule in known_rules().items():
-        parameters = "\n".join(
-            f"{field.name} = {field.default!r}" if field.default is not MISSING else field.name
-            for field in fields(rule)
-        )
-        paper = (rule.__doc__ or "").strip().partition(":")[0]  # "Author year, Algorithm: the idea"
-        remarks = ["proxy data"] * rule.needs_proxy + ["masked"] * ("masked" in rule.privacy_modes)
-        remarks += ["with an algorithm at the clients"] * bool(rule.client_algorithm)
-        table.add_row(name, rule.kind, parameters or "-", paper, ", ".join(remarks))
-    console.print(table)
 
 
 @app.command()
@@ -158,6 +125,7 @@ def new_rule(
 
 
 for command in (
+    rules,
     sweep,
     figures,
     export,

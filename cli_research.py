@@ -1,16 +1,62 @@
-"""The commands for researchers beside `simulate` and `compare`: sweeps, tables, figures, trackers and claims."""
+"""The commands for researchers beside `simulate` and `compare`: rules, sweeps, tables, figures, trackers and claims."""
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
+from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 console = Console()
 
+KINDS = {
+    "blind": "sees no models, and only weighs the replies",
+    "sighted": "sees all models of a round",
+    "voting": "keeps the clients' models, which vote on each input",
+}
 Jobs = Annotated[int, typer.Option(min=1, help="Number of runs in parallel, each in its own process.")]
+
+
+def rules(
+    name: Annotated[Optional[str], typer.Argument(help="A rule, to describe it.")] = None,  # noqa: UP045
+) -> None:
+    """List the aggregation rules, or describe one with its parameters and requirements.
+
+    Example: corymb rules fedau
+    """
+    from corymb.strategies import known_rules
+    from corymb.strategies.rules import rule_class
+
+    if name is not None:
+        console.print(_description(name, rule_class(name)), markup=False, highlight=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("rule", "kind", "what it does"):
+        table.add_column(column, overflow="fold", no_wrap=column != "what it does")
+    for each, rule in known_rules().items():
+        table.add_row(each, rule.kind, (getdoc(rule) or "").partition("\n")[0])
+    console.print(table, highlight=False)
+
+
+def _description(name: str, rule: Any) -> str:
+    """Return what `corymb rules NAME` says of a rule's class."""
+    paragraphs = [" ".join(paragraph.split()) + "\n" for paragraph in (getdoc(rule) or "").split("\n\n")]
+    lines = [*paragraphs, f"Kind: {rule.kind}. The rule {KINDS[rule.kind]}."]
+    if rule.needs_proxy:
+        lines.append("Needs labelled examples at the server (proxy data).")
+    if rule.client_algorithm:
+        lines.append(f"The clients run the algorithm {rule.client_algorithm!r}.")
+    if "masked" in rule.privacy_modes:
+        lines.append("Also works on sums of masked updates (secure aggregation).")
+    parameters = [
+        f"  {field.name}" + (f" = {field.default!r}" if field.default is not MISSING else " (required)")
+        for field in fields(rule)
+    ]
+    return "\n".join([f"{name}\n", *lines, "Parameters:" if parameters else "No parameters.", *parameters])
 
 
 def sweep(

@@ -71,7 +71,8 @@ def make_app(source: Runs, hosts: list[str] | None = None) -> FastAPI:
 
     @app.get("/api/research")
     def experiments() -> dict[str, Any]:
-        from corymb.pages.research import experiments_under, payload  # imports torch, which a server need not
+        from corymb.pages.research import payload  # imports torch, which a server need not
+        from corymb.simulations.results.summary import experiments_under
 
         return payload(experiments_under(source.folder))
 

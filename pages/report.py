@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from corymb.pages.research import experiments_under, payload
+from corymb.pages.research import payload
+from corymb.simulations.results.summary import experiments_under
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("echarts.min.js", "panels.js", "research.js")

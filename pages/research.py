@@ -16,19 +16,13 @@ from corymb.server.rounds.drift import COSINE, NORM
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.scenario import scenario_of
 from corymb.simulations.results.client_results import client_results
-from corymb.simulations.results.folder import CONFIG, FinishedRun, finished_runs, stored_experiment
+from corymb.simulations.results.folder import FinishedRun, finished_runs
 from corymb.simulations.results.score import NEW_CLIENT, VIRTUAL
-from corymb.simulations.results.summary import summary_rows, table
+from corymb.simulations.results.summary import names_of, summary_rows, table
 from corymb.simulations.results.sweep import RULES
 
 MAX_CLIENTS = 400  # in rasters and heat maps
 DIGITS = 5  # of numbers in the page
-
-
-def experiments_under(folder: Path) -> list[Path]:
-    """Return the folders of all finished experiments in `folder` and below that this Corymb can read, by name."""
-    found = sorted(path.parent for path in folder.glob(f"**/{CONFIG}") if (path.parent / "summary.json").exists())
-    return [path for path in found if stored_experiment(path) is not None]
 
 
 def payload(folders: Sequence[Path]) -> dict[str, Any]:
@@ -37,7 +31,7 @@ def payload(folders: Sequence[Path]) -> dict[str, Any]:
     Raises `ValueError` for a folder without a finished experiment.
     """
     found = [finished_runs(folder) for folder in folders]
-    names = _names([experiment.name for experiment, _ in found], folders)
+    names = names_of([experiment for experiment, _ in found], folders)
     configs = [
         flatten(experiment.model_dump(mode="json", exclude_none=True, exclude={"rules", "claims", "seeds"}))
         for experiment, _ in found
@@ -76,11 +70,6 @@ def _parameters(experiment: Experiment) -> dict[str, dict[str, Any]]:
         }
         for rule in experiment.rules
     }
-
-
-def _names(names: list[str], folders: Sequence[Path]) -> list[str]:
-    """Return the experiments' names, with the folder where several have the same, as those of a sweep do."""
-    return [f"{n} ({f.name})" if names.count(n) > 1 else n for n, f in zip(names, folders, strict=True)]
 
 
 def _experiment(

@@ -99,6 +99,19 @@ def known_rules() -> dict[str, type[Rule[Any]]]:
     return {name: _registry.find(name) for name in _registry.names()}
 
 
+def rule_class(name: str) -> type[Rule[Any]]:
+    """Return the class of the rule called `name`, or the one at the reference "module:name".
+
+    Raises `ValueError` for an unknown name; the message lists the known ones.
+    """
+    if name in HINTS and name not in _registry.names():
+        raise ValueError(f"{name!r} is no rule of its own; {HINTS[name]}.")
+    found = _registry.find(name)
+    if not (isinstance(found, type) and issubclass(found, Rule)):
+        raise ValueError(f"Rule {name!r} refers to a {type(found).__name__}; refer to a subclass of Rule.")
+    return found
+
+
 def make_rule(name: str, **parameters: Any) -> Rule[Any]:
     """Return the rule called `name`, or the one at the reference "module:name", built with `parameters`.
 
@@ -106,20 +119,16 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
     parameters of that rule. Raises `ValueError` for an unknown name or parameter (the message lists the known ones)
     and for an invalid value.
     """
-    if name in HINTS and name not in _registry.names():
-        raise ValueError(f"{name!r} is no rule of its own; {HINTS[name]}.")
-    rule_class = _registry.find(name)
-    if not (isinstance(rule_class, type) and issubclass(rule_class, Rule)):
-        raise ValueError(f"Rule {name!r} refers to a {type(rule_class).__name__}; refer to a subclass of Rule.")
-    known = [field.name for field in fields(rule_class)]
+    chosen = rule_class(name)
+    known = [field.name for field in fields(chosen)]
     for parameter in parameters:
         if parameter not in known:
             if not known:
                 raise ValueError(f"Rule {name!r} has no parameter {parameter!r}; it takes no parameters.")
             raise ValueError(unknown(f"Rule {name!r} has no parameter", parameter, known))
-    if missing := [f.name for f in fields(rule_class) if _is_required(f) and f.name not in parameters]:
+    if missing := [f.name for f in fields(chosen) if _is_required(f) and f.name not in parameters]:
         raise ValueError(f"Rule {name!r} needs the parameter {missing[0]!r}; set it in `parameters`.")
-    types = get_type_hints(rule_class)
+    types = get_type_hints(chosen)
     values, problems = {}, []
     for parameter, value in parameters.items():
         accepted = _accepted_rule_classes(types[parameter])
@@ -133,7 +142,7 @@ def make_rule(name: str, **parameters: Any) -> Rule[Any]:
                 problems.append(f"{parameter}: {error.errors()[0]['msg']}")
     try:
         if not problems:
-            return rule_class(**values)
+            return chosen(**values)
     except (TypeError, ValueError) as error:
         problems.append(str(error).removesuffix("."))
     raise ValueError(f"Rule {name!r} cannot be built with {parameters}: {'; '.join(problems)}.")

@@ -122,7 +122,8 @@ def test_a_rule_of_ones_own_is_found_by_its_entry_point(tmp_path: Path) -> None:
         for group, names in entry_points.items()
     ]
     (metadata / "entry_points.txt").write_text("\n".join(lines))
-    assert "floor = 0.1" in run("corymb rules", tmp_path)
+    assert "inverse_loss" in run("corymb rules", tmp_path)
+    assert "floor = 0.1" in run("corymb rules inverse_loss", tmp_path)
     small = "--seeds 1 --set rounds=2 --set train.steps=1 --set partition.clients=4"
     assert "inverse_loss" in run(f"corymb compare --rules fedavg,inverse_loss {small}", tmp_path)
 

@@ -35,7 +35,7 @@ from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import Plan, run_all
-from corymb.simulations.results.summary import further_metrics, scores, summary_rows
+from corymb.simulations.results.summary import experiments_under, further_metrics, names_of, scores, summary_rows
 from corymb.simulations.results.summary import table as summary_as
 
 FIGURES = ("pdf", "svg", "png")
@@ -124,7 +124,7 @@ def _ranking(runs: list[FinishedRun]) -> Table:
     ranking.add_column(score.title, justify="right")
     further = further_metrics(runs)
     for other in further:
-        ranking.add_column(other.name + " %" * other.is_percent, justify="right")
+        ranking.add_column(other.short_title, justify="right")
     for rule, (mean, deviation) in sorted(results.items(), key=lambda item: -score.rank(item[1][0])):
         style = "bold" if rule == best else ""
         shown = score.text(mean) + (f" ± {score.text(deviation)}" if has_deviation else "")
@@ -145,14 +145,16 @@ def client_table(results: list[ClientResults]) -> Table:
 
 
 def summary_of(folders: list[Path], kind: str) -> str:
-    """Return the summary of the finished experiments in `folders` as one table of this `kind`.
+    """Return the summary of the finished experiments in `folders`, and below, as one table of this `kind`.
 
     Raises `ValueError` for a folder without results.
     """
+    places = [place for folder in folders for place in experiments_under(folder) or [folder]]
+    finished = [finished_runs(place) for place in places]
+    names = names_of([experiment for experiment, _ in finished], places)
     rows = []
-    for folder in folders:
-        experiment, runs = finished_runs(folder)
-        named = {"experiment": experiment.name} if len(folders) > 1 else {}
+    for name, (_, runs) in zip(names, finished, strict=True):
+        named = {"experiment": name} if len(finished) > 1 else {}
         rows += [{**named, **row} for row in summary_rows(runs)]
     return summary_as(rows, kind)
 

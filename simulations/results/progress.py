@@ -43,8 +43,8 @@ class Board:
 
     def read(self, number: int, key: str) -> tuple[int, str]:
         """Return the rounds that run `number` has finished, and a text on its last test by the metric `key`."""
-        value = self._score[number]
-        measured = "" if isnan(value) else f"{key} {value:.3f}, {self._clients[number]} clients"
+        value, count = self._score[number], self._clients[number]
+        measured = "" if isnan(value) else f"{key} {value:.3f}, {count} client{'s' * (count != 1)}"
         return self._rounds[number], measured
 
     def stop(self) -> None:

@@ -50,7 +50,7 @@ def write_report(resolved: Resolved, runs: list[FinishedRun], folder: Path) -> P
         notes=resolved.notes,
         never_counted=never_counted(runs, resolved),
         participants=_participants(runs, [rule.title for rule in experiment.rules if not is_pooled(rule)]),
-        others=[other.name for other in further],
+        others=[other.short_title for other in further],
         rows=[
             {
                 "title": rule.title,

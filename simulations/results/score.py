@@ -16,10 +16,14 @@ NEW_CLIENT = "new-client"  # metric of the test of such a client
 
 @dataclass(frozen=True)
 class Score:
-    """A metric by `name`; `key` is its name in the records of rounds."""
+    """A metric by `name`; `key` is its name in the records of rounds.
+
+    `beside_clients` is True for a test at the server whose score stands beside that of the clients.
+    """
 
     name: str
     key: str
+    beside_clients: bool = False
 
     @classmethod
     def of(cls, experiment: Experiment) -> Score:
@@ -28,9 +32,14 @@ class Score:
 
     @classmethod
     def all_of(cls, experiment: Experiment) -> list[Score]:
-        """Return the score of `experiment`, and then the further metrics of its task, measured at the same place."""
-        place = AT_CLIENTS if experiment.evaluate.clients else ""
-        return [cls(name, place + name) for name in experiment.task.metric_names]
+        """Return the score of `experiment`, and then the further metrics of its task, measured at the same place.
+
+        With tests at the clients, the last one is the score of the shared model on the server's test set.
+        """
+        names = experiment.task.metric_names
+        if not experiment.evaluate.clients:
+            return [cls(name, name) for name in names]
+        return [*(cls(name, AT_CLIENTS + name) for name in names), cls(names[0], names[0], beside_clients=True)]
 
     @property
     def lower_is_better(self) -> bool:
@@ -47,6 +56,11 @@ class Score:
         """The metric in words, for tables and axes."""
         place = "clients' mean test" if self.key.startswith(AT_CLIENTS) else "test"
         return f"{place} {self.name}{' %' if self.is_percent else ''}"
+
+    @property
+    def short_title(self) -> str:
+        """The metric in a table that says elsewhere where it is measured."""
+        return f"{'shared model' if self.beside_clients else self.name}{' %' if self.is_percent else ''}"
 
     def shown(self, value: float) -> float:
         """Return `value` in the unit of tables."""

@@ -6,36 +6,53 @@ import csv
 from collections.abc import Sequence
 from io import StringIO
 from math import isnan, nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.results.client_results import client_results
-from corymb.simulations.results.folder import FinishedRun
+from corymb.simulations.results.folder import CONFIG, FinishedRun, stored_experiment
 from corymb.simulations.results.score import VIRTUAL, Score
 
+TEXTS = ("experiment", "rule")  # columns without numbers
 FORMATS = ("markdown", "latex", "csv")
 Row = dict[str, Any]
+
+
+def experiments_under(folder: Path) -> list[Path]:
+    """Return the folders of all finished experiments in `folder` and below that this Corymb can read, by name."""
+    found = sorted(path.parent for path in folder.glob(f"**/{CONFIG}") if (path.parent / "summary.json").exists())
+    return [path for path in found if stored_experiment(path) is not None]
+
+
+def names_of(experiments: Sequence[Experiment], folders: Sequence[Path]) -> list[str]:
+    """Return the experiments' names, with the folder where several have the same, as those of a sweep do."""
+    names = [experiment.name for experiment in experiments]
+    return [f"{n} ({f.name})" if names.count(n) > 1 else n for n, f in zip(names, folders, strict=True)]
 
 
 def summary_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     """Return a row for each rule of `runs`, best first.
 
     The score is the mean over seeds, and `over seeds` its standard deviation, NaN for one seed. The task's further
-    metrics follow. With tests at the clients, the score is the clients' mean, and further columns say how it is spread
-    over the clients. `MB up` and `MB down` are the megabytes of a run, from and to all clients; `seconds` are those of
-    this machine.
+    metrics follow. With tests at the clients, the score is the clients' mean, the server's test of the shared model
+    stands beside it, and further columns say how the score is spread over the clients. `MB up` and `MB down` are the
+    megabytes of a run, from and to all clients; `seconds` are those of this machine.
     """
     score, found = runs[0].score, scores(list(runs))
     tested = {results.rule: results for results in client_results(runs)}
+    has_local = any(not isnan(results.gaining) for results in tested.values())
+    others = dict.fromkeys(other for run in runs for other in run.others)
     rows = []
     for rule in sorted(found, key=lambda rule: -score.rank(found[rule][0])):
         own = [run for run in runs if run.rule == rule]
         row: Row = {"rule": rule, score.key: found[rule][0], "over seeds": found[rule][1], "seeds": len(own)}
-        row |= {other.key: value for other, value in mean_others(own).items()}
+        row |= {other.key: nan for other in others} | {each.key: value for each, value in mean_others(own).items()}
         if rule in tested:
             row |= {"worst tenth": tested[rule].worst_tenth, "over clients": tested[rule].deviation}
-            if not isnan(tested[rule].gaining):
+            if has_local:
                 row["better than local"] = tested[rule].gaining
         for way in ("up", "down"):
             row[f"MB {way}"] = _mean([sum(getattr(r, f"bytes_{way}") for r in run.records) for run in own]) / 1e6
@@ -83,11 +100,11 @@ def table(rows: Sequence[Row], kind: str = "markdown") -> str:
         return text.getvalue()
     shown = [[_text(cell) for cell in line] for line in cells]
     if kind == "markdown":
-        lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *shown]
+        lines = [columns, ["---" if column in TEXTS else "---:" for column in columns], *shown]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
     body = "".join(f"  {' & '.join(map(_latex, line))} \\\\\n" for line in shown)
     head = f"  {' & '.join(map(_latex, columns))} \\\\\n"
-    layout = "l" + "r" * (len(columns) - 1)
+    layout = "".join("l" if column in TEXTS else "r" for column in columns)
     return f"\\begin{{tabular}}{{{layout}}}\n  \\hline\n{head}  \\hline\n{body}  \\hline\n\\end{{tabular}}\n"
 
 

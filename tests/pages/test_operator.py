@@ -18,7 +18,7 @@ from corymb.pages.journals import JournalReader
 from corymb.pages.now import sentence
 from corymb.pages.numbers import Federation, Runs
 from corymb.pages.operator import Operator
-from corymb.pages.research import experiments_under, payload
+from corymb.pages.research import payload
 from corymb.pages.rows import Ask, RoundRow
 from corymb.protocol.codec import to_arrays
 from corymb.server import FlowerStrategy, QuorumMissed
@@ -28,6 +28,7 @@ from corymb.server.rounds.events import Event
 from corymb.server.rounds.orders import Orders, add_order, read_orders, release
 from corymb.simulations import Experiment, run
 from corymb.simulations.grid.local_grid import LocalGrid
+from corymb.simulations.results.summary import experiments_under
 from corymb.strategies import FedAvg
 from corymb.tests.pages.world import NAMES, client, federation, make_kit, publish
 

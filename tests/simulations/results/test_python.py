@@ -52,6 +52,10 @@ def test_rows_and_frames(results: Results) -> None:
     assert len(tests) == 6
     mean = summary.set_index("rule")["clients-accuracy"]["local"]
     assert mean == pytest.approx(tests["accuracy"].mean())
+    shared = summary.set_index("rule")["accuracy"]  # at the server
+    last = rounds[rounds["round"] == 3].set_index("rule")["accuracy"]
+    assert shared["fedavg"] == pytest.approx(last["fedavg"])
+    assert isnan(shared["local"]), "there is no shared model"
     with pytest.raises(ValueError, match="no rows of 'client'; use 'summary', 'rounds' or 'clients'"):
         results.rows("client")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from corymb.simulations.results.commands import summary_of
 from corymb.simulations.results.score import Score
 from corymb.simulations.results.sweep import Tried, best_settings, parse_grid, sweep
 from corymb.simulations.results.tuning import Range, has_range, parse_space, tune
@@ -33,6 +34,9 @@ def test_a_sweep_chooses_on_the_validation_part(file: Path, tmp_path: Path) -> N
     best = max((each for each in tried if each.rule == "fedau"), key=lambda each: each.validation)
     assert best.setting["train.learning_rate"] == 0.5
     assert len((tmp_path / "out" / "sweep.csv").read_text().splitlines()) == 7
+    lines = summary_of([tmp_path / "out"], "csv").splitlines()
+    assert lines[0].startswith("experiment,rule,accuracy,")
+    assert len(lines) == 7
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
     assert sweep(file, grid, tmp_path / "out", 1, CONSOLE) == tried  # nothing is run again
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
