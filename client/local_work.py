@@ -102,6 +102,11 @@ class LocalWork:
             metrics = local.fit(local.module, correction)
         else:
             metrics = self._algorithm.train(local)
+            if "steps" not in metrics:
+                raise ValueError(
+                    f"The metrics of the client algorithm {self._settings.algorithm!r} lack 'steps', the number of "
+                    "steps; return what local.fit returns, or add it."
+                )
         metrics |= self._algorithm.reports(self._settings, self._round, int(metrics["steps"]))
         state = {name: tensor.detach() for name, tensor in local.module.state_dict().items()}
         kept: dict[str, Tensor] = {}

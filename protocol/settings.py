@@ -26,7 +26,7 @@ def keys_of(kind: type[BaseModel], *place: str) -> set[str]:
 
     If that table is a union of types, `place` ends with the `kind` that selects one of them.
     """
-    return _fields(kind, list(place))
+    return set(_fields(_at(kind, list(place))))
 
 
 def _problem(error: Any, kind: type[BaseModel], prefix: str) -> str:
@@ -34,10 +34,13 @@ def _problem(error: Any, kind: type[BaseModel], prefix: str) -> str:
     where = prefix + ".".join(map(str, path))
     if error["type"] == "extra_forbidden":
         *outer, last = error["loc"]
-        known = sorted(_fields(kind, outer))
-        near = get_close_matches(str(last), known, 1)
+        table = _at(kind, outer)
+        known = sorted(_fields(table))
+        near = _in_tables(table, str(last)) or get_close_matches(str(last), known, 1)
         return f"{where} is not a known key" + (
-            f" (did you mean {near[0]!r}?)" if near else f" (known keys: {', '.join(known)})" if known else ""
+            f" (did you mean {' or '.join(map(repr, near))}?)"
+            if near
+            else f" (known keys: {', '.join(known)})" * bool(known)
         )
     message = error["msg"].removeprefix("Value error, ").removesuffix(".")
     if error["type"] == "value_error":
@@ -60,18 +63,28 @@ def _keys(location: tuple[str | int, ...], kind: Any) -> Iterator[tuple[str | in
             yield part, True
 
 
-def _fields(kind: Any, location: list[str | int]) -> set[str]:
-    """Return the keys of the table at `location`."""
+def _at(kind: Any, location: list[str | int]) -> Any:
+    """Return the type of the table at `location`."""
     for part in location:
         members = _members(kind)
         tagged = [member for member in members if len(members) > 1 and part in _tags(member)]
         kind = tagged[0] if tagged else _inside(members, part)
+    return kind
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Return the keys of a table of the type `kind`, and the types of their values."""
     return {
-        field.alias or name
+        field.alias or name: field.annotation
         for member in _members(kind)
         if isinstance(member, type) and issubclass(member, BaseModel)
         for name, field in member.model_fields.items()
     }
+
+
+def _in_tables(kind: Any, key: str) -> list[str]:
+    """Return the places `table.key` of the tables in a table of the type `kind` that have this key."""
+    return [f"{name}.{key}" for name, annotation in sorted(_fields(kind).items()) if key in _fields(annotation)]
 
 
 def _members(kind: Any) -> list[Any]:

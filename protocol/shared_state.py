@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from corymb.protocol.train_settings import TrainSettings
 
 LAST_LAYER, BATCH_NORM = "@last-layer", "@batch-norm"  # patterns for layers that are found by their kind
+MOST_NAMES = 8  # of the model's entries in an error
 PERSONAL = {"fedper": [LAST_LAYER], "fedrep": [LAST_LAYER], "fedbn": [BATCH_NORM]}  # of these algorithms by default
 
 
@@ -19,12 +20,20 @@ def personal_names(module: nn.Module, settings: TrainSettings) -> set[str]:
     `settings.personal` names them, or else the algorithm does: FedPer and FedRep the last layer with parameters, FedBN
     the layers of batch normalisation. Raises `ValueError` for a pattern that matches no entry.
     """
-    names = set(module.state_dict())
+    names = list(module.state_dict())
     personal: set[str] = set()
     for pattern in settings.personal or PERSONAL.get(settings.algorithm, []):
         found = _matching(module, pattern, names)
+        if not found and pattern == BATCH_NORM:
+            raise ValueError(
+                f"The model has no batch normalisation for the clients to keep (personal = {pattern!r}); choose "
+                "another model or algorithm."
+            )
         if not found:
-            raise ValueError(f"personal = {pattern!r} matches no entry of the model, which has {', '.join(names)}.")
+            raise ValueError(
+                f"personal = {pattern!r} matches no entry of the model, which has {', '.join(names[:MOST_NAMES])}"
+                f"{', ...' * (len(names) > MOST_NAMES)}."
+            )
         personal |= found
     return personal
 

@@ -52,8 +52,8 @@ class Local:
 
     `module` holds the received model and the client's personal entries. `start` are the received parameters, `memory`
     what the client kept, and `received` the rule's second vector by parameter name, if the rule sends one.
-    `loss(module, batch)` is the loss of a module. An algorithm may put into `kept` what the client keeps for the next
-    round, and into `sent` a vector for the rule, by parameter name: `cohort.steps[node][0]` for a rule whose
+    `loss(module, batch)` is the loss of a module. An algorithm may put tensors into `kept`, which the client keeps for
+    the next round, and into `sent` a vector for the rule, by parameter name: `cohort.steps[node][0]` for a rule whose
     `wants_batch_updates` is True.
     """
 
@@ -122,7 +122,7 @@ class ClientAlgorithm:
         return size * (settings.epochs or 1)
 
     def train(self, local: Local) -> dict[str, float]:
-        """Train `local.module` in place, and return the metrics."""
+        """Train `local.module` in place, and return the metrics: numbers, among them "steps", as `local.fit` does."""
         return local.fit(local.module)
 
     def evaluated(self, local: Local) -> nn.Module:

@@ -45,7 +45,11 @@ def recall(folder: Path, server_round: int) -> dict[str, Tensor]:
 
 
 def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor]) -> None:
-    """Keep `memory` after round `server_round`."""
+    """Keep `memory` after round `server_round`. Raises `ValueError` for a value that is no tensor."""
+    if other := [name for name, value in memory.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"A client keeps tensors only, and {other[0]!r} is a {type(memory[other[0]]).__name__}; use torch.tensor."
+        )
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"{server_round:06d}.safetensors"
     part = path.with_suffix(".part")
