@@ -111,9 +111,13 @@ def status(
 
     from rich.table import Table
 
+    from corymb.pages.numbers import Federation
     from corymb.server.deployment.status import status as state_of
 
-    state = state_of(folder.resolve())
+    state, orders = state_of(folder.resolve()), Federation(folder.resolve()).orders()
+    for name, site in state["sites"].items():
+        site["excluded"] = name in orders.excluded
+    state["server"] |= {"paused_by": orders.paused_by, "stopped_by": orders.stopped_by}
     if as_json:
         print(json.dumps(state))
         return
@@ -123,11 +127,14 @@ def status(
     for name, site in state["sites"].items():
         last = f"{site['round']}: {site['verdict']}" if "round" in site else "-"
         since = site["since"][:19].replace("T", " ") or "-"
-        table.add_row(
-            name, "online" if site["online"] else "offline", since, last, f"{site['certificate_days']:.0f} days"
-        )
+        word = ("online" if site["online"] else "offline") + ", excluded" * site["excluded"]
+        table.add_row(name, word, since, last, f"{site['certificate_days']:.0f} days")
     Console().print(table)
     server = state["server"]
+    if server["stopped_by"]:
+        console.print(f"{server['stopped_by']} has stopped the run; it ends with the present round.", markup=False)
+    elif server["paused_by"]:
+        console.print(f"{server['paused_by']} has paused the run before its next round.", markup=False)
     console.print(f"As of {server['seen_at']}. The server's certificate: {server['certificate_days']:.0f} days.")
 
 

@@ -22,7 +22,7 @@ from corymb.server.deployment.federation import ServerKit, read_kit
 from corymb.server.deployment.provision import ROSTER
 from corymb.server.deployment.status import SITES, active_runs, software_of_sites
 from corymb.server.rounds.codes import ADMITTED, BELOW_QUORUM, SILENT
-from corymb.server.rounds.orders import read_orders
+from corymb.server.rounds.orders import Orders, read_orders
 
 DAY = 86400.0  # seconds
 OVERDUE_FACTOR, OVERDUE_SECONDS = 3.0, 60.0  # an answer is overdue after three median times, at least a minute
@@ -121,6 +121,12 @@ class Federation(Runs):
                 if (reader := self.reader(folder)).about().get("flower-run") in active:
                     return reader
         return super().journal(name)
+
+    def orders(self) -> Orders:
+        """Return the orders to the run under way; none if there is no run with a journal."""
+        journal = self.journal()
+        is_active = journal is not None and journal.about().get("flower-run") in active_runs(self.folder)
+        return read_orders(journal.folder) if journal is not None and is_active else Orders()
 
     def software(self) -> dict[str, str]:
         """Return the versions of Corymb and Flower at the sites that have said so."""

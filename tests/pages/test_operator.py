@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -176,6 +178,24 @@ def test_pages_and_orders_find_the_run_under_way_whichever_journal_was_written_l
     assert found == ["run-1", "run-2"]
     assert journal_of(kit, 3) == runs / "run-1"
     assert journal_of(kit, 1) is None
+
+
+def test_status_says_who_is_excluded_and_who_has_paused_the_run_under_way(tmp_path: Path) -> None:
+    kit = make_kit(tmp_path)
+    folder = kit / "var" / "corymb" / "runs" / "run-1"
+    with closing(Journal(folder, notes={"flower-run": "1"})) as journal:
+        journal.begin(FlowerStrategy(FedAvg()).about(), resume=False)
+    add_order(folder, "exclude", "root", "south")
+    add_order(folder, "pause", "anna")
+    command = [sys.executable, "-m", "corymb.cli", "status", str(kit)]
+    said = []
+    for state in ("running", "finished:stopped"):
+        publish(kit, online=("north",), runs={"1": state})
+        said.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert "offline, excluded" in said[0]
+    assert "anna has paused the run before its next round." in said[0]
+    assert "excluded" not in said[1]
+    assert "paused" not in said[1]
 
 
 def test_a_run_that_goes_on_does_not_obey_a_pause_of_the_run_before(tmp_path: Path) -> None:
