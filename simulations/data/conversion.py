@@ -14,7 +14,7 @@ from corymb.simulations.data.examples import Examples, Source
 from corymb.simulations.data.formats import Options, made, source_of_rows, split
 from corymb.simulations.data.tables import Rows, Table, column_of
 
-FRAME = Path("the frame")
+FRAME = Path("frame")
 EXPECTED = "return a Source, (x_train, y_train, x_test, y_test), (x, y), a torch dataset or two, or a pandas frame"
 
 
@@ -87,10 +87,24 @@ def _rows_of_frame(frame: Any, options: Options) -> Rows:
         sites = tuple(map(str, frame.iloc[:, site]))
         used.add(site)
     kept = [place for place in range(len(names)) if place not in used]
-    values = frame.iloc[:, [*kept, *places]].to_numpy(dtype=np.float64)
+    values = np.stack([_numbers(frame, names, place) for place in (*kept, *places)], axis=1)
     targets = values[:, len(kept) :]
     table = Table(
         FRAME, values[:, : len(kept)], targets[:, 0] if len(places) == 1 else targets,
         tuple(names[place] for place in kept), f"the column {names[places[0]]!r}", sites,
     )  # fmt: skip
     return Rows.of([table]).complete()
+
+
+def _numbers(frame: Any, names: list[str], place: int) -> NDArray[np.float64]:
+    """Return the column of a frame at `place`. Raises `ValueError` if it does not hold numbers."""
+    column = frame.iloc[:, place]
+    try:
+        numbers: NDArray[np.float64] = column.to_numpy(dtype=np.float64)
+        return numbers
+    except (TypeError, ValueError):
+        example = next((value for value in column if isinstance(value, str)), column.iloc[0])
+        raise ValueError(
+            f"the column {names[place]!r} of the frame has values that are no numbers, such as {example!r}; encode it, "
+            "with pandas.get_dummies for example, or leave it out"
+        ) from None

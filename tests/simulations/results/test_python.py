@@ -163,6 +163,8 @@ def test_data_from_python(tmp_path: Path) -> None:
     assert found.resolved.first.names == ["x", "y", "z"]
     with pytest.raises(ValueError, match=r"The data cannot be used: they are a str; return a Source"):
         run(Experiment(**base), data="digits", folder=tmp_path / "wrong")
+    with pytest.raises(ValueError, match="the column 'place' of the frame has values that are no numbers, such as 'x'"):
+        run(Experiment(**base), data=frame, folder=tmp_path / "wrong")
 
 
 def test_the_command_table(results: Results) -> None:
