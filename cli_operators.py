@@ -48,7 +48,7 @@ def list_models(
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("run", "rule", "rounds", "best round", "accuracy or -loss"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "run")  # an id is there to be copied
     for run in stored_runs(folder or runs_folder()):
         score = "-" if run.best_score is None else f"{run.best_score:.4f}"
         table.add_row(run.folder.name, run.rule, str(run.rounds), str(run.best_round or "-"), score)
