@@ -7,13 +7,23 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class Settings(BaseModel):
     """A table of settings. An unknown key is an error. The docstring under a key is its entry in the reference."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, values: Any) -> Any:
+        """Refuse true and false for a number, which pydantic takes for 1 and 0."""
+        for key, kind in _fields(cls).items() if isinstance(values, dict) else ():
+            kinds = _members(kind)
+            if isinstance(values.get(key), bool) and (int in kinds or float in kinds) and bool not in kinds:
+                raise ValueError(f"{key} = {str(values[key]).lower()} is not a number")
+        return values
 
 
 def problems(error: ValidationError, kind: type[BaseModel], prefix: str = "") -> str:

@@ -218,6 +218,8 @@ def test_a_key_of_another_kind_is_an_error() -> None:
         ),
         ({"partition": {"kind": "site", "clients": 3}}, r"partition\.clients is not a known key \(known keys: kind\)"),
         ({"attack": {"kind": "shuffled_labels", "clients": 1, "scale": 2.0}}, r"attack\.scale is not a known key"),
+        ({"evaluate": {"clients": True, "new_clients": True}}, "evaluate: new_clients = true is not a number"),
+        ({"rounds": True}, "rounds = true is not a number"),
         ({"batch_size": 3}, r"batch_size is not a known key \(did you mean 'train\.batch_size'\?\)"),
         ({"alpha": 3}, r"\(did you mean 'participation\.alpha' or 'partition\.alpha'\?\)"),
         ({"partition": {"alfa": 7}}, r"partition\.alfa is not a known key \(did you mean 'alpha'\?\)"),
