@@ -14,9 +14,15 @@ from rich.table import Table
 console = Console()
 
 KINDS = {
-    "blind": "sees no models, and only weighs the replies",
+    "blind": "weighs replies without seeing the models",
     "sighted": "sees all models of a round",
     "voting": "keeps the clients' models, which vote on each input",
+    "clients": "FedAvg with a method of its own at the clients",
+    "baseline": "a line to compare with, in experiments",
+}
+BASELINES = {
+    "local": "Each client trains alone, and nothing is shared.",
+    "central": "One client has the examples of all, as if the data were pooled.",
 }
 Jobs = Annotated[int, typer.Option(min=1, help="Number of runs in parallel, each in its own process.")]
 
@@ -28,35 +34,55 @@ def rules(
 
     Example: corymb rules fedau
     """
-    from corymb.strategies import known_rules
     from corymb.strategies.rules import rule_class
 
+    listed = _listed()
     if name is not None:
-        console.print(_description(name, rule_class(name)), markup=False, highlight=False)
+        kind, rule = listed[name] if name in listed else (rule_class(name).kind, rule_class(name))
+        console.print(_description(name, kind, rule), markup=False, highlight=False)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("rule", "kind", "what it does"):
         table.add_column(column, overflow="fold", no_wrap=column != "what it does")
-    for each, rule in known_rules().items():
-        table.add_row(each, rule.kind, (getdoc(rule) or "").partition("\n")[0])
+    for each, (kind, rule) in listed.items():
+        table.add_row(each, kind, _documentation(rule).partition("\n")[0])
     console.print(table, highlight=False)
+    kinds = "\n".join(f"{kind:9} {meaning}" for kind, meaning in KINDS.items())
+    console.print(f"\n{kinds}\n\n`corymb rules NAME` describes one.", markup=False, highlight=False)
 
 
-def _description(name: str, rule: Any) -> str:
-    """Return what `corymb rules NAME` says of a rule's class."""
-    paragraphs = [" ".join(paragraph.split()) + "\n" for paragraph in (getdoc(rule) or "").split("\n\n")]
-    lines = [*paragraphs, f"Kind: {rule.kind}. The rule {KINDS[rule.kind]}."]
-    if rule.needs_proxy:
+def _listed() -> dict[str, tuple[str, Any]]:
+    """Return what `rules` of an experiment may name: the kind of each, and its class or, for a baseline, its text."""
+    from corymb.client.algorithms.known import algorithm_class
+    from corymb.protocol.train_settings import CLIENT_METHODS
+    from corymb.strategies import known_rules
+
+    methods = {name: ("clients", algorithm_class(name)) for name in CLIENT_METHODS}
+    baselines = {name: ("baseline", text) for name, text in BASELINES.items()}
+    return {**{name: (rule.kind, rule) for name, rule in known_rules().items()}, **methods, **baselines}
+
+
+def _documentation(rule: Any) -> str:
+    return rule if isinstance(rule, str) else getdoc(rule) or ""
+
+
+def _description(name: str, kind: str, rule: Any) -> str:
+    """Return what `corymb rules NAME` says of a rule or a method at the clients, by its class, or of a baseline."""
+    paragraphs = [" ".join(paragraph.split()) + "\n" for paragraph in _documentation(rule).split("\n\n")]
+    lines = [name + "\n", *paragraphs, f"Kind: {kind} ({KINDS[kind]})."]
+    if isinstance(rule, str):
+        return "\n".join(lines)
+    if getattr(rule, "needs_proxy", False):
         lines.append("Needs labelled examples at the server (proxy data).")
-    if rule.client_algorithm:
-        lines.append(f"The clients run the algorithm {rule.client_algorithm!r}.")
-    if "masked" in rule.privacy_modes:
+    if algorithm := getattr(rule, "client_algorithm", ""):
+        lines.append(f"The clients run the algorithm {algorithm!r}.")
+    if "masked" in getattr(rule, "privacy_modes", ()):
         lines.append("Also works on sums of masked updates (secure aggregation).")
     parameters = [
         f"  {field.name}" + (f" = {field.default!r}" if field.default is not MISSING else " (required)")
         for field in fields(rule)
     ]
-    return "\n".join([f"{name}\n", *lines, "Parameters:" if parameters else "No parameters.", *parameters])
+    return "\n".join([*lines, "Parameters:" if parameters else "No parameters.", *parameters])
 
 
 def sweep(

@@ -101,12 +101,7 @@ class LocalWork:
             correction = Correction(offset, pull, local.start)
             metrics = local.fit(local.module, correction)
         else:
-            metrics = self._algorithm.train(local)
-            if "steps" not in metrics:
-                raise ValueError(
-                    f"The metrics of the client algorithm {self._settings.algorithm!r} lack 'steps', the number of "
-                    "steps; return what local.fit returns, or add it."
-                )
+            metrics = _checked(self._algorithm.train(local), self._settings.algorithm)
         metrics |= self._algorithm.reports(self._settings, self._round, int(metrics["steps"]))
         state = {name: tensor.detach() for name, tensor in local.module.state_dict().items()}
         kept: dict[str, Tensor] = {}
@@ -192,3 +187,18 @@ class LocalWork:
         shared = self._shared()
         pieces = vector.split([p.numel() for _, p in shared])
         return {name: piece.view_as(p) for (name, p), piece in zip(shared, pieces, strict=True)}
+
+
+def _checked(metrics: Any, algorithm: str) -> dict[str, float]:
+    """Return the `metrics` of a client algorithm. Raises `ValueError` if they are no numbers by name, with "steps"."""
+    problem = ""
+    if not isinstance(metrics, dict):
+        problem = f"returned {'None' if metrics is None else f'a {type(metrics).__name__}'}"
+    elif "steps" not in metrics:
+        problem = "returned no 'steps', the number of steps"
+    elif wrong := [name for name, value in metrics.items() if not isinstance(value, (int, float, list))]:
+        problem = f"returned a {type(metrics[wrong[0]]).__name__} as the metric {wrong[0]!r}"
+    if problem:
+        raise ValueError(f"The method `train` of {algorithm!r} {problem}; return the metrics of local.fit, numbers.")
+    found: dict[str, float] = metrics
+    return found

@@ -46,6 +46,9 @@ def _problem(error: Any, kind: type[BaseModel], prefix: str) -> str:
         *outer, last = error["loc"]
         table = _at(kind, outer)
         known = sorted(_fields(table))
+        others = _members(_at(kind, outer[:-1]))
+        if kinds := [tag for other in others for tag in sorted(_tags(other)) if last in _fields(other)]:
+            return f"{where} is a key of kind = {' or '.join(map(repr, kinds))} only (known keys: {', '.join(known)})"
         near = _in_tables(table, str(last)) or get_close_matches(str(last), known, 1)
         return f"{where} is not a known key" + (
             f" (did you mean {' or '.join(map(repr, near))}?)"
@@ -94,7 +97,7 @@ def _fields(kind: Any) -> dict[str, Any]:
 
 def _in_tables(kind: Any, key: str) -> list[str]:
     """Return the places `table.key` of the tables in a table of the type `kind` that have this key."""
-    return [f"{name}.{key}" for name, annotation in sorted(_fields(kind).items()) if key in _fields(annotation)]
+    return [f"{name}.{key}" for name, annotation in _fields(kind).items() if key in _fields(annotation)]
 
 
 def _members(kind: Any) -> list[Any]:

@@ -34,6 +34,11 @@ def personal_names(module: nn.Module, settings: TrainSettings) -> set[str]:
                 f"personal = {pattern!r} matches no entry of the model, which has {', '.join(names[:MOST_NAMES])}"
                 f"{', ...' * (len(names) > MOST_NAMES)}."
             )
+        if pattern == LAST_LAYER and found == set(names):
+            raise ValueError(
+                f"The model has only one layer, which stays at the clients (personal = {pattern!r}), so nothing would "
+                "be shared; choose a deeper model, or the rule 'local'."
+            )
         personal |= found
     return personal
 

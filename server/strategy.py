@@ -17,7 +17,7 @@ from corymb.protocol.codec import to_arrays
 from corymb.protocol.records import ARRAYS, CONFIG, EXAMPLES, METRICS
 from corymb.server.journal import Journal
 from corymb.server.rounds.candidate_election import CandidateElection
-from corymb.server.rounds.codes import ADMITTED
+from corymb.server.rounds.codes import ADMITTED, KEPT_MODEL
 from corymb.server.rounds.conclude import conclude, conclude_evaluation
 from corymb.server.rounds.policy import Policy
 from corymb.server.rounds.record import RoundRecord, Verdict, as_metrics, log_reasons
@@ -169,8 +169,8 @@ class FlowerStrategy(RoundLoop):
         current = Round(server_round, self.method, self._phase.requests)
         self.state, self.record = conclude(self.state, current, replies, self._evaluations)
         log_reasons(self.record.verdicts, "")
-        if "not-finite" in self.record.notes:
-            log.warning("\t│ The new model is not finite; the round keeps the previous model.")
+        for why in (why for note, why in KEPT_MODEL.items() if note in self.record.notes):
+            log.warning("\t│ The round keeps the previous model, because %s.", why)
         if self.state.model is not before:
             self._sent = SentModel.of(self.state.model)
         has_result = self.state.model is not before or self.record.admitted

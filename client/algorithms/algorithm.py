@@ -132,6 +132,19 @@ class ClientAlgorithm:
 
 @dataclass(frozen=True)
 class Plain(ClientAlgorithm):
-    """Plain local training: FedAvg, or with personal layers FedPer (Arivazhagan et al. 2019) and FedBN (Li 2021)."""
+    """Plain local training, as in FedAvg."""
 
     trains_in_blocks = True
+
+
+@dataclass(frozen=True)
+class FedPer(Plain):
+    """Arivazhagan et al. 2019, FedPer: the last layer with parameters stays at each client.
+
+    Other layers stay there if `train.personal` names them.
+    """
+
+
+@dataclass(frozen=True)
+class FedBN(Plain):
+    """Li et al. 2021, FedBN: the layers of batch normalisation stay at each client."""

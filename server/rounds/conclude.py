@@ -16,7 +16,7 @@ from flwr.app import Message
 
 from corymb.protocol.sizes import bytes_of
 from corymb.server.rounds.array_checks import is_bounded
-from corymb.server.rounds.codes import BELOW_QUORUM
+from corymb.server.rounds.codes import BELOW_QUORUM, KEPT_MODEL
 from corymb.server.rounds.door import Door
 from corymb.server.rounds.drift import with_drift
 from corymb.server.rounds.guard_memory import GuardMemory
@@ -25,7 +25,7 @@ from corymb.server.rounds.record import RoundRecord, Verdict, mean_metrics, verd
 from corymb.server.rounds.rejections import Rejection, not_connected, quarantined
 from corymb.server.rounds.round import Round
 from corymb.server.rounds.spill import Spill
-from corymb.server.rounds.state import Cost, Method, RunState
+from corymb.server.rounds.state import Method, RunState
 from corymb.strategies import Layout, Model, Outcome, Reply, Report
 from corymb.strategies.core.allocation import allocating
 from corymb.strategies.core.random_state import seeded_generators
@@ -95,7 +95,7 @@ def conclude(
     notes |= {BELOW_QUORUM: float(method.quorum)} if is_abandoned else {}
     judged = verdicts(requests.nodes, results, weights, requests.bytes_down, checked.bytes_up)
     record = RoundRecord(round.number, tuple(judged), train=train, notes=notes)
-    cost = Cost(state.cost.messages + len(requests.by_message), state.cost.admitted + admitted_count)
+    cost = replace(state.cost, messages=state.cost.messages + len(requests.by_message))
     concluded = replace(state, round=round.number, cost=cost, guard=_guarded(method, state, round.number, checked))
     if is_abandoned:
         return concluded, record
@@ -104,9 +104,11 @@ def conclude(
         memory=outcome.memory,
         round_size=state.round_size if observer is None else observer.estimates(train.get("loss")),
     )
-    if outcome.model is state.model:
+    if outcome.model is not state.model:
+        concluded, record = _after_rule(method, concluded, record, outcome.model, stored, door, evaluate)
+    if KEPT_MODEL.keys() & record.notes.keys():
         return concluded, record
-    return _after_rule(method, concluded, record, outcome.model, stored, door, evaluate)
+    return replace(concluded, cost=replace(cost, admitted=cost.admitted + admitted_count)), record
 
 
 def _outcome(method: Method, state: RunState, replies: Iterator[Reply]) -> Outcome[Any]:

@@ -98,9 +98,9 @@ class RoundLoop(Strategy):
         """Run the rounds.
 
         The arguments and the result are those of Flower's `Strategy.start`. `timeout` is the limit in seconds for the
-        replies of each phase; None means no limit. Raises `NoReplyAdmitted` after the last round if no reply of the
-        run was admitted, so that the model is the initial one, and `QuorumMissed` after `max_abandoned` rounds in a row
-        with fewer admitted replies than the quorum.
+        replies of each phase; None means no limit. Raises `NoReplyAdmitted` after the last round if no round
+        had admitted replies that it could use, so that the model is the initial one, and `QuorumMissed` after
+        `max_abandoned` rounds in a row with fewer admitted replies than the quorum.
         """
         self.summary()
         self.since = time.time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 
-from corymb.server.rounds.codes import BELOW_QUORUM
+from corymb.server.rounds.codes import BELOW_QUORUM, KEPT_MODEL
 from corymb.server.rounds.record import RoundRecord
 from corymb.server.rounds.round_journal import UNWRITABLE, RoundJournal
 
@@ -17,11 +17,16 @@ class RunFailed(RuntimeError):
 
 
 class NoReplyAdmitted(RunFailed):
-    """A run has ended in which no reply to a training message was admitted."""
+    """A run has ended in which no reply to a training message was admitted, or no round could use those that were."""
 
     def __init__(self, rounds: int, last: RoundRecord) -> None:
+        kept = [why for note, why in KEPT_MODEL.items() if note in last.notes]
+        kept += [f"fewer than the quorum of {last.notes[BELOW_QUORUM]:g}"] if BELOW_QUORUM in last.notes else []
+        what = "No round could use its replies" if last.admitted else "No reply was admitted"
+        because = f" ({kept[0]})" if kept else ""
         super().__init__(
-            f"No reply was admitted in {rounds} rounds, so the model did not change. The last round: {_reasons(last)}"
+            f"{what} in {rounds} round{'s' * (rounds > 1)}, so the model did not change. The last round: "
+            f"{_reasons(last, because)}"
         )
 
 
@@ -45,8 +50,8 @@ def noted(error: RunFailed, journal: RoundJournal | None) -> RunFailed:
     return error
 
 
-def _reasons(record: RoundRecord) -> str:
-    """Return how many nodes got which verdict in a round, and one reason in full."""
+def _reasons(record: RoundRecord, because: str = "") -> str:
+    """Return how many nodes got which verdict in a round, `because`, and one reason in full."""
     counts = Counter(verdict.code for verdict in record.verdicts).most_common()
     example = next((f" For example: {v.reason}" for v in record.verdicts if v.reason), "")
-    return (", ".join(f"{count} {code}" for code, count in counts) or "no node was asked") + f".{example}"
+    return (", ".join(f"{count} {code}" for code, count in counts) or "no node was asked") + f"{because}.{example}"

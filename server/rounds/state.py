@@ -21,7 +21,7 @@ log = logging.getLogger("flwr.corymb")
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a run so far: the number of training messages sent, and of replies admitted."""
+    """The cost of a run so far: the training messages sent, and the replies admitted in rounds that used them."""
 
     messages: int = 0
     admitted: int = 0

@@ -105,6 +105,6 @@ def _numbers(frame: Any, names: list[str], place: int) -> NDArray[np.float64]:
     except (TypeError, ValueError):
         example = next((value for value in column if isinstance(value, str)), column.iloc[0])
         raise ValueError(
-            f"the column {names[place]!r} of the frame has values that are no numbers, such as {example!r}; encode it, "
-            "with pandas.get_dummies for example, or leave it out"
+            f"the column {names[place]!r} of the frame has values that are no numbers, such as {example!r}; leave it "
+            "out, encode it, with pandas.get_dummies for example, or name it in data.site if it is each row's site"
         ) from None

@@ -91,7 +91,9 @@ class Rows:
         """
         labels = self.labels if positive_above is None else (self.labels > positive_above).astype(np.float64)
         if (labels != np.floor(labels)).any():
-            raise ValueError("the labels are not whole numbers; set data.positive_above to make them binary")
+            raise ValueError(
+                "the labels are not whole numbers; set task.kind = 'regression', or data.positive_above for classes"
+            )
         if (labels < 0).any():
             raise ValueError(f"the label {labels.min():g} is negative; number the classes from 0")
         values, classes = np.unique(labels, return_inverse=True)

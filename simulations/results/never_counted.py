@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from corymb.server.rounds.codes import ADMITTED
+from corymb.server.rounds.codes import ADMITTED, KEPT_MODEL
 from corymb.simulations.experiments.resolved import Resolved
 from corymb.simulations.results.folder import FinishedRun
 
@@ -17,11 +17,11 @@ def never_counted(runs: Iterable[FinishedRun], resolved: Resolved) -> list[str]:
     sentences = []
     rules = {rule.title: rule for rule in resolved.experiment.rules}
     for run in runs:
-        if kept := sum("not-finite" in record.notes for record in run.records):
-            sentences.append(
-                f"{run.rule}, seed {run.seed}: {kept} of {len(run.records)} rounds kept the model, because the rule's "
-                "result was not finite."
-            )
+        for note, why in KEPT_MODEL.items():
+            if kept := sum(note in record.notes for record in run.records):
+                sentences.append(
+                    f"{run.rule}, seed {run.seed}: {kept} of {len(run.records)} rounds kept the model, because {why}."
+                )
         names = resolved.scenario(rules[run.rule], run.seed).training_names
         counted = {verdict.node for record in run.records for verdict in record.admitted}
         missing = [name for name in names if name not in counted]

@@ -21,7 +21,8 @@ from corymb.simulations.results.summary import further_metrics, scores
 
 def _settings(rule: RuleSettings) -> str:
     """Return the rule with its parameters, and the settings of `[train]` that it overrides."""
-    return ", ".join([str(rule.make()), *(f"train.{key} = {value}" for key, value in rule.train.items())])
+    pooled = ["one client with the examples of all"] * is_pooled(rule)
+    return ", ".join([str(rule.make()), *pooled, *(f"train.{key} = {value}" for key, value in rule.train.items())])
 
 
 def _participants(runs: list[FinishedRun], rules: Collection[str]) -> str:

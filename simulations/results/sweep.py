@@ -220,4 +220,4 @@ def as_text(setting: Setting) -> str:
 
 
 def _slug(setting: Setting) -> str:
-    return re.sub(r"[^A-Za-z0-9.=,]+", "-", ",".join(f"{key}={value}" for key, value in setting.items()))
+    return re.sub(r"[^A-Za-z0-9_.=,]+", "-", ",".join(f"{key}={value}" for key, value in setting.items()))

@@ -63,4 +63,5 @@ def unknown(problem: str, name: object, known: list[str]) -> str:
     closest = get_close_matches(str(name), known, 3)
     closest.sort(key=lambda each: sorted(each) != sorted(str(name)))  # two letters in the wrong order are most likely
     suggestion = f" Did you mean {closest[0]!r}?" if closest else ""
-    return f"{problem} {name!r}.{suggestion} Known names: {', '.join(sorted(known))}."
+    names = f"Known names: {', '.join(sorted(known))}." if known else "There are none."
+    return f"{problem} {name!r}.{suggestion} {names}"

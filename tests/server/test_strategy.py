@@ -125,11 +125,11 @@ def initial() -> ArrayRecord:
 
 @pytest.mark.parametrize("rule", RULES_WITHOUT_PROXY.values(), ids=RULES_WITHOUT_PROXY.keys())
 def test_flowers_start_and_corymbs_give_the_same(rule: Rule[Any]) -> None:
-    """Five rounds with six clients, four of which are sampled in each."""
+    """Five rounds with eight clients, seven of which are sampled in each."""
     results = []
     for start in (Strategy.start, FlowerStrategy.start):
-        strategy = FlowerStrategy(rule, fraction_train=0.7, fraction_evaluate=0.5, seed=3)
-        results.append(start(strategy, LocalGrid(learner, 6), initial(), num_rounds=5))
+        strategy = FlowerStrategy(rule, fraction_train=0.9, fraction_evaluate=0.5, seed=3)
+        results.append(start(strategy, LocalGrid(learner, 8), initial(), num_rounds=5))
     flower_result, corymb_result = results
     assert torch.equal(to_state(flower_result.arrays)["w"], to_state(corymb_result.arrays)["w"])
     assert flower_result.train_metrics_clientapp == corymb_result.train_metrics_clientapp

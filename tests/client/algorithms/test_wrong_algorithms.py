@@ -27,6 +27,19 @@ class WithoutSteps(ClientAlgorithm):
 
 
 @dataclass(frozen=True)
+class WithoutMetrics(ClientAlgorithm):
+    def train(self, local: Local) -> dict[str, float]:
+        local.fit(local.module)
+        return None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class WithTensor(ClientAlgorithm):
+    def train(self, local: Local) -> dict[str, float]:
+        return {**local.fit(local.module), "drift": torch.ones(())}  # type: ignore[dict-item]
+
+
+@dataclass(frozen=True)
 class KeepsNumber(ClientAlgorithm):
     def train(self, local: Local) -> dict[str, float]:
         metrics = local.fit(local.module)
@@ -37,7 +50,12 @@ class KeepsNumber(ClientAlgorithm):
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        (WithoutSteps, "algorithm '.*:WithoutSteps' lack 'steps', the number of steps; return what local.fit returns"),
+        (
+            WithoutSteps,
+            "of '.*:WithoutSteps' returned no 'steps', the number of steps; return",
+        ),
+        (WithoutMetrics, "of '.*:WithoutMetrics' returned None; return the metrics of local.fit"),
+        (WithTensor, "returned a Tensor as the metric 'drift'; return the metrics of local.fit, numbers"),
         (KeepsNumber, "A client keeps tensors only, and 'best' is a float; use torch.tensor"),
     ],
 )

@@ -25,6 +25,7 @@ from corymb.tests.support import NEEDED, RULES_WITHOUT_PROXY, content, reply
 
 SIZE = 1_000_000  # 4 MB of float32, so that an extra copy is visible in the memory use
 HOSTILE = 3
+CLIENTS = 8
 
 
 def good() -> dict[str, torch.Tensor]:
@@ -106,7 +107,7 @@ ATTACKS: dict[str, tuple[Callable[[], RecordDict], str, str]] = {
 
 
 def federation(attack: Callable[[], RecordDict] | None) -> LocalGrid:
-    """Make a grid of six clients. One attacks, or sends an error reply if `attack` is None."""
+    """Make a grid of eight clients, enough for every rule. One attacks, or sends an error reply if `attack` is None."""
 
     def site(message: Message, context: Context) -> Message:
         number = int(context.node_config["partition-id"])
@@ -116,7 +117,7 @@ def federation(attack: Callable[[], RecordDict] | None) -> LocalGrid:
             return Message(Error(2, "crashed"), reply_to=message)
         return Message(attack(), reply_to=message)
 
-    return LocalGrid(site, 6)
+    return LocalGrid(site, CLIENTS)
 
 
 def peak_growth(work: Callable[[], Any]) -> int:
@@ -143,7 +144,7 @@ def test_the_model_is_that_of_the_five_honest_sites(name: str, tmp_path: Path) -
         models.append(to_state(result.arrays))
         (record,) = journal.rounds()
         journal.close()
-        assert [v.node for v in record.admitted] == [f"client-{i}" for i in range(6) if i != HOSTILE]
+        assert [v.node for v in record.admitted] == [f"client-{i}" for i in range(CLIENTS) if i != HOSTILE]
         if kind is attack:
             (verdict,) = [v for v in record.verdicts if v.code != "admitted"]
             assert (verdict.node, verdict.code) == (f"client-{HOSTILE}", code)

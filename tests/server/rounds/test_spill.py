@@ -36,7 +36,7 @@ def test_every_sighted_rule_gives_the_same_bits(name: str, limit: float) -> None
     models = []
     for spill in (limit, math.inf):
         strategy = FlowerStrategy(RULES_WITHOUT_PROXY[name], fraction_evaluate=0.0, spill_bytes=spill)
-        models.append(to_state(strategy.start(LocalGrid(client, 6), to_arrays(MODEL), num_rounds=2).arrays))
+        models.append(to_state(strategy.start(LocalGrid(client, 8), to_arrays(MODEL), num_rounds=2).arrays))
     assert all(torch.equal(models[0][entry], models[1][entry]) for entry in MODEL)
 
 

@@ -415,6 +415,8 @@ def test_rules_are_listed() -> None:
     for word in ("Wang & Ji 2024", "Kind: blind.", "secure aggregation", "  cutoff = 50\n"):
         assert word in described
     assert "proxy data" in corymb("rules", "fedlaw").stdout
+    assert "  pull = 0.1\n" in corymb("rules", "ditto").stdout
+    assert "baseline" in corymb("rules", "central").stdout
     assert "rule (required)" in corymb("rules", "layerwise").stdout
     assert "use 'fedavg' and set train.proximal" in corymb("rules", "fedprox").stderr
 
