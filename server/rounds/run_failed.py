@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from corymb.server.rounds.codes import BELOW_QUORUM, KEPT_MODEL
 from corymb.server.rounds.record import RoundRecord
+from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.round_journal import UNWRITABLE, RoundJournal
 
 FAILED = "failed"  # in the notes of a journal: why the run has failed
@@ -53,5 +54,6 @@ def noted(error: RunFailed, journal: RoundJournal | None) -> RunFailed:
 def _reasons(record: RoundRecord, because: str = "") -> str:
     """Return how many nodes got which verdict in a round, `because`, and one reason in full."""
     counts = Counter(verdict.code for verdict in record.verdicts).most_common()
-    example = next((f" For example: {v.reason}" for v in record.verdicts if v.reason), "")
+    told = [v.reason.removesuffix(".") for v in record.verdicts if v.reason and v.code != Code.OFFLINE]
+    example = f" For example: {told[0]}." if told else ""
     return (", ".join(f"{count} {code}" for code, count in counts) or "no node was asked") + f"{because}.{example}"
