@@ -180,7 +180,7 @@ def test_an_election_is_held_in_virtual_time(tmp_path: Path) -> None:
 def test_a_client_that_trains_two_models_takes_twice_as_long(tmp_path: Path) -> None:
     experiment = Experiment(
         name="two", rounds=1, rules=["fedavg", "ditto", "fedrep"], partition={"clients": 3, "kind": "iid"},
-        devices={"seconds_per_example": 0.1}, evaluate={"clients": True}, train={"epochs": 2},
+        model={"kind": "mlp"}, devices={"seconds_per_example": 0.1}, evaluate={"clients": True}, train={"epochs": 2},
     )  # fmt: skip
     seconds = [r.records[0].notes["virtual-seconds"] for r in run(experiment, folder=tmp_path, progress=False).runs]
     assert seconds[1:] == pytest.approx([2 * seconds[0], 1.5 * seconds[0]])

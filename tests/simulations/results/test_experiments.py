@@ -412,7 +412,7 @@ def test_rules_are_listed() -> None:
         assert word in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     described = corymb("rules", "fedau").stdout
-    for word in ("Wang & Ji 2024", "Kind: blind.", "secure aggregation", "  cutoff = 50\n"):
+    for word in ("Wang & Ji 2024", "Kind: blind (", "secure aggregation", "  cutoff = 50\n"):
         assert word in described
     assert "proxy data" in corymb("rules", "fedlaw").stdout
     assert "  pull = 0.1\n" in corymb("rules", "ditto").stdout
