@@ -109,12 +109,12 @@ def is_complete(grid: Grid) -> bool:
 def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
     """Wait until `enough` nodes are connected, and return the connected nodes, `{name: node id}`.
 
-    Raises `TimeoutError` after `timeout` seconds, or at once if the grid reports that no more nodes will join.
+    Raises `TimeoutError` after `timeout` seconds, or at once if the grid reports that no more nodes will join. The time
+    until the grid answers does not count: while the SuperLink is away, no node can connect.
     """
-    started = time.monotonic()
-    reminded = -REMIND_SECONDS
+    waited, reminded = 0.0, -REMIND_SECONDS
     while len(nodes := connected(grid)) < enough:
-        waited = time.monotonic() - started
+        answered = time.monotonic()
         if waited > timeout or is_complete(grid):
             raise TimeoutError(
                 f"Only {len(nodes)} of {enough} required nodes connected within {waited:.0f} s; "
@@ -124,6 +124,7 @@ def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
             log.info("Waiting for nodes: %d of %d connected after %.0f s", len(nodes), enough, waited)
             reminded = waited
         time.sleep(POLL_SECONDS)
+        waited += time.monotonic() - answered
     return nodes
 
 

@@ -4,6 +4,7 @@ import gc
 import time
 import weakref
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from corymb.protocol.codec import to_arrays
 from corymb.server import FlowerStrategy
 from corymb.server.rounds.arrivals import arrivals
 from corymb.server.rounds.requests import push
-from corymb.server.rounds.roster import connected, sample, wait_for
+from corymb.server.rounds.roster import connected, has_joined, sample, wait_for
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import FedAvg
 from corymb.tests.support import content
@@ -139,6 +140,25 @@ class Growing(LocalGrid):
 def test_waiting_for_nodes_ends_when_enough_are_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("corymb.server.rounds.roster.POLL_SECONDS", 0)
     assert len(wait_for(Growing(echo, 9), 4, timeout=5)) == 4
+
+
+def test_an_absence_of_the_superlink_is_no_absence_of_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers after 88 seconds; the nodes then have their minute to connect again."""
+    now = 0.0
+
+    class Away(Growing):
+        def get_nodes(self) -> list[Any]:
+            nonlocal now
+            now += 0.0 if self.registered else 88.0
+            return super().get_nodes()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("corymb.server.rounds.roster.time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    assert has_joined(Away(echo, 9), 4, 60.0)
+    assert not has_joined(Growing(echo, 9), 200, 60.0), "nodes that are away are not waited for without end"
 
 
 def test_names_that_are_not_unique_get_the_node_id() -> None:
