@@ -18,15 +18,14 @@ class RunFailed(RuntimeError):
 
 
 class NoReplyAdmitted(RunFailed):
-    """A run has ended in which no reply to a training message was admitted, or no round could use those that were."""
+    """A run has ended in which no reply to a training message was admitted in a round that could use it."""
 
     def __init__(self, rounds: int, last: RoundRecord) -> None:
         kept = [why for note, why in KEPT_MODEL.items() if note in last.notes]
         kept += [f"fewer than the quorum of {last.notes[BELOW_QUORUM]:g}"] if BELOW_QUORUM in last.notes else []
-        what = "No round could use its replies" if last.admitted else "No reply was admitted"
         because = f" ({kept[0]})" if kept else ""
         super().__init__(
-            f"{what} in {rounds} round{'s' * (rounds > 1)}, so the model did not change. The last round: "
+            f"No reply has counted in {rounds} round{'s' * (rounds > 1)}, so the model did not change. The last round: "
             f"{_reasons(last, because)}"
         )
 

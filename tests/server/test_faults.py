@@ -120,7 +120,7 @@ def test_s17_a_rule_that_draws_does_not_depend_on_what_clients_draw() -> None:
 def test_f6_a_robust_rule_does_not_lower_its_tolerance_in_silence(rule: Any, nodes: int, enough: int) -> None:
     """With a reply too few, the run keeps the model and fails; the hostile client's 1e6 does not count."""
     strategy = FlowerStrategy(rule)
-    message = rf"No round could use its replies in 1 round, .* {nodes} admitted \(the rule needs more replies\)"
+    message = rf"No reply has counted in 1 round, .* {nodes} admitted \(the rule needs more replies\)"
     with pytest.raises(NoReplyAdmitted, match=message):
         run(strategy, client(lambda node: {"w": torch.full((4,), 1e6 if node == 0 else 1.0)}), nodes)
     assert strategy.state.model.parameters.tolist() == [0.0] * 4
