@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm, Correction, Local, Memory, Term, inside
 from corymb.client.algorithms.known import make_algorithm
-from corymb.client.algorithms.memory_files import keep, recall
+from corymb.client.algorithms.memory_files import OVER_EXAMPLES, keep, recall
 from corymb.client.batches import Batch, augmented, outputs_and_targets
 from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import Task
@@ -96,6 +96,7 @@ class LocalWork:
         `after_step` is called after each step of the shared model.
         """
         local = self._local(self._round - 1, self._fit(batches, seeded, after_step))
+        assert not any(OVER_EXAMPLES in name for name in local.memory), "a block's memory must be written out first"
         offset, pull = self._correction(local)
         if offset or pull:
             correction = Correction(offset, pull, local.start)

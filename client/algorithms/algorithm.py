@@ -92,11 +92,16 @@ class ClientAlgorithm:
 
     `trains_in_blocks` is True for an algorithm that is all in `correction` and `remember`. These two take flat vectors
     `[P]` of the shared parameters, in the model's order, or `[K, P]` for K clients at once.
+
+    `keeps_gradients` is True if the two are linear in their vectors, and under plain SGD the memory is a combination of
+    the client's own gradients: the received vectors cancel in it. They may then get the coordinates of the vectors, of
+    another length.
     """
 
     trains_in_blocks: ClassVar[bool] = False
     pulls: ClassVar[bool] = False  # whether `correction` returns a pull
     remembers: ClassVar[bool] = False  # whether `remember` returns something
+    keeps_gradients: ClassVar[bool] = False
 
     def correction(self, memory: Memory, received: Tensor | None) -> tuple[Tensor | None, float]:
         """Return the offset of the gradient, None for zero, and the pull towards the received model."""

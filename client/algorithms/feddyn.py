@@ -19,6 +19,7 @@ class FedDyn(ClientAlgorithm):
     trains_in_blocks = True
     pulls = True
     remembers = True
+    keeps_gradients = True
 
     alpha: float = 0.1
 

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds: one safetensors file per round, of which the last three stay.
+"""What a client keeps between rounds: one safetensors file per round, of which those stay that may be read again.
 
 A file names the round after which it was written, so a round that is repeated, after a crash or when a run is resumed,
 starts from the memory before it. Flower's Context is not used: a SuperNode keeps it in memory and cuts a large one off.
@@ -14,13 +14,14 @@ from pathlib import Path
 
 from flwr.app import Context
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from corymb.protocol.home import CLIENTS, home
 
+OVER_EXAMPLES = "@examples@"  # in the name of an entry that a simulation keeps as factors over the client's examples
 PLACE = "client-memory"  # key of the run config with the folder for all clients of a run
-KEPT_FILES = 3  # after a crash, a round is repeated, and another one if the newest file of the journal is damaged
+REPEATED_ROUNDS = 4  # at most, after a crash: those after the newest state in the journal, or the one before it
 
 
 def folder_of(context: Context, client: object, run_id: int | None = None) -> Path:
@@ -53,11 +54,13 @@ def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"{server_round:06d}.safetensors"
     part = path.with_suffix(".part")
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in memory.items()}, part)
+    needless = [old for number, old in _files(folder) if number <= server_round - REPEATED_ROUNDS][:-1]
+    for old in needless:
+        os.replace(old, part)  # its space is used again, which is faster than new space
+    with part.open("r+b" if needless else "wb") as file:
+        file.write(save({name: tensor.detach().contiguous().cpu() for name, tensor in memory.items()}))
+        file.truncate()
     os.replace(part, path)
-    before = [old for number, old in _files(folder) if number <= server_round]
-    for old in before[:-KEPT_FILES]:
-        old.unlink()
 
 
 def _files(folder: Path) -> list[tuple[int, Path]]:

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,23 @@ class Journal:
 
     `notes` are stored with a run that begins, and may change when it is resumed; `about` returns them.
 
-    Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of `commit_seconds`
-    together, with the state after the last of them, and does not wait until they are on the disk.
+    Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of `commit_seconds`,
+    `commit_rounds` at most, with the state after the last of them, and does not wait until they are on the disk.
     """
 
     def __init__(
         self, folder: str | Path, durable: bool = True, keep_every: int = 0, notes: Mapping[str, str] | None = None,
-        commit_seconds: float = 1.0,
+        commit_seconds: float = 1.0, commit_rounds: float = inf,
     ) -> None:  # fmt: skip
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._durable, self._keep_every, self._notes = folder, durable, keep_every, notes or {}
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
-        self._best: tuple[float, int, Model] | None = (
-            None  # the best of them: score, round and model, if it is a new best
-        )
+        # The best of them, if it is a new best: score, round and model.
+        self._best: tuple[float, int, Model] | None = None
         self._commit_seconds, self._last_commit = commit_seconds, time.monotonic()
+        self._commit_rounds = 1 if durable else commit_rounds
         self._lock = FileLock(folder / "writer.lock")
         self._database = open_database(folder)
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
@@ -121,11 +122,11 @@ class Journal:
         self._uncommitted.append(record)
         self._state = state
         score = score_of(record)
-        if score is not None and score > (
-            self._best[0] if self._best else float(self.about().get("best-score", "-inf"))
-        ):
+        best = self._best[0] if self._best else float(self.about().get("best-score", "-inf"))
+        if score is not None and score > best:
             self._best = score, record.round, state.model
-        if self._durable or time.monotonic() - self._last_commit >= self._commit_seconds:
+        lag = time.monotonic() - self._last_commit
+        if lag >= self._commit_seconds or len(self._uncommitted) >= self._commit_rounds:
             self.commit()
 
     def commit(self) -> None:

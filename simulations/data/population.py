@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 
 import numpy as np
 import torch
@@ -86,6 +88,20 @@ class Population:
         span = slice(int(self.offsets[client]), int(self.offsets[client + 1]))
         places = span if self.rows is None else self.rows[span].to(self.store.targets.device)
         return self.store.inputs_at(places), self.store.targets[places]
+
+    def flat_inputs(self, client: int) -> Tensor:
+        """Return a client's inputs as vectors, `[n, in]`."""
+        return self.examples(client)[0].flatten(1)
+
+    def fingerprint(self, client: int) -> str:
+        """Return the SHA-256 of a client's inputs, which must be on the CPU."""
+        if client not in self._fingerprints:
+            self._fingerprints[client] = sha256(self.flat_inputs(client).contiguous().numpy().data).hexdigest()
+        return self._fingerprints[client]
+
+    @cached_property
+    def _fingerprints(self) -> dict[int, str]:
+        return {}
 
     def store_positions(self, clients: Sequence[int], rows: Tensor) -> Tensor:
         """Return indices in the store, of the shape of `rows [K, ...]`.

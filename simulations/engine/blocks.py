@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corymb.client import TrainSettings
+from corymb.simulations.data.population import Population
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.strategies import Layout
 from corymb.strategies.core.rows import Matrix
@@ -29,6 +30,10 @@ class Trainer(Protocol):
     """Trains one block at a time on a `device`; the vectors and the report of the result are on the CPU."""
 
     device: torch.device
+    population: Population
+
+    def first_layer(self, settings: TrainSettings) -> str | None:
+        """Return the name of the first layer if what clients keep of it is best kept as factors; see `Coordinates`."""
 
     def train(
         self,
@@ -37,7 +42,7 @@ class Trainer(Protocol):
         settings: TrainSettings,
         server_round: int,
         own_starts: bool = False,
-        offsets: Mapping[str, Tensor] | None = None,
+        offsets: Mapping[str, Any] | None = None,
     ) -> BlockResult:
         """See `Program.train`."""
 
@@ -64,8 +69,8 @@ class Task:
     """Clients to train as one block, largest first; `requests` are the numbers of their messages in the push.
 
     `buffers` are the model's buffers at the start. With `starts [K, P]`, each client has its own start, and buffers
-    `{name: [K, ...]}`. `offsets [K, P]` are added to the clients' gradients in each step. `kept` is what the clients
-    keep between rounds; it gives them their starts and offsets.
+    `{name: [K, ...]}`. `offsets` are added to the clients' gradients in each step; see `Program.train`. `kept` is what
+    the clients keep between rounds; it gives them their starts and offsets.
     """
 
     requests: tuple[int, ...]
@@ -74,7 +79,7 @@ class Task:
     server_round: int
     buffers: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     starts: NDArray[Any] | None = None
-    offsets: NDArray[Any] | None = None
+    offsets: Mapping[str, Any] | None = None
     kept: Keeper | None = None
 
     @property
@@ -85,7 +90,7 @@ class Task:
     @property
     def nbytes(self) -> int:
         """The bytes of the task's arrays."""
-        own = [array for array in (self.starts, self.offsets) if array is not None]
+        own = [] if self.starts is None else [self.starts]
         kept = self.kept.personal.values() if self.kept is not None else ()
         return sum(array.nbytes for array in (*own, *self.buffers.values(), *kept))
 
@@ -100,9 +105,8 @@ class Task:
             return self.kept.train(self, trainer, layout, parameters, second)
         own = self.starts is not None
         state = layout.split(torch.from_numpy(self.starts)) if self.starts is not None else parameters
-        offsets = None if self.offsets is None else layout.split(torch.from_numpy(self.offsets))
         start = {**state, **{name: torch.tensor(values) for name, values in self.buffers.items()}}
-        return trainer.train(start, self.clients, self.settings, self.server_round, own, offsets)
+        return trainer.train(start, self.clients, self.settings, self.server_round, own, self.offsets)
 
 
 def max_clients(parameters: int) -> int:

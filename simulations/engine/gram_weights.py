@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from corymb.simulations.engine.low_rank import LowRankWeights
 from corymb.simulations.engine.selection import Tables, select_batches
-from corymb.simulations.engine.weight_forms import ClientIndex, first_rows
+from corymb.simulations.engine.weight_forms import ClientIndex, first_rows, max_abs
+
+
+@dataclass(frozen=True)
+class GramOffset:
+    """What is added to the gradient of `GramWeights`: `share * second + F^T X` at each of K clients.
+
+    `share` and the matrix `second [out, in]`, with its bias if the layer has one, are common to all clients; `second`
+    may be None. `factors [K, N, out]` are F, over the examples X of each client.
+    """
+
+    factors: Tensor
+    share: float = 0.0
+    second: Tensor | None = None
+    second_bias: Tensor | None = None
 
 
 class GramWeights(LowRankWeights):
@@ -16,30 +32,55 @@ class GramWeights(LowRankWeights):
     `basis` holds the examples of each client, `[n_k, in]`. `products [K, N, N]` are their inner products, which hold
     for all rounds. `rows [S, K, B]` are the examples in each batch. So the outputs follow from tables, and the layer
     never reads its inputs.
+
+    With an `offset`, the weight is `alpha * W0 + share * second + A^T X`; the caller adds the offset in each step.
     """
 
     def __init__(
-        self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor, plain: bool
-    ) -> None:
+        self, start: Tensor, bias: Tensor | None, basis: list[Tensor], products: Tensor, rows: Tensor, plain: bool,
+        offset: GramOffset | None = None,
+    ) -> None:  # fmt: skip
         clients, count, _ = products.shape
         super().__init__(start, bias, clients, count, plain)
         self._basis, self._products = basis, products
         self._input_sum = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * count
-        start_outputs = start.new_empty(clients, count, start.shape[0])
-        offset = start.new_zeros(1) if bias is None else bias
-        for examples, outputs in zip(basis, start_outputs, strict=True):
-            torch.addmm(offset, examples, start.T, out=first_rows(examples.shape[0], outputs))
+        tables = [self._outputs_of(start, bias)]
+        if offset is not None and offset.second is not None:
+            self.second, self.second_bias = offset.second, offset.second_bias
+            self.share = start.new_zeros(clients, 1, 1, dtype=torch.float64)  # a sum of many small steps
+            tables.append(self._outputs_of(offset.second, offset.second_bias))
         gram = products if bias is None else products + 1  # the bias adds an input that is one
-        self._batches = iter(select_batches(Tables(start_outputs, gram, self.factors), rows))
+        self._batches = iter(select_batches(Tables(tables, gram, self.factors), rows))
         used = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
+        if offset is not None:
+            used.fill_(count)
         self._used = iter([0, *used.tolist()])  # at each step, the rows of the factors that may be non-zero
+
+    def _outputs_of(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the outputs of all examples under one weight `[out, in]`, `[K, N, out]`."""
+        result = weight.new_empty(self.factors.shape)
+        bias = weight.new_zeros(1) if bias is None else bias
+        for examples, outputs in zip(self._basis, result, strict=True):
+            torch.addmm(bias, examples, weight.T, out=first_rows(examples.shape[0], outputs))
+        return result
+
+    def trainable(self) -> list[tuple[Tensor, Tensor]]:
+        """See `BlockParameter`."""
+        return super().trainable() + ([] if self.second is None else [(self.share, self.share.clone())])
+
+    def added(self, offset: GramOffset) -> list[Tensor]:
+        """Return what `offset` adds to the gradient of each tensor of `trainable`."""
+        share = [] if self.second is None else [torch.full_like(self.share, offset.share)]
+        return [torch.zeros_like(self.alpha), offset.factors, *share]
 
     def outputs(self, inputs: Tensor) -> Tensor:
         active, used = inputs.shape[0], next(self._used)
         self._batch = next(self._batches)
-        result = self.scaled(self._batch.start_outputs(active))
+        result = self.scaled(self._batch.outputs(0, active))
         if not used:
             return result
+        if self.second is not None:
+            result.addcmul_(self._batch.outputs(1, active), first_rows(active, self.share).to(result.dtype))
         gram, factors = self._batch.gram(active), first_rows(active, self.factors)
         if used < factors.shape[1]:
             gram, factors = gram[:, :, :used], factors[:, :used]
@@ -51,11 +92,14 @@ class GramWeights(LowRankWeights):
     def apply_gradients(self, gradients: Tensor, inputs: Tensor, rate: float | None) -> None:
         if rate is None:
             self._batch.add(gradients, 1.0, into=self.zero_gradients())
+            self.share.grad = torch.zeros_like(self.share)
         else:
             self._batch.add(gradients, -rate)
 
     def weighted_update(self, weights: Tensor, selected: ClientIndex) -> Tensor:
         total = self.start * self.weighted_shrinkage(weights, selected)  # clients not in `selected` have weight 0
+        if self.second is not None:
+            total.add_(self.second, alpha=self.weighted_share(weights))
         for examples, factors, weight in zip(self._basis, self.factors, weights.tolist(), strict=True):
             if weight:
                 total.addmm_(first_rows(examples.shape[0], factors).T, examples, alpha=weight)
@@ -74,9 +118,14 @@ class GramWeights(LowRankWeights):
 
     def dense(self) -> Tensor:
         models = self.start * self.alpha
+        if self.second is not None:
+            models.add_(self.second * self.share.to(models.dtype))
         for examples, factors, model in zip(self._basis, self.factors, models, strict=True):
             model.addmm_(first_rows(examples.shape[0], factors).T, examples)
         return models
 
     def bound(self) -> Tensor:
-        return self.bound_from(self._input_sum)
+        bound = self.bound_from(self._input_sum)
+        if self.second is None:
+            return bound
+        return bound + self.share.flatten().abs().to(bound.dtype) * max_abs(self.second[None])

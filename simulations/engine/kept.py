@@ -21,8 +21,10 @@ from corymb.client.app import client_identity, make_seeded
 from corymb.client.local_work import PERSONAL, algorithm_of
 from corymb.protocol.shared_state import personal_names
 from corymb.protocol.train_settings import TrainSettings
+from corymb.simulations.data.population import Population
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.blocks import Task, Trainer
+from corymb.simulations.engine.coordinates import Coordinates, Vectors, Whole, is_over_examples, written_out
 from corymb.strategies import Layout
 from corymb.strategies.core.layout import Role
 
@@ -69,30 +71,55 @@ class Kept:
 
         `second` is the rule's second vector, `[P]`, if it has one.
         """
-        columns, algorithm = self.shared_columns(layout), algorithm_of(self.settings)
+        algorithm = algorithm_of(self.settings)
         if not algorithm.remembers and not self.personal:
             return replace(task, kept=None).train(trainer, layout, parameters)
         memories = [recall(folder, task.server_round - 1) for folder in self.folders]
-        start = layout.vector(parameters)
-        second = None if second is None else second[columns]
-        stacked = _stacked(memories, start[columns])
-        offset, pull = algorithm.correction(stacked, second)
+        vectors = self._vectors(memories, task, trainer, layout, parameters, second)
+        if isinstance(vectors, Whole):
+            memories = [
+                written_out(memory, layout, trainer.population, client)
+                for client, memory in zip(task.clients, memories, strict=True)
+            ]
+        stacked = vectors.stacked(memories)
+        offset, pull = algorithm.correction(stacked, vectors.second)
         changes: dict[str, Any] = {"kept": None}
         if pull:  # towards the received model, as the proximal term
             changes["settings"] = task.settings.model_copy(update={"proximal": task.settings.proximal + pull})
-        if offset is not None:
-            changes["offsets"] = _whole(offset, len(memories), columns, layout).numpy()
+        if offset is not None or isinstance(vectors, Coordinates):
+            changes["offsets"] = vectors.offsets(torch.zeros_like(vectors.start) if offset is None else offset)
         if self.personal:
             changes |= self._own_starts(task, memories, layout, parameters)
         result = replace(task, **changes).train(trainer, layout, parameters)
-        ends = result.models()
-        rates = torch.tensor(result.report.steps, dtype=ends.dtype)[:, None] * self.settings.rate(task.server_round)
-        remembered = algorithm.remember(stacked, second, start[columns], ends[:, columns], rates)
-        own = {f"{PERSONAL}.{name}": values for name, values in self._personal_after(result, ends, layout).items()}
+        remembered: Memory = {}
+        if algorithm.remembers:
+            path = torch.tensor(result.report.steps, dtype=layout.dtype) * self.settings.rate(task.server_round)
+            ends = vectors.ends(result)
+            remembered = algorithm.remember(stacked, vectors.second, vectors.start, ends, path[:, None])
+        own = self._personal_after(result, layout)
         for row, folder in enumerate(self.folders):
-            if remembered or own:
-                keep(folder, task.server_round, {name: each[row] for name, each in {**remembered, **own}.items()})
+            kept = {**vectors.kept(remembered, row), **{name: each[row] for name, each in own.items()}}
+            if kept:
+                keep(folder, task.server_round, kept)
         return result
+
+    def _vectors(
+        self, memories: Sequence[Memory], task: Task, trainer: Trainer, layout: Layout,
+        parameters: Mapping[str, Tensor], second: Tensor | None,
+    ) -> Vectors:  # fmt: skip
+        """Return coordinates if they are shorter and every client that keeps something keeps them."""
+        first = None if self.personal else trainer.first_layer(self.settings)
+        has_coordinates = all(is_over_examples(memory) for memory in memories if memory)
+        if first is not None and has_coordinates and algorithm_of(self.settings).keeps_gradients:
+            return Coordinates(first, layout, parameters, second, trainer.population, task.clients)
+        return Whole(layout, self.shared_columns(layout), parameters, second, len(memories))
+
+    def write_out(self, server_round: int, layout: Layout, population: Population, client: int) -> None:
+        """Write out what `client` keeps before the round, so that it can train alone. `self` is of this client only."""
+        (folder,) = self.folders
+        memory = recall(folder, server_round - 1)
+        if is_over_examples(memory):
+            keep(folder, server_round - 1, written_out(memory, layout, population, client))
 
     def reports(self, server_round: int, steps: int) -> dict[str, float]:
         """Return the metrics that the rule needs from a client after `steps` steps."""
@@ -111,28 +138,13 @@ class Kept:
         buffers = {name: torch.stack([state[name] for state in states]).numpy() for name in names}
         return {"starts": starts.numpy(), "buffers": buffers}
 
-    def _personal_after(self, result: BlockResult, ends: Tensor, layout: Layout) -> dict[str, Tensor]:
+    def _personal_after(self, result: BlockResult, layout: Layout) -> dict[str, Tensor]:
+        """Return the personal entries of all clients, `{name in the memory: [K, ...]}`."""
         if not self.personal:
             return {}
         buffers = {name: torch.from_numpy(values) for name, values in result.report.buffers.items()}
-        every = {**layout.split(ends), **buffers}
-        return {name: values for name, values in every.items() if name in self.personal}
-
-
-def _stacked(memories: Sequence[Memory], like: Tensor) -> dict[str, Tensor]:
-    """Return an algorithm's vectors of all clients, `[K, P]`; zeros for a client that has none."""
-    names = {name for memory in memories for name in memory if not name.startswith(f"{PERSONAL}.")}
-    zeros = torch.zeros_like(like)
-    return {name: torch.stack([memory.get(name, zeros) for memory in memories]) for name in names}
-
-
-def _whole(offset: Tensor, clients: int, columns: Tensor | slice, layout: Layout) -> Tensor:
-    """Return the offsets of the shared parameters as `[K, P]` of all parameters."""
-    if isinstance(columns, slice):
-        return offset.to(layout.dtype).expand(clients, -1).contiguous()
-    whole = torch.zeros(clients, layout.num_parameters, dtype=layout.dtype)
-    whole[:, columns] = offset.to(layout.dtype)
-    return whole
+        every = {**layout.split(result.models()), **buffers}
+        return {f"{PERSONAL}.{name}": values for name, values in every.items() if name in self.personal}
 
 
 class KeptByClients:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corymb.client import TrainSettings
 from corymb.simulations.engine.gram_products import GramMatrices
-from corymb.simulations.engine.layers import Block, ClientLayer
+from corymb.simulations.engine.layers import Block, ClientLayer, StepContext
 from corymb.simulations.engine.low_rank import InputHistoryWeights, LowRankBias, LowRankWeights
+from corymb.simulations.engine.optimizer import is_plain
 from corymb.simulations.engine.weight_forms import DenseWeights, WeightForm, as_dtype, first_rows
 
 
@@ -25,11 +27,23 @@ class ClientLinear(ClientLayer):
     gram: GramMatrices | None = None
     rows = 1
 
+    def __init__(self, original: nn.Linear, context: StepContext) -> None:
+        super().__init__(original, context)
+        self._shape = original.weight.shape
+
+    def keeps_factors(self, settings: TrainSettings) -> bool:
+        """Return whether what clients keep of this layer is best kept as factors over their examples, in all rounds."""
+        if self.gram is None or self.rows != 1 or settings.precision != "float32" or not is_plain(settings):
+            return False
+        return self.gram.are_cheaper_for_all(settings, self._shape)
+
     def start_block(self, start: Mapping[str, Tensor], block: Block) -> None:
         """See `ClientLayer.start_block`."""
         weight, bias = start["weight"], start.get("bias")
         form: LowRankWeights | None = None
-        if block.may_be_low_rank:
+        if block.offset is not None and self.gram is not None:
+            form = self.gram.form_with(block.offset, weight, bias, block.clients, block.batches, block.is_plain)
+        elif block.may_be_low_rank:
             rows = block.batches.rows[0].numel() * self.rows
             if self.gram is not None and self.rows == 1:
                 form = self.gram.form(weight, bias, block.clients, block.batches, block.is_plain)

@@ -25,7 +25,8 @@ class LowRankWeights(ABC):
     """Base class of the low-rank forms: `alpha [K, 1, 1]` and `factors [K, N, out]` over N rows of inputs.
 
     The bias is the weight of one more input, which is always one. So it follows from the factors and takes no step of
-    its own. `plain` says that the optimiser is plain SGD.
+    its own. `plain` says that the optimiser is plain SGD. A form may add a `second` common matrix, of which each client
+    has a share: `share [K, 1, 1]`; see `GramOffset`.
     """
 
     def __init__(self, start: Tensor, bias: Tensor | None, clients: int, rows: int, plain: bool) -> None:
@@ -33,6 +34,9 @@ class LowRankWeights(ABC):
         self.alpha = start.new_ones(clients, 1, 1)
         self._is_scaled = not plain  # plain SGD leaves alpha at one
         self.factors = start.new_zeros(clients, rows, start.shape[0])
+        self.share = start.new_zeros(clients, 1, 1)
+        self.second: Tensor | None = None
+        self.second_bias: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -70,8 +74,8 @@ class LowRankWeights(ABC):
     def squared_distances(self, offset: Tensor | None) -> Tensor:
         """See `BlockParameter`: `|A^T X|^2` is `<A A^T, X X^T>`, and `<A^T X, offset>` is `<A, X offset^T>`.
 
-        Weights are written out instead if alpha has changed, if the terms of the sum nearly cancel, or if they are
-        too large or too small for their dtype.
+        Weights are written out instead if alpha or the share has changed, if the terms of the sum nearly cancel, or if
+        they are too large or too small for their dtype.
         """
         terms = torch.bmm(self.factors, self.factors.transpose(1, 2)).mul_(self.gram()).flatten(1)
         total, magnitude = (sums.sum(dim=1, dtype=torch.float64) for sums in (terms, terms.abs()))
@@ -82,13 +86,17 @@ class LowRankWeights(ABC):
                 magnitude + length,
             )
         is_accurate = (total > MIN_REMAINDER * magnitude) & (magnitude > MIN_SQUARES)  # False if both are infinite
-        if bool(is_accurate.all() and (self.alpha == 1).all()):
+        if bool(is_accurate.all() and (self.alpha == 1).all() and (self.share == 0).all()):
             return total
         return squared_lengths(self.dense(), self.start, offset)
 
     def weighted_shrinkage(self, weights: Tensor, selected: ClientIndex) -> float:
         """Return `sum_k weights[k] * (alpha_k - 1)`, the share of W0 in a weighted sum of updates."""
         return float(weights[selected] @ (self.alpha[selected].flatten() - 1))
+
+    def weighted_share(self, weights: Tensor) -> float:
+        """Return `sum_k weights[k] * share_k`."""
+        return float(weights.double() @ self.share.flatten().double())
 
 
 @dataclass
@@ -105,6 +113,8 @@ class LowRankBias:
     def weighted_update(self, weights: Tensor, selected: ClientIndex) -> Tensor:
         updates = self.form.factors[selected].sum(dim=1)
         total: Tensor = weights[selected] @ updates
+        if self.form.second_bias is not None:
+            total.add_(self.form.second_bias, alpha=self.form.weighted_share(weights))
         return total.add_(self.start, alpha=self.form.weighted_shrinkage(weights, selected))
 
     def squared_distances(self, offset: Tensor | None) -> Tensor:
@@ -114,7 +124,10 @@ class LowRankBias:
         return []  # it follows from the weight's factors
 
     def dense(self) -> Tensor:
-        return self.form.factors.sum(dim=1) + self.form.alpha[:, 0] * self.start
+        result = self.form.factors.sum(dim=1) + self.form.alpha[:, 0] * self.start
+        if self.form.second_bias is not None:
+            result += self.form.share[:, 0].to(result.dtype) * self.form.second_bias
+        return result
 
     def bound(self) -> Tensor:
         return max_abs(self.dense()[:, None])

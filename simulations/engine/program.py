@@ -21,13 +21,14 @@ from corymb.simulations.engine.block_result import BlockResult, Seen, SeenSteps,
 from corymb.simulations.engine.client_layers import parameter_of, to_client_layers
 from corymb.simulations.engine.dropout import ClientDropout
 from corymb.simulations.engine.gram_products import GramMatrices, UseGram
-from corymb.simulations.engine.gram_weights import GramWeights
+from corymb.simulations.engine.gram_weights import GramOffset, GramWeights
 from corymb.simulations.engine.layers import Block, StepContext
 from corymb.simulations.engine.linear import ClientLinear, rows_per_example
 from corymb.simulations.engine.optimizer import Optimizer, is_plain
 from corymb.simulations.engine.weight_forms import BlockParameter, as_dtype, first_rows
 
 State = Mapping[str, Tensor]
+Offsets = Mapping[str, Tensor | GramOffset]
 CPU = torch.device("cpu")
 
 
@@ -50,7 +51,7 @@ class Program:
         task: Task = CLASSIFICATION,
     ) -> None:
         population = replace(population, store=population.store.to(device))
-        self._population, self._low_rank, self.device = population, low_rank, device
+        self.population, self._low_rank, self.device = population, low_rank, device
         self._task = task
         self._context = StepContext(use_patches=device.type != "cpu")
         self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -69,6 +70,12 @@ class Program:
         if self._gram_layer is not None:
             self._gram_layer.gram = GramMatrices(population, use_gram)
 
+    def first_layer(self, settings: TrainSettings) -> str | None:
+        """See `Trainer.first_layer`."""
+        first = self._gram_layer
+        is_short = first is not None and first.keeps_factors(settings)
+        return next(name for name, layer in self._layers.items() if layer is first) if is_short else None
+
     def train(
         self,
         start: State,
@@ -76,12 +83,13 @@ class Program:
         settings: TrainSettings,
         server_round: int,
         own_starts: bool = False,
-        offsets: State | None = None,
+        offsets: Offsets | None = None,
     ) -> BlockResult:
         """Train `clients`, sorted by size with the largest first, on the batches that each draws for the round.
 
         All start from the parameters and buffers `start`, or, with `own_starts`, each from its own:
-        `{name: [K, ...]}`. `offsets {name: [K, ...]}` are added to the gradients in each step.
+        `{name: [K, ...]}`. `offsets {name: [K, ...]}` are added to the gradients in each step; for the weight of the
+        `first_layer`, which stands for its bias too, a `GramOffset` is possible.
         """
         # Inference mode is faster, but it does not allow autograd.
         needs_autograd = self._backprop.needs_autograd or not self._is_classification
@@ -90,16 +98,16 @@ class Program:
 
     def _train(
         self, start: State, clients: Sequence[int], settings: TrainSettings, server_round: int, own_starts: bool,
-        offsets: State | None,
+        offsets: Offsets | None,
     ) -> BlockResult:  # fmt: skip
-        context, store, device = self._context, self._population.store, self.device
+        context, store, device = self._context, self.population.store, self.device
         start = {name: tensor.to(device) for name, tensor in start.items()}
         seed_keys = [(settings.seed, client, server_round) for client in clients]
-        sizes = [self._population.size(client) for client in clients]
+        sizes = [self.population.size(client) for client in clients]
         dtype = start[self._names[0]].dtype
         batches = Batches.draw(sizes, settings, seed_keys, dtype, self._no_single)
         # Positions of the examples in the store, steps first: [S, K, B].
-        positions = self._population.store_positions(clients, batches.rows).transpose(0, 1)
+        positions = self.population.store_positions(clients, batches.rows).transpose(0, 1)
         positions, batches = positions.to(store.inputs.device), batches.to(device)
         context.clients = len(clients)
         context.generators = (
@@ -109,11 +117,12 @@ class Program:
         context.rate = settings.rate(server_round) if is_plain(settings) else None
         targets = store.targets[positions].to(device)
 
-        block = Block(clients, batches, settings, own_starts, self._low_rank and offsets is None)
+        over_examples = next((each for each in (offsets or {}).values() if isinstance(each, GramOffset)), None)
+        block = Block(clients, batches, settings, own_starts, self._low_rank and offsets is None, over_examples)
         for name, layer in self._layers.items():
             layer.start_block(_inside(name, start), block)
         optimizer = None
-        added = None if offsets is None else [offsets[name].to(device) for name in self._form_names()]
+        added = None if offsets is None else self._added_by(offsets)
         self._added = []  # an earlier block may have failed
         if context.rate is None:
             optimizer = Optimizer(self._trainable(), settings, settings.rate(server_round), added)
@@ -128,7 +137,7 @@ class Program:
         """Train on the examples at `positions [S, K, B]` of the store; return what was seen before each step."""
         if not self._is_classification:
             return self._take_general_steps(positions, targets, batches, optimizer)
-        context, store = self._context, self._population.store
+        context, store = self._context, self.population.store
         _, clients, width = positions.shape
         by_step = [
             tensor.reshape(len(positions), -1, 1).unbind() for tensor in (targets, batches.weights.transpose(0, 1))
@@ -164,13 +173,13 @@ class Program:
     @property
     def _is_classification(self) -> bool:
         """Return whether each example has one class, so that the gradient of the loss is known."""
-        return self._task.losses is CLASSIFICATION.losses and self._population.store.targets.dim() == 1
+        return self._task.losses is CLASSIFICATION.losses and self.population.store.targets.dim() == 1
 
     def _take_general_steps(
         self, positions: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | None
     ) -> Seen:
         """Do the work of `_take_steps` for any task, with the gradient of its loss by autograd."""
-        context, store = self._context, self._population.store
+        context, store = self._context, self.population.store
         _, clients, width = positions.shape
         seen, task_losses = SeenSteps(clients, width), self._task.losses
         assert task_losses is not None
@@ -205,9 +214,17 @@ class Program:
         forms = [form for layer in self._layers.values() for form in layer.forms.values()]
         return [pair for form in forms for pair in form.trainable()]
 
-    def _form_names(self) -> list[str]:
-        """Return the names of the parameters in the order of `_trainable`, for dense forms."""
-        return [parameter_of(name, kind) for name, layer in self._layers.items() for kind in layer.forms]
+    def _added_by(self, offsets: Offsets) -> list[Tensor]:
+        """Return what `offsets` add to the gradients of the tensors of `_trainable`."""
+        added = []
+        for name, layer in self._layers.items():
+            for kind, form in layer.forms.items():
+                offset = offsets.get(parameter_of(name, kind))
+                if isinstance(offset, GramOffset):
+                    added += form.added(offset)
+                elif offset is not None:
+                    added.append(offset.to(self.device))
+        return added
 
     def _parameters(self) -> list[BlockParameter]:
         """Return all parameters in the model's order."""

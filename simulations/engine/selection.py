@@ -13,7 +13,7 @@ from corymb.simulations.engine.weight_forms import first_rows
 class Tables(NamedTuple):
     """One row per example, for K clients with N examples each at most."""
 
-    start_outputs: Tensor  # [K, N, out], the layer's outputs under the common start
+    outputs: list[Tensor]  # each [K, N, out], the layer's outputs under one weight: the common start, or another
     gram: Tensor  # [K, N, N], inner products of the examples
     factors: Tensor  # [K, N, out]
 
@@ -25,12 +25,13 @@ class Selection:
     """
 
     def __init__(self, tables: Tables, numbers: Tensor) -> None:
-        self._start_outputs, self._gram, self._factors = (table.flatten(0, 1) for table in tables)
-        self._numbers, self._width = numbers, len(numbers) // len(tables.start_outputs)
+        self._outputs = [table.flatten(0, 1) for table in tables.outputs]
+        self._gram, self._factors = tables.gram.flatten(0, 1), tables.factors.flatten(0, 1)
+        self._numbers, self._width = numbers, len(numbers) // len(tables.gram)
 
-    def start_outputs(self, clients: int) -> Tensor:
-        """Return `[A, B, out]`, a copy that the caller may change."""
-        return self._select(self._start_outputs, clients)
+    def outputs(self, weight: int, clients: int) -> Tensor:
+        """Return the outputs under the weight of this number, `[A, B, out]`, a copy that the caller may change."""
+        return self._select(self._outputs[weight], clients)
 
     def gram(self, clients: int) -> Tensor:
         """Return `[A, B, N]`."""
@@ -49,6 +50,6 @@ class Selection:
 
 def select_batches(tables: Tables, rows: Tensor) -> list[Selection]:
     """Return the selection of every batch; `rows [S, K, B]` are indices into each client's own tables."""
-    clients, count, _ = tables.start_outputs.shape
+    clients, count, _ = tables.gram.shape
     numbers = rows + torch.arange(clients)[:, None] * count
     return [Selection(tables, each) for each in numbers.flatten(1).unbind()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Vmapped:
 
     def __init__(self, module: nn.Module, population: Population, task: Task = CLASSIFICATION) -> None:
         self._task = task
-        self._module, self._population, self.device = module, population, torch.device("cpu")
+        self._module, self.population, self.device = module, population, torch.device("cpu")
         for name, inner in module.named_modules():
             is_random = isinstance(inner, nn.modules.dropout._DropoutNd) and inner.p > 0
             if is_random or isinstance(inner, nn.RNNBase) or list(inner.buffers(recurse=False)):
@@ -41,6 +42,10 @@ class Vmapped:
         if _mixes_examples(module.train(), _inputs_like(population)):
             raise ValueError("the model's code mixes the examples of a batch")
 
+    def first_layer(self, settings: TrainSettings) -> str | None:
+        """See `Trainer.first_layer`."""
+        return None
+
     def train(
         self,
         start: Tensors,
@@ -48,11 +53,11 @@ class Vmapped:
         settings: TrainSettings,
         server_round: int,
         own_starts: bool = False,
-        offsets: Mapping[str, Tensor] | None = None,
+        offsets: Mapping[str, Any] | None = None,
     ) -> BlockResult:
         """See `Program.train`."""
-        store = self._population.store
-        sizes = [self._population.size(client) for client in clients]
+        store = self.population.store
+        sizes = [self.population.size(client) for client in clients]
         seed_keys = [(settings.seed, client, server_round) for client in clients]
         batches = Batches.draw(sizes, settings, seed_keys, next(iter(start.values())).dtype)
         parameters = {name: DenseWeights(tensor, len(clients), own_starts) for name, tensor in start.items()}
@@ -72,7 +77,7 @@ class Vmapped:
             return (each * example_weights).sum(), (each, outputs)
 
         gradients_of = vmap(grad(loss, has_aux=True), in_dims=(0, None, 0, 0, 0))
-        positions = self._population.store_positions(clients, batches.rows)  # in the store, [K, S, B]
+        positions = self.population.store_positions(clients, batches.rows)  # in the store, [K, S, B]
         seen = SeenSteps(*positions.shape[::2])
         self._module.train()
         for step in range(positions.shape[1]):

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, make_client_app
-from corymb.client.algorithms.memory_files import PLACE
+from corymb.client.algorithms.memory_files import PLACE, REPEATED_ROUNDS
 from corymb.client.local_work import algorithm_of
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.shared_state import shared_state
@@ -147,9 +147,9 @@ class Run:
                 on_round(record)
 
         failures, shared = _FailureCheck(), shared_state(module, self.settings)
-        # What clients keep is on the disk after each round, so the journal must not fall behind.
-        seconds = 0.0 if self.settings.keeps_memory else 1.0
-        with closing(tests), closing(Journal(folder, durable=False, commit_seconds=seconds)) as journal:
+        # Clients keep what they need to repeat a few rounds, so the journal must not fall further behind.
+        rounds = REPEATED_ROUNDS // 2 if self.settings.keeps_memory else inf
+        with closing(tests), closing(Journal(folder, durable=False, commit_rounds=rounds)) as journal:
             strategy = FlowerStrategy(
                 rule,
                 server_optimizer=self._rule.make_server_optimizer(),

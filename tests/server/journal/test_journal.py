@@ -107,6 +107,17 @@ def test_rounds_that_are_not_durable_are_committed_together(tmp_path: Path) -> N
     reopened.close()
 
 
+def test_no_more_rounds_than_allowed_are_committed_together(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, durable=False, commit_seconds=60, commit_rounds=2)
+    committed = []
+    for number in range(1, 6):
+        journal.write(record(number), state())
+        with closing(Journal(tmp_path, durable=False)) as other:
+            committed.append(len(list(other.rounds())))
+    assert committed == [0, 2, 2, 4, 4]
+    journal.close()
+
+
 def test_the_best_of_rounds_that_are_committed_together_is_kept(tmp_path: Path) -> None:
     journal = Journal(tmp_path, durable=False)
     for number, accuracy in enumerate((0.5, 0.9, 0.7), start=1):

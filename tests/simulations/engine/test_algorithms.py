@@ -87,9 +87,11 @@ def run(engine: str, folder: Path, **settings: Any) -> Found:
     return runs, models, kept
 
 
-def assert_same(tmp_path: Path, engine: str = "batched", **settings: Any) -> Found:
+def assert_same(tmp_path: Path, engine: str = "batched", only_models: bool = False, **settings: Any) -> Found:
+    """Compare `engine` with training one by one: models, metrics and, unless `only_models`, what clients kept."""
     alone, together = (run(each, tmp_path / each, **settings) for each in ("serial", engine))
-    for one, two in zip((*alone[1], *alone[2]), (*together[1], *together[2]), strict=True):
+    kept = ([], []) if only_models else (alone[2], together[2])
+    for one, two in zip((*alone[1], *kept[0]), (*together[1], *kept[1]), strict=True):
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)

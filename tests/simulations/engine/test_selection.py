@@ -21,7 +21,8 @@ from corymb.simulations.engine.selection import Tables, select_batches
 @pytest.mark.parametrize("clients", [2, 1])
 def test_rows_are_selected_and_added_to(rows: list[list[int]], clients: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    tables = Tables(*(torch.randn(2, 6, width, generator=generator, dtype=torch.float64) for width in (5, 6, 5)))
+    one, two, gram, factors = (torch.randn(2, 6, n, generator=generator, dtype=torch.float64) for n in (5, 5, 6, 5))
+    tables = Tables([one, two], gram, factors)
     values = torch.randn(clients, 3, 5, generator=generator, dtype=torch.float64)
     other = [[0, 1, 2], [3, 4, 5]]
     _, selection = select_batches(tables, torch.tensor([other, rows]))  # one per step
@@ -30,10 +31,11 @@ def test_rows_are_selected_and_added_to(rows: list[list[int]], clients: int) -> 
         return torch.stack([table[client, rows[client]] for client in range(clients)])
 
     assert selection.gram(clients).equal(expected(tables.gram))
-    outputs = selection.start_outputs(clients)
-    assert outputs.equal(expected(tables.start_outputs))
-    outputs.zero_()
-    assert selection.start_outputs(clients).equal(expected(tables.start_outputs))  # `outputs` was a copy
+    for number, table in enumerate(tables.outputs):
+        outputs = selection.outputs(number, clients)
+        assert outputs.equal(expected(table))
+        outputs.zero_()
+        assert selection.outputs(number, clients).equal(expected(table))  # `outputs` was a copy
     other_table, after = torch.zeros_like(tables.factors), tables.factors.clone()
     for client in range(clients):
         for place, row in enumerate(rows[client]):
