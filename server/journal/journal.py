@@ -54,8 +54,7 @@ class Journal:
         self.folder, self._durable, self._keep_every, self._notes = folder, durable, keep_every, notes or {}
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
-        # The best of them, if it is a new best: score, round and model.
-        self._best: tuple[float, int, Model] | None = None
+        self._best: tuple[float, int, Model] | None = None  # the best of them, if a new best: score, round, model
         self._commit_seconds, self._last_commit = commit_seconds, time.monotonic()
         self._commit_rounds = 1 if durable else commit_rounds
         self._lock = FileLock(folder / "writer.lock")
@@ -122,11 +121,9 @@ class Journal:
         self._uncommitted.append(record)
         self._state = state
         score = score_of(record)
-        best = self._best[0] if self._best else float(self.about().get("best-score", "-inf"))
-        if score is not None and score > best:
+        if score is not None and score > self._best_score():
             self._best = score, record.round, state.model
-        lag = time.monotonic() - self._last_commit
-        if lag >= self._commit_seconds or len(self._uncommitted) >= self._commit_rounds:
+        if len(self._uncommitted) >= self._commit_rounds or time.monotonic() >= self._last_commit + self._commit_seconds:
             self.commit()
 
     def commit(self) -> None:
@@ -221,6 +218,9 @@ class Journal:
         for name, expected in files.items():
             if sha256(self.folder / name) != expected:
                 raise ValueError(f"the file {name} is damaged")
+
+    def _best_score(self) -> float:
+        return self._best[0] if self._best else float(self.about().get("best-score", "-inf"))
 
     def _keep_best(self) -> None:
         """Keep the best model of the rounds that were committed, if it is the best so far."""

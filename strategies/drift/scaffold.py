@@ -53,8 +53,8 @@ class Scaffold(SightedRule["Tensor | None"]):
         weights = torch.full_like(cohort.examples, self.server_rate / clients)
         vector = cohort.mixed(weights)
         if bool((rates == rates[0]).all()):  # then both sums are the same but for a factor
-            drift = (cohort.origin.double() - vector) * (clients / (self.server_rate * rates[0]))
+            drift = (cohort.origin.double() - vector).mul_(clients / (self.server_rate * rates[0]))
         else:
             drift = cohort.origin.double() - cohort.mixed(1 / rates)  # the sum of (origin - model) / rate-sum
         population = self.population or len(cohort.known)
-        return Mix(vector, control + (drift - clients * control) / population, weights)
+        return Mix(vector, (control * (1 - clients / population)).add_(drift, alpha=1 / population), weights)
