@@ -55,7 +55,7 @@ class Journal:
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
         self._best: tuple[float, int, Model] | None = None  # the best of them, if a new best: score, round, model
-        self._commit_seconds, self._last_commit = commit_seconds, time.monotonic()
+        self._commit_seconds, self._next_commit = commit_seconds, time.monotonic() + commit_seconds
         self._commit_rounds = 1 if durable else commit_rounds
         self._lock = FileLock(folder / "writer.lock")
         self._database = open_database(folder)
@@ -123,7 +123,7 @@ class Journal:
         score = score_of(record)
         if score is not None and score > self._best_score():
             self._best = score, record.round, state.model
-        if len(self._uncommitted) >= self._commit_rounds or time.monotonic() >= self._last_commit + self._commit_seconds:
+        if time.monotonic() >= self._next_commit or len(self._uncommitted) >= self._commit_rounds:
             self.commit()
 
     def commit(self) -> None:
@@ -152,7 +152,7 @@ class Journal:
             self._uncommitted = []  # trying again would fail again
             raise
         self._uncommitted = []
-        self._last_commit = time.monotonic()
+        self._next_commit = time.monotonic() + self._commit_seconds
         if self.asks is not None:
             self.asks.forget(records[-1].round)
         self._keep_best()

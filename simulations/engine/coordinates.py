@@ -84,10 +84,11 @@ class Whole:
 
 
 class Coordinates:
-    """Vectors as two shares, the factors `[N, out]` of the layer called `first`, and the numbers of all other layers.
+    """Vectors as the numbers of all layers but the `first`, the factors `[N, out]` of that layer, and two shares in it.
 
-    In that layer, the vector is `share * start + share * second + F^T X`; its bias belongs to an input that is one.
-    `clients` are numbers in `population`.
+    In the first layer, the vector is `F^T X + share * start + share * second`; its bias belongs to an input that is
+    one. A client with n examples keeps the part before the shares, with n rows of factors. `clients` are numbers in
+    `population`.
     """
 
     def __init__(
@@ -103,33 +104,27 @@ class Coordinates:
         self.second = None if second is None else self._common((0.0, 1.0), second)
 
     def _common(self, shares: tuple[float, float], vector: Tensor) -> Tensor:
-        rest = [vector[entry.start : entry.stop] for entry in self._others]
-        return torch.cat([vector.new_tensor(shares), vector.new_zeros(self._rows * self._weight.shape[0]), *rest])
-
-    def _parts(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the shares `[K, 2]`, the factors `[K, N, out]` and the rest of `vectors [K, D]`."""
-        out = self._weight.shape[0]
-        shares, factors, rest = vectors.tensor_split([2, 2 + self._rows * out], dim=1)
-        return shares, factors.unflatten(1, (self._rows, out)), rest
+        others = [vector[entry.start : entry.stop] for entry in self._others]
+        return torch.cat([*others, vector.new_zeros(self._rows * self._weight.shape[0]), vector.new_tensor(shares)])
 
     def stacked(self, memories: Sequence[Memory]) -> dict[str, Tensor]:
         """See `Vectors`. Raises `ValueError` if a client's examples have changed."""
         found: dict[str, Tensor] = {}
         for row, (client, memory) in enumerate(zip(self._clients, memories, strict=True)):
-            length = self._population.size(client) * self._weight.shape[0]
             for key, values in memory.items():
                 name = _Key.read(key, self._population, client).vector
-                vectors = found.setdefault(name, self.start.new_zeros(len(memories), len(self.start)))
-                _, factors, rest = self._parts(vectors[row : row + 1])
-                factors.flatten()[:length], rest[0] = values.tensor_split([length])
+                if name not in found:
+                    found[name] = self.start.new_zeros(len(memories), len(self.start))
+                found[name][row, : len(values)] = values
         return found
 
     def offsets(self, offset: Tensor) -> dict[str, Any]:
         """See `Vectors`."""
-        shares, factors, rest = self._parts(offset.expand(len(self._clients), -1))
-        bias = self._second.get(parameter_of(self._first, "bias"))
-        first = GramOffset(factors, float(shares[0, 1]), self._second.get(self._weight.name), bias)
-        return {self._weight.name: first, **_split(rest, self._others)}
+        offset = offset.expand(len(self._clients), -1)
+        others, factors, shares = offset.tensor_split([self._length(0), self._length(self._rows)], dim=1)
+        second = (self._second.get(parameter_of(self._first, kind)) for kind in ("weight", "bias"))
+        first = GramOffset(factors.unflatten(1, (self._rows, -1)), float(shares[0, 1]), *second)
+        return {self._weight.name: first, **_split(others, self._others)}
 
     def ends(self, result: BlockResult) -> Tensor:
         """See `Vectors`."""
@@ -137,19 +132,22 @@ class Coordinates:
         first = forms[self._weight.name]
         assert isinstance(first, GramWeights)
         others = [forms[entry.name].dense() for entry in self._others]
-        parts = [first.alpha, first.share.to(first.alpha.dtype), first.factors, *others]
+        parts = [*others, first.factors, first.alpha, first.share.to(first.alpha.dtype)]
         return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def kept(self, vectors: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
         """See `Vectors`. Raises `ValueError` if a vector has a share of the start or of the rule's second vector."""
         client, found = self._clients[row], {}
         for name, each in vectors.items():
-            shares, factors, rest = self._parts(each[row : row + 1])
-            if bool((shares.abs() > ROUNDING).any()):
+            if any(abs(share) > ROUNDING for share in each[row, -2:].tolist()):
                 raise ValueError("The client algorithm keeps more than gradients; set its keeps_gradients to False.")
             key = _Key(name, self._first, self._population.fingerprint(client))
-            found[str(key)] = torch.cat([factors[0, : self._population.size(client)].flatten(), rest[0]])
+            found[str(key)] = each[row, : self._length(self._population.size(client))]
         return found
+
+    def _length(self, examples: int) -> int:
+        """Return the length of the numbers of all other layers and of the factors over so many examples."""
+        return sum(entry.stop - entry.start for entry in self._others) + examples * self._weight.shape[0]
 
 
 @dataclass(frozen=True)
@@ -192,7 +190,7 @@ def written_out(memory: Memory, layout: Layout, population: Population, client: 
     for key, values in memory.items():
         kept = _Key.read(key, population, client)
         inputs, others = population.flat_inputs(client), _all_but(kept.first, layout)
-        factors, rest = values.tensor_split([len(values) - sum(entry.stop - entry.start for entry in others)])
+        rest, factors = values.tensor_split([sum(entry.stop - entry.start for entry in others)])
         factors = factors.view(len(inputs), -1)
         first = {"weight": factors.T @ inputs, "bias": factors.sum(dim=0)}
         state = {parameter_of(kept.first, kind): values for kind, values in first.items()}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from corymb.client import TrainSettings
 from corymb.simulations.engine.batches import Batches
 from corymb.simulations.engine.gram_weights import GramOffset
-from corymb.simulations.engine.optimizer import is_linear, is_plain
+from corymb.simulations.engine.optimizer import is_linear
 from corymb.simulations.engine.weight_forms import DenseWeights, as_dtype, first_rows
 
 
@@ -37,8 +37,8 @@ class Block:
     """What a layer needs to know about the block of K clients that it starts to train.
 
     With `own_starts`, every client has a start of its own, and tensors of the start have a first dimension K.
-    `low_rank` says whether low-rank weight forms are allowed. With an `offset`, the first layer must have
-    `GramWeights`.
+    `low_rank` says whether low-rank weight forms are allowed, and `is_plain` whether a step is plain SGD. With an
+    `offset`, the first layer must have `GramWeights`.
     """
 
     clients: Sequence[int]
@@ -46,12 +46,8 @@ class Block:
     settings: TrainSettings
     own_starts: bool
     low_rank: bool
+    is_plain: bool
     offset: GramOffset | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether a step is plain SGD."""
-        return is_plain(self.settings)
 
     @property
     def may_be_low_rank(self) -> bool:

@@ -33,9 +33,9 @@ class ClientLinear(ClientLayer):
 
     def keeps_factors(self, settings: TrainSettings) -> bool:
         """Return whether what clients keep of this layer is best kept as factors over their examples, in all rounds."""
-        if self.gram is None or self.rows != 1 or settings.precision != "float32" or not is_plain(settings):
+        if self.gram is None or self.rows != 1 or settings.precision != "float32":
             return False
-        return self.gram.are_cheaper_for_all(settings, self._shape)
+        return is_plain(settings) and not settings.proximal and self.gram.are_cheaper_for_all(settings, self._shape)
 
     def start_block(self, start: Mapping[str, Tensor], block: Block) -> None:
         """See `ClientLayer.start_block`."""

@@ -24,7 +24,7 @@ from corymb.simulations.engine.gram_products import GramMatrices, UseGram
 from corymb.simulations.engine.gram_weights import GramOffset, GramWeights
 from corymb.simulations.engine.layers import Block, StepContext
 from corymb.simulations.engine.linear import ClientLinear, rows_per_example
-from corymb.simulations.engine.optimizer import Optimizer, is_plain
+from corymb.simulations.engine.optimizer import Optimizer, PlainSGD
 from corymb.simulations.engine.weight_forms import BlockParameter, as_dtype, first_rows
 
 State = Mapping[str, Tensor]
@@ -61,7 +61,6 @@ class Program:
                 layer.rows = rows
         self._no_single = has_batch_norm(module)
         self._has_dropout = any(isinstance(layer, ClientDropout) for layer in self._layers.values())
-        self._added: list[tuple[Tensor, Tensor]] = []  # tensors of all clients, and what is added to their gradients
         self._needs_lengths = any(layer.needs_lengths for layer in self._layers.values())
         self._backprop = make_backprop(graph_module.to(device))
         first = reader_of_examples(graph_module)
@@ -114,25 +113,23 @@ class Program:
             [torch.Generator().manual_seed(derive_seed(*key)) for key in seed_keys] if self._has_dropout else []
         )
         context.precision = None if settings.precision == "float32" else getattr(torch, settings.precision)
-        context.rate = settings.rate(server_round) if is_plain(settings) else None
+        rate = settings.rate(server_round)
+        context.rate = PlainSGD.gradient_rate(settings, rate)
         targets = store.targets[positions].to(device)
 
         over_examples = next((each for each in (offsets or {}).values() if isinstance(each, GramOffset)), None)
-        block = Block(clients, batches, settings, own_starts, self._low_rank and offsets is None, over_examples)
+        low_rank, is_plain = self._low_rank and offsets is None, context.rate is not None
+        block = Block(clients, batches, settings, own_starts, low_rank, is_plain, over_examples)
         for name, layer in self._layers.items():
             layer.start_block(_inside(name, start), block)
-        optimizer = None
         added = None if offsets is None else self._added_by(offsets)
-        self._added = []  # an earlier block may have failed
-        if context.rate is None:
-            optimizer = Optimizer(self._trainable(), settings, settings.rate(server_round), added)
-        elif added is not None:
-            self._added = list(zip([tensor for tensor, _ in self._trainable()], added, strict=True))
+        trainable = self._trainable() if settings.proximal or added is not None or not is_plain else []
+        optimizer = (PlainSGD if is_plain else Optimizer)(trainable, settings, rate, added)
         seen = self._take_steps(positions, targets, batches, optimizer, dtype)
         return BlockResult.of(self._parameters(), seen, batches, self._buffers())
 
     def _take_steps(
-        self, positions: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | None, dtype: torch.dtype
+        self, positions: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | PlainSGD, dtype: torch.dtype
     ) -> Seen:
         """Train on the examples at `positions [S, K, B]` of the store; return what was seen before each step."""
         if not self._is_classification:
@@ -147,12 +144,8 @@ class Program:
         ignores_inputs = self._gram_layer is not None and isinstance(self._gram_layer.forms["weight"], GramWeights)
         logits: list[Tensor] = []
         minus_one = torch.full((clients * width, 1), -1.0, dtype=dtype, device=self.device)
-        active = clients
         for step, (step_targets, example_weights) in enumerate(zip(*by_step, strict=True)):
-            # Plain SGD skips the last clients once they have finished; `Optimizer` restores their weights instead.
-            while optimizer is None and batches.steps[active - 1] <= step:
-                active -= 1
-            context.clients = active
+            context.clients = active = optimizer.active(step, batches.steps)
             context.lengths = batches.lengths_at(step)[:active] if self._needs_lengths else []
             rows = active * width
             inputs = (
@@ -167,7 +160,7 @@ class Program:
                 logits[-1].softmax(dim=1).scatter_add_(1, first_rows(rows, step_targets), first_rows(rows, minus_one))
             )
             self._backprop.backward(as_dtype(gradients.mul_(first_rows(rows, example_weights)), outputs.dtype))
-            self._finish_step(step, batches, optimizer)
+            optimizer.step(step, batches.steps)
         return Seen.of_logits(stack_steps(logits, clients * width), targets)
 
     @property
@@ -176,18 +169,15 @@ class Program:
         return self._task.losses is CLASSIFICATION.losses and self.population.store.targets.dim() == 1
 
     def _take_general_steps(
-        self, positions: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | None
+        self, positions: Tensor, targets: Tensor, batches: Batches, optimizer: Optimizer | PlainSGD
     ) -> Seen:
         """Do the work of `_take_steps` for any task, with the gradient of its loss by autograd."""
         context, store = self._context, self.population.store
         _, clients, width = positions.shape
         seen, task_losses = SeenSteps(clients, width), self._task.losses
         assert task_losses is not None
-        active = clients
         for step in range(len(positions)):
-            while optimizer is None and batches.steps[active - 1] <= step:
-                active -= 1
-            context.clients = active
+            context.clients = active = optimizer.active(step, batches.steps)
             context.lengths = batches.lengths_at(step)[:active] if self._needs_lengths else []
             outputs = self._backprop.forward(store.inputs_at(positions[step, :active].flatten()).to(self.device))
             step_targets = targets[step, :active].flatten(0, 1)
@@ -198,17 +188,8 @@ class Program:
             assert leaf.grad is not None
             seen.add(losses.detach(), self._task.hits(outputs, step_targets))
             self._backprop.backward(as_dtype(leaf.grad, outputs.dtype))
-            self._finish_step(step, batches, optimizer)
+            optimizer.step(step, batches.steps)
         return seen.seen()
-
-    def _finish_step(self, step: int, batches: Batches, optimizer: Optimizer | None) -> None:
-        """Take the step of the `optimizer`, if there is one; the layers have taken that of plain SGD themselves."""
-        if optimizer is not None:
-            optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
-        elif self._context.rate is not None:
-            active = self._context.clients
-            for tensor, added in self._added:
-                first_rows(active, tensor).sub_(first_rows(active, added), alpha=self._context.rate)
 
     def _trainable(self) -> list[tuple[Tensor, Tensor]]:
         forms = [form for layer in self._layers.values() for form in layer.forms.values()]

@@ -86,7 +86,7 @@ class Vmapped:
                 gradients, (losses, outputs) = gradients_of(trained, fixed, inputs, targets, batches.weights[:, step])
             for name, tensor in trained.items():
                 tensor.grad = gradients[name]
-            optimizer.step([client for client, steps in enumerate(batches.steps) if steps <= step])
+            optimizer.step(step, batches.steps)
             hits = self._task.hits(outputs.detach().flatten(0, 1), targets.flatten(0, 1))
             seen.add(losses.detach().flatten(), hits)
         return BlockResult.of(list(parameters.values()), seen.seen(), batches, {})
