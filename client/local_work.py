@@ -17,7 +17,7 @@ from corymb.client.seeds import derive_seed
 from corymb.client.tasks.task import Task
 from corymb.client.trainer import precision, train
 from corymb.protocol.compression import CompressionSettings
-from corymb.protocol.shared_state import fixed_names, personal_names
+from corymb.protocol.shared_state import PERSONAL_BY_DEFAULT, fixed_names, personal_names
 from corymb.protocol.train_settings import TrainSettings
 from corymb.strategies import Layout
 from corymb.strategies.core.layout import Role
@@ -30,6 +30,15 @@ RESIDUAL = "residual"  # what compression has left out of the last update
 def algorithm_of(settings: TrainSettings) -> ClientAlgorithm:
     """Return the client algorithm of `settings`."""
     return make_algorithm(settings.algorithm, settings.algorithm_options)
+
+
+def keeps_memory(settings: TrainSettings) -> bool:
+    """Return whether a client may keep something between rounds; an algorithm with a `train` of its own may."""
+    algorithm, compression = algorithm_of(settings), settings.compression
+    has_personal = settings.personal or settings.algorithm in PERSONAL_BY_DEFAULT
+    if has_personal or algorithm.remembers or not algorithm.trains_in_blocks:
+        return True
+    return compression is not None and compression.feeds_back
 
 
 class Trained(NamedTuple):
@@ -70,13 +79,8 @@ class LocalWork:
             reason = "which stays at the client" if min(unknown) in home else "which the client's model does not have"
             raise ValueError(f"The received model has {min(unknown)!r}, {reason}; begin with client.shared_state().")
 
-    @property
-    def keeps_memory(self) -> bool:
-        """Whether the client keeps something between rounds."""
-        return self._settings.keeps_memory
-
     def _local(self, server_round: int, fit: Any) -> Local:
-        memory = recall(self._folder, server_round) if self.keeps_memory else {}
+        memory = recall(self._folder, server_round) if keeps_memory(self._settings) else {}
         self._module.load_state_dict({**self._module.state_dict(), **self._received, **inside(PERSONAL, memory)})
         start = {name: t.detach().clone() for name, t in self._received.items() if t.is_floating_point()}
         return Local(
@@ -106,7 +110,7 @@ class LocalWork:
         metrics |= self._algorithm.reports(self._settings, self._round, int(metrics["steps"]))
         state = {name: tensor.detach() for name, tensor in local.module.state_dict().items()}
         kept: dict[str, Tensor] = {}
-        if self.keeps_memory:
+        if keeps_memory(self._settings):
             kept = {**self._remembered(local, metrics), **local.kept}
             kept |= {f"{PERSONAL}.{name}": state[name] for name in self._personal}
         shared = {name: state[name].cpu().contiguous() for name in self._received}

@@ -11,7 +11,7 @@ from corymb.protocol.train_settings import TrainSettings
 
 LAST_LAYER, BATCH_NORM = "@last-layer", "@batch-norm"  # patterns for layers that are found by their kind
 MOST_NAMES = 8  # of the model's entries in an error
-PERSONAL = {"fedper": [LAST_LAYER], "fedrep": [LAST_LAYER], "fedbn": [BATCH_NORM]}  # of these algorithms by default
+PERSONAL_BY_DEFAULT = {"fedper": [LAST_LAYER], "fedrep": [LAST_LAYER], "fedbn": [BATCH_NORM]}  # by algorithm
 
 
 def personal_names(module: nn.Module, settings: TrainSettings) -> set[str]:
@@ -22,7 +22,7 @@ def personal_names(module: nn.Module, settings: TrainSettings) -> set[str]:
     """
     names = list(module.state_dict())
     personal: set[str] = set()
-    for pattern in settings.personal or PERSONAL.get(settings.algorithm, []):
+    for pattern in settings.personal or PERSONAL_BY_DEFAULT.get(settings.algorithm, []):
         found = _matching(module, pattern, names)
         if not found and pattern == BATCH_NORM:
             raise ValueError(

@@ -108,11 +108,6 @@ class TrainSettings(Settings):
             merged |= own
         return _parse(json.dumps(merged, sort_keys=True))
 
-    @property
-    def keeps_memory(self) -> bool:
-        """Whether a client may keep something between rounds."""
-        return bool(self.personal or self.algorithm or (self.compression and self.compression.feeds_back))
-
     def flat(self) -> dict[str, Scalar]:
         """Return the settings that differ from their defaults, as keys of a run config; the inverse of `read`."""
         return flatten({"train": self.model_dump(exclude_none=True, exclude_defaults=True)})

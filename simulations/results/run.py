@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, make_client_app
 from corymb.client.algorithms.memory_files import PLACE, REPEATED_ROUNDS
-from corymb.client.local_work import algorithm_of
+from corymb.client.local_work import algorithm_of, keeps_memory
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.shared_state import shared_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
@@ -148,7 +148,7 @@ class Run:
 
         failures, shared = _FailureCheck(), shared_state(module, self.settings)
         # Clients keep what they need to repeat a few rounds, so the journal must not fall further behind.
-        rounds = REPEATED_ROUNDS // 2 if self.settings.keeps_memory else inf
+        rounds = REPEATED_ROUNDS // 2 if keeps_memory(self.settings) else inf
         with closing(tests), closing(Journal(folder, durable=False, commit_rounds=rounds)) as journal:
             strategy = FlowerStrategy(
                 rule,
