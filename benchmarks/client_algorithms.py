@@ -1,9 +1,9 @@
 """How much longer is a round with a client algorithm than a round of FedAvg, with the default settings?
 
 The multilayer perceptron 784-200-10 of the other benchmarks; 10 of 100 clients with 100 examples each train one epoch
-in batches of 32. Each line is a rule: the median seconds of its rounds and their ratio to FedAvg's.
+in batches of 32, or more epochs. Each line is a rule: the median seconds of its rounds and their ratio to FedAvg's.
 
-    python benchmarks/client_algorithms.py [--rounds 30]
+    python benchmarks/client_algorithms.py [--rounds 30] [--epochs 1]
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ def perceptron(shape: tuple[int, ...], classes: int) -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--epochs", type=int, default=1)
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     table: dict[str, Any] = {
         "name": "algorithms", "rounds": rounds, "fraction": 0.1, "rules": RULES,
-        "data": {"source": f"{__name__}:noise"},
+        "data": {"source": f"{__name__}:noise"}, "train": {"epochs": arguments.epochs},
         "partition": {"kind": "iid", "clients": 100}, "model": {"kind": f"{__name__}:perceptron"},
         "evaluate": {"every": rounds, "clients": True},
     }  # fmt: skip
