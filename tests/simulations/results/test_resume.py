@@ -41,13 +41,17 @@ kind = "mlp"
 steps = 2
 """
 
-# Its clients keep what they need in files, which must not run ahead of the journal.
+# Its clients keep what they need in files, as factors over their examples, and the journal must not fall far behind.
 KEPT = """
 rounds = 120
 seeds = 1
+fraction = 0.3
 rules = ["scaffold"]
 [partition]
-clients = 6
+clients = 60
+[model]
+kind = "mlp"
+options = { hidden = 200 }
 [evaluate]
 every = 120
 """
