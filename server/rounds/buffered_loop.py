@@ -23,7 +23,7 @@ from corymb.server.rounds.roster import connected as connected_nodes
 from corymb.server.rounds.roster import is_complete, wait_for
 from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.round_journal import finish_patiently, write_or_keep
-from corymb.server.rounds.run_failed import NoReplyAdmitted, noted
+from corymb.server.rounds.run_failed import NoReplyAdmitted, RunFailed, noted
 from corymb.server.rounds.staleness import Asynchrony, Start
 from corymb.strategies import Model
 
@@ -73,7 +73,7 @@ class BufferedLoop:
             if not replies and strategy.orders.stopped_by:
                 continue
             if not replies:
-                raise noted(NoReplyAdmitted(number, strategy.record), strategy.journal)
+                raise noted(self._no_more_replies(number), strategy.journal)
             asked = Round(number, strategy.method, requests, starts, self.asynchrony)
             strategy.state, strategy.record = conclude(strategy.state, asked, replies)
             log_reasons(strategy.record.verdicts, "")
@@ -97,6 +97,15 @@ class BufferedLoop:
         if strategy.state.cost.messages and not strategy.state.cost.admitted:
             raise noted(NoReplyAdmitted(versions, strategy.record), strategy.journal)
         return result
+
+    def _no_more_replies(self, number: int) -> RunFailed:
+        record = self.strategy.record
+        if not self.strategy.state.cost.admitted:
+            return NoReplyAdmitted(number, record)
+        return RunFailed(
+            f"No client has sent a reply that counts for version {number}, so the run ends with the model of version "
+            f"{number - 1}."
+        )
 
     def _collect(self, number: int, config: ConfigRecord) -> tuple[Requests, dict[str, Start], list[Message]]:
         """Keep clients busy until the buffer is full; return what was asked, where they began, and the replies."""

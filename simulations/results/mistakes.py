@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 from types import TracebackType
 
-from corymb.server import NoReplyAdmitted
+from corymb.server import RunFailed
 
 PACKAGE = Path(__file__).resolve().parents[2]
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -15,12 +15,12 @@ INSTALLED = ("site-packages", "dist-packages")
 
 
 def is_mistake_of_use(error: BaseException) -> bool:
-    """Return whether Corymb itself raised `error` about its input: a `ValueError`, `OSError` or `NoReplyAdmitted`.
+    """Return whether Corymb itself raised `error` about its input or its run: a `ValueError`, `OSError` or `RunFailed`.
 
     Such an error is one clear sentence. An exception from a user's code or from another library is not: its traceback
     shows where to look.
     """
-    if not isinstance(error, (ValueError, OSError, NoReplyAdmitted)):
+    if not isinstance(error, (ValueError, OSError, RunFailed)):
         return False
     remote = re.findall(r'File "(.+?)", line', str(error.__cause__ or "")) if _is_remote(error.__cause__) else []
     files = remote or _files(error.__traceback__)

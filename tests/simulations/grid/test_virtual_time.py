@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from flwr.serverapp.strategy import Result
 
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.sizes import HEADER
-from corymb.server import FlowerStrategy, RoundRecord
+from corymb.server import FlowerStrategy, Journal, RoundRecord, RunFailed
 from corymb.server.rounds.buffered_loop import BufferedLoop
+from corymb.server.rounds.orders import add_order
 from corymb.server.rounds.staleness import Asynchrony
 from corymb.simulations import Experiment, LocalGrid, run
 from corymb.simulations.data.devices import Devices, DevicesSettings
@@ -208,3 +210,19 @@ def test_drift_without_rounds_is_measured_from_where_each_client_began() -> None
     lengths = {v.node: v.metrics["update-norm"] for record in records for v in record.admitted}
     expected = {f"client-{i}": (i + 1) * 10**0.5 for i in range(3)}
     assert lengths == pytest.approx(expected)
+
+
+def test_a_run_whose_clients_end_keeps_its_last_version(tmp_path: Path) -> None:
+    def exclude_all(record: RoundRecord) -> None:
+        for client_name in ("client-0", "client-1") if record.round == 2 else ():
+            add_order(tmp_path, "exclude", "ada", client_name)
+
+    with closing(Journal(tmp_path)) as journal:
+        strategy = FlowerStrategy(
+            FedAvg(), fraction_evaluate=0, min_available_nodes=1, journal=journal, on_round=exclude_all,
+            asynchrony=Asynchrony(buffer=2, concurrency=2),
+        )  # fmt: skip
+        with pytest.raises(RunFailed, match="No client .* for version 3, so the run ends with the model of version 2"):
+            strategy.start(timed([1.0, 1.0]), to_arrays({"w": torch.zeros(10)}), 9)
+        assert journal.about()["failed"].startswith("No client has sent")
+        assert journal.last_whole_round() == 2
