@@ -20,7 +20,7 @@ from corymb.server.rounds.conclude import conclude
 from corymb.server.rounds.record import log_reasons
 from corymb.server.rounds.requests import Phase, push
 from corymb.server.rounds.roster import connected as connected_nodes
-from corymb.server.rounds.roster import is_complete, wait_for
+from corymb.server.rounds.roster import is_complete
 from corymb.server.rounds.round import Requests, Round
 from corymb.server.rounds.round_journal import finish_patiently, write_or_keep
 from corymb.server.rounds.run_failed import NoReplyAdmitted, RunFailed, noted
@@ -60,7 +60,7 @@ class BufferedLoop:
         """Run until the model has changed `versions` times."""
         strategy = self.strategy
         if strategy.state.round < versions:
-            wait_for(self.grid, strategy.sampling.min_nodes, strategy.sampling.timeout)
+            strategy.await_nodes(self.grid, strategy.state.round + 1)
         started = time.monotonic()
         while strategy.state.round < versions:
             number = strategy.state.round + 1

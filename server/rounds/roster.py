@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from flwr.serverapp import Grid
@@ -106,14 +106,16 @@ def is_complete(grid: Grid) -> bool:
     return isinstance(grid, CompleteGrid) and grid.is_complete
 
 
-def wait_for(grid: Grid, enough: int, timeout: float) -> dict[str, int]:
-    """Wait until `enough` nodes are connected, and return the connected nodes, `{name: node id}`.
+def wait_for(
+    grid: Grid, enough: int, timeout: float, is_over: Callable[[], bool] = lambda: False
+) -> dict[str, int]:  # fmt: skip
+    """Wait until `enough` nodes are connected, or `is_over()`, and return the connected nodes, `{name: node id}`.
 
     Raises `TimeoutError` after `timeout` seconds, or at once if the grid reports that no more nodes will join. The time
     until the grid answers does not count: while the SuperLink is away, no node can connect.
     """
     waited, reminded = 0.0, -REMIND_SECONDS
-    while len(nodes := connected(grid)) < enough:
+    while len(nodes := connected(grid)) < enough and not is_over():
         answered = time.monotonic()
         if waited > timeout or is_complete(grid):
             raise TimeoutError(

@@ -19,7 +19,7 @@ from corymb.server.rounds.exchange import Exchange
 from corymb.server.rounds.orders import Orders, read_orders
 from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.rejections import Code
-from corymb.server.rounds.roster import Sampling
+from corymb.server.rounds.roster import Sampling, wait_for
 from corymb.server.rounds.round import Requests
 from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, write_or_keep
 from corymb.server.rounds.round_size import ArrivalTimes
@@ -120,6 +120,8 @@ class RoundLoop(Strategy):
         if self.asynchrony is not None:
             loop = BufferedLoop(self, grid, self.asynchrony)
             return loop.run(num_rounds, result, train_config, evaluate_fn)
+        if self.state.round < num_rounds:
+            self.await_nodes(grid, self.state.round + 1)
         exchange = Exchange(grid, timeout, self.journal.asks if self.journal is not None else None)
         started, abandoned = time.monotonic(), 0
         for number in range(self.state.round + 1, num_rounds + 1):
@@ -157,6 +159,15 @@ class RoundLoop(Strategy):
         if self.state.cost.messages and not self.state.cost.admitted:
             raise noted(NoReplyAdmitted(num_rounds, self.record), self.journal)
         return result
+
+    def await_nodes(self, grid: Grid, number: int) -> None:
+        """Wait for the nodes that the first round needs; return early if an operator stops the run."""
+
+        def is_stopped() -> bool:
+            self.await_orders(number)
+            return bool(self.orders.stopped_by)
+
+        wait_for(grid, self.sampling.min_nodes, self.sampling.timeout, is_stopped)
 
     def await_orders(self, number: int) -> float:
         """Read the orders of operators before round `number`, and wait while the run is paused. Returns the seconds."""
@@ -197,15 +208,9 @@ class RoundLoop(Strategy):
         if self.journal is not None:
             write_or_keep(self.journal, record, self.state)
         measured = record.server or record.evaluate or record.train
-        log.info(
-            "[ROUND %d/%d] replies of %d of %d nodes admitted in %.2f s %s",
-            record.round,
-            num_rounds,
-            len(record.admitted),
-            len(record.verdicts),
-            record.seconds,
-            " ".join(f"{name} {value:.4f}" for name, value in measured.items()),
-        )
+        counts = record.round, num_rounds, len(record.admitted), len(record.verdicts)
+        numbers = " ".join(f"{name} {value:.4f}" for name, value in measured.items())
+        log.info("[ROUND %d/%d] replies of %d of %d nodes admitted in %.2f s %s", *counts, record.seconds, numbers)
         if self.on_round is not None:
             self.on_round(record)
 
@@ -225,11 +230,7 @@ class RoundLoop(Strategy):
 
 def _add_metrics(result: Result, number: int, *metrics: MetricRecord | None) -> None:
     """Put the metrics of a round into `result`: of the training, of the evaluation, of the server's own test."""
-    histories = (
-        result.train_metrics_clientapp,
-        result.evaluate_metrics_clientapp,
-        result.evaluate_metrics_serverapp,
-    )
+    histories = (result.train_metrics_clientapp, result.evaluate_metrics_clientapp, result.evaluate_metrics_serverapp)
     for record, history in zip(metrics, histories, strict=True):
         if record is not None:
             history[number] = record

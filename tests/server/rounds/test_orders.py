@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from corymb.pages.journals import JournalReader
 from corymb.pages.numbers import Runs
 from corymb.pages.operator import Operator
+from corymb.protocol.codec import to_arrays
+from corymb.server import FlowerStrategy, Journal
 from corymb.server.rounds.orders import add_order, read_orders
 from corymb.server.rounds.staleness import Asynchrony
-from corymb.tests.pages.world import run_rounds
+from corymb.simulations import LocalGrid
+from corymb.strategies import FedAvg
+from corymb.tests.pages.world import client, run_rounds
 
 
 def test_orders_are_read_in_their_order(tmp_path: Path) -> None:
@@ -79,6 +85,29 @@ def test_a_run_is_paused_goes_on_without_a_site_and_is_stopped(tmp_path: Path) -
     noted = [(event.what, event.node, event.detail) for event in reader.events(0, 100)]
     orders = [each for each in noted if each[2].startswith("by ")]
     assert orders[:2] == [("exclude", "south", "by ben"), ("resume", "", "by ben")]  # and nothing from before the start
+
+
+@pytest.mark.parametrize("asynchrony", [None, Asynchrony(buffer=2, concurrency=2)])
+def test_a_run_that_waits_for_nodes_can_be_stopped(asynchrony: Asynchrony | None, tmp_path: Path) -> None:
+    class Growing(LocalGrid):
+        is_complete = False  # more nodes may join
+
+    def run_alone() -> None:
+        with closing(Journal(tmp_path)) as journal, closing(Growing(client(), 1)) as grid:
+            strategy = FlowerStrategy(FedAvg(), journal=journal, min_available_nodes=2, asynchrony=asynchrony)
+            strategy.start(grid, to_arrays({"w": torch.zeros(3)}), 5)
+
+    running = threading.Thread(target=run_alone)
+    running.start()
+    until(lambda: (tmp_path / "journal.sqlite").exists())
+    time.sleep(0.7)
+    assert running.is_alive()
+    add_order(tmp_path, "stop", "ada")
+    running.join(10)
+    assert not running.is_alive()
+    reader = JournalReader(tmp_path)
+    assert reader.last_round() == 0
+    assert [event.detail for event in reader.events()] == ["by ada"]
 
 
 def test_a_run_without_rounds_reads_orders_too(tmp_path: Path) -> None:

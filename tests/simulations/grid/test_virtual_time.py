@@ -222,7 +222,7 @@ def test_a_run_whose_clients_end_keeps_its_last_version(tmp_path: Path) -> None:
             FedAvg(), fraction_evaluate=0, min_available_nodes=1, journal=journal, on_round=exclude_all,
             asynchrony=Asynchrony(buffer=2, concurrency=2),
         )  # fmt: skip
-        with pytest.raises(RunFailed, match="No client .* for version 3, so the run ends with the model of version 2"):
+        with pytest.raises(RunFailed, match=r"No client .* for version 3, so the run ends with the model of version 2"):
             strategy.start(timed([1.0, 1.0]), to_arrays({"w": torch.zeros(10)}), 9)
         assert journal.about()["failed"].startswith("No client has sent")
         assert journal.last_whole_round() == 2
