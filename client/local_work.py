@@ -100,7 +100,8 @@ class LocalWork:
         `after_step` is called after each step of the shared model.
         """
         local = self._local(self._round - 1, self._fit(batches, seeded, after_step))
-        assert not any(OVER_EXAMPLES in name for name in local.memory), "a block's memory must be written out first"
+        if any(OVER_EXAMPLES in name for name in local.memory):
+            raise ValueError("What this client keeps is of a simulation, and only that can read it; begin a new run.")
         offset, pull = self._correction(local)
         if offset or pull:
             correction = Correction(offset, pull, local.start)

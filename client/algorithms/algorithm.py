@@ -93,9 +93,9 @@ class ClientAlgorithm:
     `trains_in_blocks` is True for an algorithm that is all in `correction` and `remember`. These two take flat vectors
     `[P]` of the shared parameters, in the model's order, or `[K, P]` for K clients at once.
 
-    `keeps_gradients` is True if the two are linear in their vectors, and under plain SGD the memory is a combination of
-    the client's own gradients: the received vectors cancel in it. They may then get the coordinates of the vectors, of
-    another length.
+    `keeps_gradients` is True if both methods are linear in their vectors, and under plain SGD the memory is a
+    combination of the client's own gradients: the received vectors cancel in it. A simulation may then call the methods
+    with coordinates of the vectors, of another length. A subclass has to set it again.
     """
 
     trains_in_blocks: ClassVar[bool] = False

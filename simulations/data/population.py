@@ -94,9 +94,9 @@ class Population:
         return self.examples(client)[0].flatten(1)
 
     def fingerprint(self, client: int) -> str:
-        """Return the SHA-256 of a client's inputs, which must be on the CPU."""
+        """Return the SHA-256 of a client's inputs."""
         if client not in self._fingerprints:
-            self._fingerprints[client] = sha256(self.flat_inputs(client).contiguous().numpy().data).hexdigest()
+            self._fingerprints[client] = sha256(self.flat_inputs(client).cpu().contiguous().numpy().data).hexdigest()
         return self._fingerprints[client]
 
     @cached_property

@@ -181,8 +181,7 @@ class CohortApp:
             if isinstance(block, Exception) or report is None:
                 # The data of one client may be the cause, so each client trains alone.
                 self._log_once(f"The clients of a block train one after another because the block failed: {block}")
-                for number, client in zip(task.requests, task.clients, strict=True):
-                    yield number, self._reply_alone(*requests[number], kept, client)
+                yield from ((number, self._reply_alone(*requests[number])) for number in task.requests)
                 continue
             layout = self._layout
             if kept is not None and kept.personal and isinstance(block, MatrixBlock):
@@ -210,13 +209,8 @@ class CohortApp:
                 yield number, unchecked_reply(message, content=unchecked_record({ARRAYS: arrays, METRICS: metrics}))
             del block, arrays  # frees their memory for the next block
 
-    def _reply_alone(
-        self, message: Message, context: Context, kept: Kept | None = None, client: int = 0
-    ) -> Message | Exception:
+    def _reply_alone(self, message: Message, context: Context) -> Message | Exception:
         try:
-            if kept is not None:
-                server_round = round_of(of_kind(message.content, ConfigRecord))
-                kept.for_clients([context]).write_out(server_round, self._layout, self._population, client)
             return self._single_app(message, context)
         except Exception as error:
             return error

@@ -1,8 +1,8 @@
 """The vectors of a client algorithm, in two forms: whole, and as coordinates over each client's examples.
 
 Under plain SGD, the gradients of a first linear layer are combinations `F^T X` of a client's own examples X, with
-factors F, and so is what SCAFFOLD and FedDyn keep of that layer. Where there are fewer examples than inputs, F is
-shorter, and a client's weights need never be written out. An algorithm that is linear works on such coordinates as on
+factors F, and so is what SCAFFOLD and FedDyn keep of that layer. Where clients have few examples, they keep F, and
+their weights need never be written out. An algorithm that is linear works on such coordinates as on
 whole vectors.
 """
 
@@ -189,7 +189,7 @@ def written_out(memory: Memory, layout: Layout, population: Population, client: 
     found = {}
     for key, values in memory.items():
         kept = _Key.read(key, population, client)
-        inputs, others = population.flat_inputs(client), _all_but(kept.first, layout)
+        inputs, others = population.flat_inputs(client).cpu(), _all_but(kept.first, layout)
         rest, factors = values.tensor_split([sum(entry.stop - entry.start for entry in others)])
         factors = factors.view(len(inputs), -1)
         first = {"weight": factors.T @ inputs, "bias": factors.sum(dim=0)}

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context, Message, MessageType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from corymb.client.algorithms.algorithm import Memory, inside
 from corymb.client.algorithms.memory_files import folder_of, keep, recall
-from corymb.client.app import client_identity, make_seeded
+from corymb.client.app import client_identity, make_seeded, round_of
 from corymb.client.local_work import PERSONAL, algorithm_of
+from corymb.protocol.records import of_kind
 from corymb.protocol.shared_state import personal_names
 from corymb.protocol.train_settings import TrainSettings
+from corymb.simulations.data.clients import Client
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.blocks import Task, Trainer
@@ -108,18 +110,11 @@ class Kept:
         parameters: Mapping[str, Tensor], second: Tensor | None,
     ) -> Vectors:  # fmt: skip
         """Return coordinates if they are shorter and every client that keeps something keeps them."""
-        first = None if self.personal else trainer.first_layer(self.settings)
-        has_coordinates = all(is_over_examples(memory) for memory in memories if memory)
-        if first is not None and has_coordinates and algorithm_of(self.settings).keeps_gradients:
+        keeps_gradients = "keeps_gradients" in vars(type(algorithm_of(self.settings)))  # a subclass may not
+        first = trainer.first_layer(self.settings) if keeps_gradients and not self.personal else None
+        if first is not None and all(is_over_examples(memory) for memory in memories if memory):
             return Coordinates(first, layout, parameters, second, trainer.population, task.clients)
         return Whole(layout, self.shared_columns(layout), parameters, second, len(memories))
-
-    def write_out(self, server_round: int, layout: Layout, population: Population, client: int) -> None:
-        """Write out what `client` keeps before the round, so that it can train alone. `self` is of this client only."""
-        (folder,) = self.folders
-        memory = recall(folder, server_round - 1)
-        if is_over_examples(memory):
-            keep(folder, server_round - 1, written_out(memory, layout, population, client))
 
     def reports(self, server_round: int, steps: int) -> dict[str, float]:
         """Return the metrics that the rule needs from a client after `steps` steps."""
@@ -145,6 +140,21 @@ class Kept:
         buffers = {name: torch.from_numpy(values) for name, values in result.report.buffers.items()}
         every = {**layout.split(result.models()), **buffers}
         return {f"{PERSONAL}.{name}": values for name, values in every.items() if name in self.personal}
+
+
+def with_vectors_in_full(app: Client, population: Population, layout: Layout) -> Client:
+    """Return `app`, whose clients train alone, with what they keep written out first if it is in coordinates."""
+
+    def reply(message: Message, context: Context) -> Message:
+        if message.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
+            before = round_of(of_kind(message.content, ConfigRecord)) - 1
+            folder = folder_of(context, client_identity(context))
+            if is_over_examples(memory := recall(folder, before)):
+                client = int(context.node_config["partition-id"])
+                keep(folder, before, written_out(memory, layout, population, client))
+        return app(message, context)
+
+    return reply
 
 
 class KeptByClients:

@@ -42,7 +42,7 @@ class PlainSGD:
 
     @staticmethod
     def gradient_rate(settings: TrainSettings, rate: float) -> float | None:
-        """Return the rate, or None if a step is not plain SGD or would move a weight to its start and beyond."""
+        """Return the rate; None if a step is not plain SGD, or goes more than `MAX_SHARE` of the way to the start."""
         share = rate * settings.proximal
         return rate / (1 - share) if is_plain(settings) and share <= MAX_SHARE else None
 

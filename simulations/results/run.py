@@ -32,6 +32,7 @@ from corymb.simulations.data.random_start import with_random_start
 from corymb.simulations.engine.cohort_app import CohortApp
 from corymb.simulations.engine.engine import obstacle
 from corymb.simulations.engine.factory import make_engine
+from corymb.simulations.engine.kept import with_vectors_in_full
 from corymb.simulations.experiments.resolved import Key, Resolved
 from corymb.simulations.experiments.scenario import TARGET, participation_of
 from corymb.simulations.experiments.settings import ExperimentRule
@@ -58,10 +59,10 @@ def clients_of(resolved: Resolved, key: Key, workers: int = 1, together: bool = 
         examples = TensorDataset(*population.examples(int(context.node_config["partition-id"])))
         return examples, examples
 
-    app: Client = make_client_app(resolved.model_alone, data)
+    layout = resolved.layout
+    app = with_vectors_in_full(make_client_app(resolved.model_alone, data), population, layout)
     engine = None
     if resolved.trainer is not None and together:
-        layout = resolved.layout
         engine = make_engine(experiment.engine, resolved.trainer, population, layout, workers, resolved.device, seed)
         app = CohortApp(engine, population, layout, app, experiment.blocks, resolved.model)
     if experiment.model.random_start:
@@ -148,7 +149,8 @@ class Run:
 
         failures, shared = _FailureCheck(), shared_state(module, self.settings)
         # Clients keep what they need to repeat a few rounds, so the journal must not fall further behind.
-        rounds = REPEATED_ROUNDS // 2 if keeps_memory(self.settings) else inf
+        trained = [self.settings, *([experiment.target_train()] if experiment.target.examples else [])]
+        rounds = REPEATED_ROUNDS // 2 if any(map(keeps_memory, trained)) else inf
         with closing(tests), closing(Journal(folder, durable=False, commit_rounds=rounds)) as journal:
             strategy = FlowerStrategy(
                 rule,

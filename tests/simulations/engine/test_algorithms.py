@@ -72,13 +72,16 @@ class Adapted(nn.Module):
         return scores
 
 
-def run(engine: str, folder: Path, **settings: Any) -> Found:
-    """Return the finished runs, their last models, and what all clients kept at the end."""
-    table = {
+def table_of(engine: str, **settings: Any) -> dict[str, Any]:
+    return {
         "name": "t", "rounds": 3, "rules": ["fedavg"], "fraction": 0.6, "engine": engine,
         "partition": {"clients": 8, "kind": "iid"}, "train": {"batch_size": 4, "learning_rate": 0.05}, **settings,
     }  # fmt: skip
-    experiment = Experiment(**table)
+
+
+def run(engine: str, folder: Path, **settings: Any) -> Found:
+    """Return the finished runs, their last models, and what all clients kept at the end."""
+    experiment = Experiment(**table_of(engine, **settings))
     prepare(experiment, folder, False)
     (runs,) = run_all([(resolve(experiment), folder)], Console(quiet=True))
     places = [journal_folder(folder, rule, 0) for rule in experiment.rules]

@@ -9,22 +9,32 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from tests.simulations.engine.test_algorithms import assert_same
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corymb.client import TrainSettings
 from corymb.client.algorithms.algorithm import Memory
-from corymb.client.algorithms.memory_files import recall
+from corymb.client.algorithms.memory_files import PLACE, folder_of, recall
 from corymb.client.algorithms.scaffold import Scaffold
+from corymb.client.app import client_identity
+from corymb.protocol.flower import set_task_identity
+from corymb.server import RoundRecord
 from corymb.simulations import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.block_result import BlockResult
 from corymb.simulations.engine.blocks import Task
 from corymb.simulations.engine.coordinates import is_over_examples, written_out
 from corymb.simulations.engine.gram_products import UseGram
-from corymb.simulations.engine.kept import Kept
+from corymb.simulations.engine.kept import Kept, with_vectors_in_full
 from corymb.simulations.engine.program import Program
+from corymb.simulations.experiments.experiment import Experiment
+from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.results.folder import journal_folder, prepare
+from corymb.simulations.results.runner import run_all
 from corymb.strategies import Layout
+from corymb.tests.simulations.engine.test_algorithms import assert_same, run, table_of
 
 SIZES = [12, 9, 4, 1]
 CLIENTS = tuple(range(len(SIZES)))
@@ -56,7 +66,18 @@ class Training:
     def __post_init__(self) -> None:
         self.module = network(self.bias)
         self.layout = Layout.of_module(self.module)
-        self.folders = tuple(self.folder / str(client) for client in CLIENTS)
+        contexts = [self.context(client) for client in CLIENTS]
+        self.folders = tuple(folder_of(context, client_identity(context)) for context in contexts)
+
+    def context(self, client: int) -> Context:
+        return Context(0, client, {"partition-id": client}, RecordDict(), {PLACE: str(self.folder)})
+
+    def train_alone(self, client: int, number: int) -> None:
+        """Do what happens before a client trains alone."""
+        set_task_identity(run_id=1, node_id=1)
+        content = RecordDict({"config": ConfigRecord({"server-round": number})})
+        app = with_vectors_in_full(lambda message, context: message, self.clients, self.layout)
+        app(Message(content, dst_node_id=client, message_type="train"), self.context(client))
 
     def round(self, number: int) -> BlockResult:
         settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.1, algorithm=self.algorithm)
@@ -106,8 +127,7 @@ def test_a_block_with_a_client_that_keeps_vectors_in_full_keeps_them_all_in_full
     mixed, full = Training(tmp_path / "mixed", "scaffold"), Training(tmp_path / "full", "scaffold", UseGram.NEVER)
     for training in (mixed, full):
         training.round(1)
-    settings = TrainSettings(algorithm="scaffold")
-    Kept(settings, {}, mixed.folders[1:2]).write_out(2, mixed.layout, mixed.clients, 1)
+    mixed.train_alone(1, number=2)
     assert list(map(is_over_examples, mixed.memories())) == [True, False, True, True]
     for number in (2, 3):
         assert_close(mixed.round(number), full.round(number), mixed, full)
@@ -121,11 +141,13 @@ def test_factors_over_other_examples_are_refused(use_gram: UseGram, tmp_path: Pa
     with pytest.raises(ValueError, match="The examples of client 0 have changed"):
         changed.round(2)
     with pytest.raises(ValueError, match="The examples of client 3 have changed"):
-        Kept(TrainSettings(), {}, changed.folders[3:]).write_out(2, changed.layout, changed.clients, 3)
+        changed.train_alone(3, number=2)
 
 
 @dataclass(frozen=True)
 class KeepsTheReceived(Scaffold):
+    keeps_gradients = True
+
     def remember(self, memory: Memory, received: Tensor | None, *rest: Any) -> Memory:
         return {"control": 0.5 * received.expand_as(rest[1])}  # type: ignore[union-attr]
 
@@ -146,6 +168,21 @@ def test_an_example_that_is_not_finite_fails_the_block(tmp_path: Path) -> None:
         Training(tmp_path, "scaffold", clients=clients).round(1)
 
 
+@dataclass(frozen=True)
+class Clipped(Scaffold):
+    """Is not linear, and does not say that it keeps gradients."""
+
+    def remember(self, memory: Memory, *rest: Any) -> Memory:
+        control = super().remember(memory, *rest)["control"]
+        return {"control": control * (0.5 / control.norm(dim=-1, keepdim=True)).clamp(max=1.0)}
+
+
+def test_a_subclass_has_to_say_again_that_it_keeps_gradients(tmp_path: Path) -> None:
+    clipped = Training(tmp_path, f"{__name__}:Clipped")
+    clipped.round(1)
+    assert not any(map(is_over_examples, clipped.memories()))
+
+
 def wide(shape: tuple[int, ...], outputs: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, outputs))
 
@@ -163,10 +200,30 @@ def test_runs_use_factors_where_they_are_cheaper(engine: str, tmp_path: Path) ->
     assert all(map(is_over_examples, memories))
 
 
+def test_a_run_is_resumed_with_another_engine(tmp_path: Path) -> None:
+    """It is stopped after two of three rounds, in which clients kept factors, and goes on one client after another."""
+    table = {**WIDE, "rules": ["scaffold"], "fraction": 1.0, "seeds": 1}
+    whole, folder = run("serial", tmp_path / "whole", **table)[1][0], tmp_path / "parts"
+    begun = Experiment(**table_of("low_rank", **table))
+
+    def stop(seed: int, record: RoundRecord) -> None:
+        if record.round == 2:
+            raise KeyboardInterrupt
+
+    prepare(begun, folder, False)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_all([(resolve(begun), folder)], Console(quiet=True), on_round=stop))
+    place = journal_folder(folder, begun.rules[0], 0)
+    assert all(is_over_examples(recall(client, 9)) for client in (place / "clients").iterdir())
+    list(run_all([(resolve(Experiment(**table_of("serial", **table))), folder)], Console(quiet=True)))
+    torch.testing.assert_close(load_file(place / "model-000003.safetensors"), whole, rtol=1e-3, atol=1e-5)
+
+
 @dataclass(frozen=True)
 class FailsInABlock(Scaffold):
     """Fails in the third round of a block; when a client trains alone its vectors have one dimension."""
 
+    keeps_gradients = True
     calls: ClassVar[list[int]] = []
 
     def correction(self, memory: Memory, received: Tensor | None) -> tuple[Tensor | None, float]:
