@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,7 @@ from corymb.simulations.data.examples import Examples
 from corymb.simulations.data.population import Population
 from corymb.simulations.engine.blocks import Trainer
 
-TRIAL_SETTINGS = [
-    TrainSettings(learning_rate=0.01, batch_size=3, epochs=2, shuffle=False, optimizer_options=options)
-    for options in ({}, {"momentum": 0.9, "weight_decay": 0.1})
-]
+OPTIONS: tuple[dict[str, Any], ...] = ({}, {"momentum": 0.9, "weight_decay": 0.1})  # of SGD
 Candidate = Callable[[Callable[[], nn.Module], Population, torch.device, Task], Trainer]
 
 
@@ -102,7 +100,10 @@ def _compare(trainer: Trainer, module: nn.Module, population: Population, tolera
     whole = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     start = {name: tensor for name, tensor in whole.items() if name not in fixed}
     before = _trained(module).detach().clone()
-    for settings in TRIAL_SETTINGS:
+    for options in OPTIONS:
+        settings = TrainSettings(
+            learning_rate=0.01, batch_size=3, epochs=2, shuffle=False, optimizer_options=options
+        )  # not when this module is imported: torch's first optimiser in a process takes seconds
         expected, losses, buffers = [], [], []
         try:
             for client in range(len(population)):

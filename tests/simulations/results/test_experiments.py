@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from corymb import cli_research
 from corymb.cli import main
 from corymb.server.journal.files import sha256
 from corymb.simulations.data.partition_settings import DirichletSettings
@@ -405,20 +406,33 @@ def test_an_exception_in_a_users_code_keeps_its_traceback(tmp_path: Path) -> Non
     assert result.stderr.strip().splitlines()[-1].startswith("error: The model 'mine:make' cannot be made")
 
 
+def test_commands_that_train_nothing_do_not_load_what_torch_compiles_with() -> None:
+    """Its first optimiser in a process loads that, which takes longer than torch itself."""
+    code = "import sys, corymb.simulations.results.commands; print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
 def test_rules_are_listed() -> None:
     result = corymb("rules")
     assert result.returncode == 0
     for word in ("fedau", "Wang & Ji 2024", "blind", "trimmed_mean", "sighted"):
         assert word in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
-    described = corymb("rules", "fedau").stdout
-    for word in ("Wang & Ji 2024", "Kind: blind (", "secure aggregation", "  cutoff = 50\n"):
-        assert word in described
-    assert "proxy data" in corymb("rules", "fedlaw").stdout
-    assert "  pull = 0.1\n" in corymb("rules", "ditto").stdout
-    assert "baseline" in corymb("rules", "central").stdout
-    assert "rule (required)" in corymb("rules", "layerwise").stdout
     assert "use 'fedavg' and set train.proximal" in corymb("rules", "fedprox").stderr
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("fedau", ("Wang & Ji 2024", "Kind: blind (", "secure aggregation", "  cutoff = 50\n")),
+    ("fedlaw", ("proxy data",)),
+    ("ditto", ("  pull = 0.1\n",)),
+    ("central", ("baseline",)),
+    ("layerwise", ("rule (required)",)),
+])  # fmt: skip
+def test_a_rule_is_described(name: str, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    cli_research.rules(name)
+    described = capsys.readouterr().out
+    for word in words:
+        assert word in described
 
 
 def test_compare_prints_a_table(tmp_path: Path) -> None:
