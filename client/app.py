@@ -24,7 +24,17 @@ from corymb.client.tasks.task import Loss, Task, make_task, task_of_loss
 from corymb.client.trainer import evaluate
 from corymb.protocol.codec import to_arrays, to_state
 from corymb.protocol.compression import COMPRESSION, UPDATE
-from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, ROUND, STEPS, memory_run, of_kind
+from corymb.protocol.records import (
+    ARRAYS,
+    EXAMPLES,
+    EXTRA,
+    METRICS,
+    ROUND,
+    STEPS,
+    memory_run,
+    of_kind,
+    resumable_rounds,
+)
 from corymb.protocol.task_settings import TaskSettings
 from corymb.protocol.train_settings import TrainSettings
 from corymb.strategies.core.reply import CLASS_COUNT_PREFIX
@@ -85,6 +95,7 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
         work = LocalWork(
             module, to_state(model_record(message.content)), to_state(extra) if isinstance(extra, ArrayRecord) else {},
             settings, server_round, task, lambda: fresh_module(settings.seed), folder,
+            resumable_rounds(configs, server_round),
         )  # fmt: skip
 
         def seeded() -> None:

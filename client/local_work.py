@@ -57,15 +57,16 @@ class LocalWork:
     """The work of one client with `settings` in a round.
 
     `module` is a new module, `received` the entries that travel, `extra` the rule's second vector by parameter name,
-    and `folder` holds what the client keeps. Raises `ValueError` if the received entries are not those that the
-    settings share.
+    and `folder` holds what the client keeps, so that the run can be resumed after the rounds `resumable`. Raises
+    `ValueError` if the received entries are not those that the settings share.
     """
 
     def __init__(
         self, module: nn.Module, received: Mapping[str, Tensor], extra: Mapping[str, Tensor], settings: TrainSettings,
-        server_round: int, task: Task, new_module: Callable[[], nn.Module], folder: Path,
+        server_round: int, task: Task, new_module: Callable[[], nn.Module], folder: Path, resumable: Collection[int],
     ) -> None:  # fmt: skip
         self._settings, self._round, self._task, self._folder = settings, server_round, task, folder
+        self._resumable = resumable
         self._module, self._received, self._extra, self._new_module = module, received, extra, new_module
         self._algorithm = algorithm_of(settings)
         self._personal = personal_names(module, settings)
@@ -120,7 +121,7 @@ class LocalWork:
             shared, update, left_out = self._compressed(self._settings.compression, shared, local.memory)
             kept |= {RESIDUAL: left_out} if self._settings.compression.feeds_back else {}
         if kept:
-            keep(self._folder, self._round, kept)
+            keep(self._folder, self._round, kept, self._resumable)
         return Trained(metrics, shared, local.sent, update)
 
     def _compressed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -19,6 +20,7 @@ ROUND: Final = "server-round"  # config: round number, from 1
 EMPTY_ROUND: Final = "query.corymb_empty_round"  # type of a message that the gate of a site answers, without any app
 NONCE: Final = "nonce"  # config: identifies what is asked; the same if a node is asked again. A reply may repeat it
 MEMORY: Final = "memory-run"  # config: the first Flower run of a resumed run; clients keep things under its id
+RESUMABLE: Final = "resumable-rounds"  # config: the rounds after which the run can be resumed
 DEADLINE: Final = "deadline"  # config: seconds from the creation of the message until the server stops waiting
 
 
@@ -29,6 +31,17 @@ def memory_run(content: RecordDict, run_id: int) -> int:
     """
     named = [int(str(record[MEMORY])) for record in of_kind(content, ConfigRecord) if MEMORY in record]
     return named[0] if named else run_id
+
+
+def resumable_rounds(configs: Iterable[ConfigRecord], server_round: int) -> tuple[int, ...]:
+    """Return the rounds after which a run may be resumed that has come to `server_round`; by default the last one.
+
+    Raises `ValueError` if the configs name something else than numbers.
+    """
+    named = next((config[RESUMABLE] for config in configs if RESUMABLE in config), [server_round - 1])
+    if not isinstance(named, list):
+        raise ValueError(f"The message's {RESUMABLE} is {named!r}; it must be a list of round numbers.")
+    return tuple(int(number) for number in named)
 
 
 def of_kind(content: RecordDict, kind: type[R]) -> list[R]:

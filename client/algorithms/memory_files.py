@@ -1,14 +1,15 @@
 """What a client keeps between rounds: one safetensors file per round, of which those stay that may be read again.
 
-A file names the round after which it was written, so a round that is repeated, after a crash or when a run is resumed,
-starts from the memory before it. Flower's Context is not used: a SuperNode keeps it in memory and cuts a large one off.
+A file names the round after which it was written. With each task, the server names the rounds after which the run may
+be resumed, and the client keeps what it needs to go on from there. Flower's Context is not used: a SuperNode keeps it
+in memory and cuts a large one off.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from corymb.protocol.home import CLIENTS, home
 
 OVER_EXAMPLES = "@examples@"  # in the name of an entry that a simulation keeps as factors over the client's examples
 PLACE = "client-memory"  # key of the run config with the folder for all clients of a run
-REPEATED_ROUNDS = 4  # at most, after a crash: those after the newest state in the journal, or the one before it
+SUFFIX = ".safetensors"
 
 
 def folder_of(context: Context, client: object, run_id: int | None = None) -> Path:
@@ -37,34 +38,41 @@ def folder_of(context: Context, client: object, run_id: int | None = None) -> Pa
 
 def recall(folder: Path, server_round: int) -> dict[str, Tensor]:
     """Return what the client kept after a round up to `server_round`; nothing if there is none."""
-    for number, path in reversed(_files(folder)):
+    for number, name in reversed(_files(folder)):
         if number <= server_round:
             with suppress(SafetensorError, OSError):  # a file that a crash has torn
-                loaded: dict[str, Tensor] = load_file(path)
+                loaded: dict[str, Tensor] = load_file(folder / name)
                 return loaded
     return {}
 
 
-def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor]) -> None:
-    """Keep `memory` after round `server_round`. Raises `ValueError` for a value that is no tensor."""
+def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor], resumable: Collection[int]) -> None:
+    """Keep `memory` after round `server_round`, and what was kept up to each of the `resumable` rounds.
+
+    Raises `ValueError` for a value that is no tensor.
+    """
     if other := [name for name, value in memory.items() if not isinstance(value, Tensor)]:
         raise ValueError(
             f"A client keeps tensors only, and {other[0]!r} is a {type(memory[other[0]]).__name__}; use torch.tensor."
         )
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{server_round:06d}.safetensors"
-    part = path.with_suffix(".part")
-    needless = [old for number, old in _files(folder) if number <= server_round - REPEATED_ROUNDS][:-1]
-    for old in needless:
-        os.replace(old, part)  # its space is used again, which is faster than new space
-    with part.open("r+b" if needless else "wb") as file:
+    older = dict(file for file in _files(folder) if file[0] < server_round)
+    if not older:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    part = os.path.join(folder, "new.part")
+    needed = {max((number for number in older if number <= each), default=0) for each in resumable}
+    needless = older.keys() - needed
+    for number in needless:
+        os.replace(os.path.join(folder, older[number]), part)  # its space is used again, which is faster than new space
+    with open(part, "r+b" if needless else "wb") as file:
         file.write(save({name: tensor.detach().contiguous().cpu() for name, tensor in memory.items()}))
         file.truncate()
-    os.replace(part, path)
+    os.replace(part, os.path.join(folder, f"{server_round:06d}{SUFFIX}"))
 
 
-def _files(folder: Path) -> list[tuple[int, Path]]:
+def _files(folder: Path) -> list[tuple[int, str]]:
+    """Return the rounds and the names of the files, oldest first."""
     try:
-        return sorted((int(path.stem), path) for path in folder.iterdir() if path.suffix == ".safetensors")
+        names = os.listdir(folder)
     except FileNotFoundError:
         return []
+    return sorted((int(name.removesuffix(SUFFIX)), name) for name in names if name.endswith(SUFFIX))

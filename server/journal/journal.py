@@ -11,7 +11,6 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from corymb.strategies.core.serialization import pack_memory, unpack_memory
 log = logging.getLogger("flwr.corymb")
 KEPT_MODELS = 2  # files of the newest models
 BEST, FINISHED = "best.safetensors", "finished"  # a file, and what `about` has of a run that is complete
+_Saved = tuple[int, str, str, str | None]  # round, model file, its SHA-256, and that of the state's tensors
 
 
 class Journal:
@@ -41,13 +41,12 @@ class Journal:
 
     `notes` are stored with a run that begins, and may change when it is resumed; `about` returns them.
 
-    Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of `commit_seconds`,
-    `commit_rounds` at most, with the state after the last of them, and does not wait until they are on the disk.
+    Use `durable=False` for simulations, which can be repeated. The journal then commits the rounds of a second
+    together, with the state after the last of them, and does not wait until they are on the disk.
     """
 
     def __init__(
-        self, folder: str | Path, durable: bool = True, keep_every: int = 0, notes: Mapping[str, str] | None = None,
-        commit_seconds: float = 1.0, commit_rounds: float = inf,
+        self, folder: str | Path, durable: bool = True, keep_every: int = 0, notes: Mapping[str, str] | None = None
     ) -> None:  # fmt: skip
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +54,9 @@ class Journal:
         self._uncommitted: list[RoundRecord] = []  # written, but not yet committed
         self._state: RunState | None = None  # after the last of these rounds
         self._best: tuple[float, int, Model] | None = None  # the best of them, if a new best: score, round, model
-        self._commit_seconds, self._next_commit = commit_seconds, time.monotonic() + commit_seconds
-        self._commit_rounds = 1 if durable else commit_rounds
+        self._commit_seconds = 0.0 if durable else 1.0
+        self._next_commit = time.monotonic() + self._commit_seconds
+        self.resumable: tuple[int, ...] = ()  # see `RoundJournal`
         self._lock = FileLock(folder / "writer.lock")
         self._database = open_database(folder)
         self._database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
@@ -98,6 +98,7 @@ class Journal:
         if int(self.about().get("best-round", 0)) > number:  # that round is forgotten
             with self._database:
                 self._database.execute("DELETE FROM run WHERE key IN ('best-round', 'best-score')")
+        self.resumable = tuple(number for number, *_ in self._saved()[:KEPT_MODELS])
         return self.state(initial) if number else initial
 
     def last_whole_round(self) -> int:
@@ -123,7 +124,7 @@ class Journal:
         score = score_of(record)
         if score is not None and score > self._best_score():
             self._best = score, record.round, state.model
-        if time.monotonic() >= self._next_commit or len(self._uncommitted) >= self._commit_rounds:
+        if time.monotonic() >= self._next_commit:
             self.commit()
 
     def commit(self) -> None:
@@ -156,7 +157,9 @@ class Journal:
         if self.asks is not None:
             self.asks.forget(records[-1].round)
         self._keep_best()
-        for number, name, *_ in self._saved()[KEPT_MODELS:]:
+        saved = self._saved()
+        self.resumable = tuple(number for number, *_ in saved[:KEPT_MODELS])
+        for number, name, *_ in saved[KEPT_MODELS:]:
             if not (self._keep_every and number % self._keep_every == 0):
                 for file in (name, _state_of(name)):
                     (self.folder / file).unlink(missing_ok=True)
@@ -204,11 +207,8 @@ class Journal:
             self._database.close()
             self._lock.release()
 
-    def _saved(self) -> list[tuple[int, str, str, str | None]]:
-        """Return round, model file, its SHA-256, and that of the state's tensors, for saved rounds, newest first.
-
-        The files of older rounds may be deleted by now.
-        """
+    def _saved(self) -> list[_Saved]:
+        """Return the saved rounds, newest first. The files of older ones may be deleted by now."""
         saved = "SELECT round, model, model_sha256, state_sha256 FROM rounds WHERE model IS NOT NULL"
         return list(self._database.execute(f"{saved} ORDER BY round DESC LIMIT 64"))
 

@@ -22,7 +22,7 @@ from corymb.server.rounds.requests import Phase, push
 from corymb.server.rounds.roster import connected as connected_nodes
 from corymb.server.rounds.roster import is_complete
 from corymb.server.rounds.round import Requests, Round
-from corymb.server.rounds.round_journal import finish_patiently, write_or_keep
+from corymb.server.rounds.round_journal import finish_patiently, with_resumable, write_or_keep
 from corymb.server.rounds.run_failed import NoReplyAdmitted, RunFailed, noted
 from corymb.server.rounds.staleness import Asynchrony, Start
 from corymb.strategies import Model
@@ -69,7 +69,7 @@ class BufferedLoop:
                 log.info("%s has stopped the run after version %d.", strategy.orders.stopped_by, number - 1)
                 break
             self._models[number] = strategy.state.model
-            requests, starts, replies = self._collect(number, config)
+            requests, starts, replies = self._collect(number, with_resumable(config, strategy.journal))
             if not replies and strategy.orders.stopped_by:
                 continue
             if not replies:

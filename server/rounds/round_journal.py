@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 
+from corymb.protocol.records import RESUMABLE
 from corymb.server.rounds.events import Event
 from corymb.server.rounds.record import RoundRecord
 from corymb.server.rounds.round import Asked
@@ -56,6 +57,10 @@ class RoundJournal(Protocol):
     def asks(self) -> AskJournal | None:
         """The part that keeps what is asked and answered; None if the journal keeps rounds only."""
 
+    @property
+    def resumable(self) -> tuple[int, ...]:
+        """The rounds of the states that are kept: the run can be resumed after each of them."""
+
     def begin(self, about: Mapping[str, str], resume: bool) -> None:
         """Prepare the journal for the run that `about` describes; with `resume`, it may hold rounds of this run."""
 
@@ -73,6 +78,11 @@ class RoundJournal(Protocol):
 
     def finish(self) -> None:
         """Commit the rounds that have been written, and note that the run is complete."""
+
+
+def with_resumable(config: ConfigRecord, journal: RoundJournal | None) -> ConfigRecord:
+    """Return `config` with the rounds after which the run may be resumed, so that clients keep what they need then."""
+    return config if journal is None else ConfigRecord({**config, RESUMABLE: list(journal.resumable)})
 
 
 def write_or_keep(journal: RoundJournal, record: RoundRecord, state: RunState) -> None:

@@ -21,7 +21,7 @@ from corymb.server.rounds.record import RoundRecord, as_metrics
 from corymb.server.rounds.rejections import Code
 from corymb.server.rounds.roster import Sampling, wait_for
 from corymb.server.rounds.round import Requests
-from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, write_or_keep
+from corymb.server.rounds.round_journal import RoundJournal, finish_patiently, with_resumable, write_or_keep
 from corymb.server.rounds.round_size import ArrivalTimes
 from corymb.server.rounds.run_failed import NoReplyAdmitted, QuorumMissed, noted
 from corymb.server.rounds.staleness import Asynchrony
@@ -131,7 +131,7 @@ class RoundLoop(Strategy):
                 break
             self.record = RoundRecord(number)
             self.busy = exchange.busy(number)
-            config = exchange.begin(number, "train", train_config)
+            config = exchange.begin(number, "train", with_resumable(train_config, self.journal))
             messages = list(self.configure_train(number, result.arrays, config, grid))
             trained = self._train(exchange, number, messages, result)
             self.busy = exchange.busy(number)

@@ -15,7 +15,7 @@ from corymb.client import TrainSettings
 from corymb.client.app import model_record, participation_metric, round_of
 from corymb.protocol.codec import to_state
 from corymb.protocol.flower import unchecked_metrics, unchecked_record, unchecked_reply
-from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, of_kind
+from corymb.protocol.records import ARRAYS, EXAMPLES, EXTRA, METRICS, of_kind, resumable_rounds
 from corymb.protocol.row_arrays import ModelRow
 from corymb.protocol.train_settings import PREFIX
 from corymb.simulations.data.clients import Client, IndexedReplies, Request
@@ -120,7 +120,7 @@ class CohortApp:
                     extra = message.content.get(EXTRA)
                     second = to_state(extra) if isinstance(extra, ArrayRecord) else {}
                     arrays, server_round = model_record(message.content), round_of(configs)
-                    kept = self._kept.of(settings, to_state(arrays))
+                    kept = self._kept.of(settings, to_state(arrays), resumable_rounds(configs, server_round))
                     groups[key] = _Group(arrays, settings, server_round, reason is not None, second, kept)
                 except ValueError:
                     alone.append(number)  # the single app raises the same error, which becomes the client's reply

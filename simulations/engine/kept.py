@@ -19,7 +19,7 @@ from corymb.client.algorithms.algorithm import Memory, inside
 from corymb.client.algorithms.memory_files import folder_of, keep, recall
 from corymb.client.app import client_identity, make_seeded, round_of
 from corymb.client.local_work import PERSONAL, algorithm_of
-from corymb.protocol.records import of_kind
+from corymb.protocol.records import of_kind, resumable_rounds
 from corymb.protocol.shared_state import personal_names
 from corymb.protocol.train_settings import TrainSettings
 from corymb.simulations.data.clients import Client
@@ -35,12 +35,14 @@ from corymb.strategies.core.layout import Role
 class Kept:
     """What clients with `settings` keep, one folder each in `folders`.
 
+    The run may be resumed after the rounds `resumable`.
     `personal` are the entries that stay at the client, with their values in a new module.
     """
 
     settings: TrainSettings
     personal: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     folders: tuple[Path, ...] = ()
+    resumable: tuple[int, ...] = ()
 
     @property
     def has_own_starts(self) -> bool:
@@ -102,7 +104,7 @@ class Kept:
         for row, folder in enumerate(self.folders):
             kept = {**vectors.kept(remembered, row), **{name: each[row] for name, each in own.items()}}
             if kept:
-                keep(folder, task.server_round, kept)
+                keep(folder, task.server_round, kept, self.resumable)
         return result
 
     def _vectors(
@@ -147,11 +149,13 @@ def with_vectors_in_full(app: Client, population: Population, layout: Layout) ->
 
     def reply(message: Message, context: Context) -> Message:
         if message.metadata.message_type.partition(".")[0] == MessageType.TRAIN:
-            before = round_of(of_kind(message.content, ConfigRecord)) - 1
+            configs = of_kind(message.content, ConfigRecord)
+            before = round_of(configs) - 1
             folder = folder_of(context, client_identity(context))
             if is_over_examples(memory := recall(folder, before)):
                 client = int(context.node_config["partition-id"])
-                keep(folder, before, written_out(memory, layout, population, client))
+                memory = written_out(memory, layout, population, client)
+                keep(folder, before, memory, resumable_rounds(configs, before + 1))
         return app(message, context)
 
     return reply
@@ -164,9 +168,10 @@ class KeptByClients:
         self._model, self._layout = model, layout
         self._modules: dict[int, nn.Module] = {}  # of the last seed
 
-    def of(self, settings: TrainSettings, received: Mapping[str, Tensor]) -> Kept | None:
+    def of(self, settings: TrainSettings, received: Mapping[str, Tensor], resumable: tuple[int, ...]) -> Kept | None:
         """Return what clients with `settings`, who receive these entries, keep; None if that is nothing.
 
+        The run may be resumed after the rounds `resumable`.
         Raises `ValueError` if other entries are missing than those that stay at the client.
         """
         if not settings.algorithm and not settings.personal:
@@ -178,4 +183,4 @@ class KeptByClients:
         names = [entry.name for entry in self._layout.entries]
         if {name for name in names if name not in received} != home & set(names):
             raise ValueError("The received model lacks other entries than those that stay at the client.")
-        return Kept(settings, {name: initial[name].numpy() for name in names if name in home})
+        return Kept(settings, {name: initial[name].numpy() for name in names if name in home}, resumable=resumable)

@@ -18,8 +18,8 @@ from flwr.serverapp import Grid
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, make_client_app
-from corymb.client.algorithms.memory_files import PLACE, REPEATED_ROUNDS
-from corymb.client.local_work import algorithm_of, keeps_memory
+from corymb.client.algorithms.memory_files import PLACE
+from corymb.client.local_work import algorithm_of
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.shared_state import shared_state
 from corymb.server import FlowerStrategy, Journal, RoundRecord
@@ -148,10 +148,7 @@ class Run:
                 on_round(record)
 
         failures, shared = _FailureCheck(), shared_state(module, self.settings)
-        # Clients keep what they need to repeat a few rounds, so the journal must not fall further behind.
-        trained = [self.settings, *([experiment.target_train()] if experiment.target.examples else [])]
-        rounds = REPEATED_ROUNDS // 2 if any(map(keeps_memory, trained)) else inf
-        with closing(tests), closing(Journal(folder, durable=False, commit_rounds=rounds)) as journal:
+        with closing(tests), closing(Journal(folder, durable=False)) as journal:
             strategy = FlowerStrategy(
                 rule,
                 server_optimizer=self._rule.make_server_optimizer(),

@@ -107,15 +107,21 @@ def test_rounds_that_are_not_durable_are_committed_together(tmp_path: Path) -> N
     reopened.close()
 
 
-def test_no_more_rounds_than_allowed_are_committed_together(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, durable=False, commit_seconds=60, commit_rounds=2)
-    committed = []
-    for number in range(1, 6):
-        journal.write(record(number), state())
-        with closing(Journal(tmp_path, durable=False)) as other:
-            committed.append(len(list(other.rounds())))
-    assert committed == [0, 2, 2, 4, 4]
+def test_the_journal_names_the_rounds_after_which_a_run_can_be_resumed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, durable=False)
+    named = [journal.resumable]
+    for number in range(1, 7):
+        journal.write(record(number), replace(state(), round=number))
+        if number in (2, 3, 6):
+            journal.commit()
+        named.append(journal.resumable)
     journal.close()
+    assert named == [(), (), (2,), (3, 2), (3, 2), (3, 2), (6, 3)]
+    for number in named[-1]:
+        with closing(Journal(tmp_path)) as reopened:
+            assert reopened.resume(state()).round == number
+            assert reopened.resumable[0] == number
+        (tmp_path / f"model-{number:06d}.safetensors").unlink()
 
 
 def test_the_best_of_rounds_that_are_committed_together_is_kept(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ class Training:
 
     def round(self, number: int) -> BlockResult:
         settings = TrainSettings(batch_size=4, epochs=2, learning_rate=0.1, algorithm=self.algorithm)
-        kept = Kept(settings, {}, self.folders)
+        kept = Kept(settings, {}, self.folders, resumable=(number - 1,))
         trainer = Program(self.module, self.clients, use_gram=self.use_gram)
         generator = torch.Generator().manual_seed(number)
         start, second = torch.randn(2, self.layout.num_parameters, generator=generator, dtype=torch.float64) / 10
