@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr.app import Context
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from corymb.protocol.home import CLIENTS, home
@@ -41,7 +41,7 @@ def recall(folder: Path, server_round: int) -> dict[str, Tensor]:
     for number, name in reversed(_files(folder)):
         if number <= server_round:
             with suppress(SafetensorError, OSError):  # a file that a crash has torn
-                loaded: dict[str, Tensor] = load_file(folder / name)
+                loaded: dict[str, Tensor] = load((folder / name).read_bytes())  # no map of a file that may change
                 return loaded
     return {}
 
