@@ -95,7 +95,7 @@ def make_client_app(model: Callable[[], nn.Module], data: Data, loss: Loss | Non
         work = LocalWork(
             module, to_state(model_record(message.content)), to_state(extra) if isinstance(extra, ArrayRecord) else {},
             settings, server_round, task, lambda: fresh_module(settings.seed), folder,
-            resumable_rounds(configs, server_round),
+            resumable_rounds(configs),
         )  # fmt: skip
 
         def seeded() -> None:

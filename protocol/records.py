@@ -33,12 +33,9 @@ def memory_run(content: RecordDict, run_id: int) -> int:
     return named[0] if named else run_id
 
 
-def resumable_rounds(configs: Iterable[ConfigRecord], server_round: int) -> tuple[int, ...]:
-    """Return the rounds after which a run may be resumed that has come to `server_round`; by default the last one.
-
-    Raises `ValueError` if the configs name something else than numbers.
-    """
-    named = next((config[RESUMABLE] for config in configs if RESUMABLE in config), [server_round - 1])
+def resumable_rounds(configs: Iterable[ConfigRecord]) -> tuple[int, ...]:
+    """Return the rounds after which the run may be resumed. Raises `ValueError` if they are not a list of numbers."""
+    named = next((config[RESUMABLE] for config in configs if RESUMABLE in config), [])
     if not isinstance(named, list):
         raise ValueError(f"The message's {RESUMABLE} is {named!r}; it must be a list of round numbers.")
     return tuple(int(number) for number in named)

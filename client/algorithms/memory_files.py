@@ -49,6 +49,7 @@ def recall(folder: Path, server_round: int) -> dict[str, Tensor]:
 def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor], resumable: Collection[int]) -> None:
     """Keep `memory` after round `server_round`, and what was kept up to each of the `resumable` rounds.
 
+    What was kept before this round stays too, for a client that trains again because its reply was lost.
     Raises `ValueError` for a value that is no tensor.
     """
     if other := [name for name, value in memory.items() if not isinstance(value, Tensor)]:
@@ -59,7 +60,7 @@ def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor], resumabl
     if not older:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = os.path.join(folder, "new.part")
-    needed = {max((number for number in older if number <= each), default=0) for each in resumable}
+    needed = {max((number for number in older if number <= each), default=0) for each in (*resumable, server_round - 1)}
     needless = older.keys() - needed
     for number in needless:
         os.replace(os.path.join(folder, older[number]), part)  # its space is used again, which is faster than new space

@@ -120,7 +120,7 @@ class CohortApp:
                     extra = message.content.get(EXTRA)
                     second = to_state(extra) if isinstance(extra, ArrayRecord) else {}
                     arrays, server_round = model_record(message.content), round_of(configs)
-                    kept = self._kept.of(settings, to_state(arrays), resumable_rounds(configs, server_round))
+                    kept = self._kept.of(settings, to_state(arrays), resumable_rounds(configs))
                     groups[key] = _Group(arrays, settings, server_round, reason is not None, second, kept)
                 except ValueError:
                     alone.append(number)  # the single app raises the same error, which becomes the client's reply

@@ -100,12 +100,13 @@ class Coordinates:
         self._others = _all_but(first, layout)
         self._rows = max(population.size(client) for client in clients)
         self._second = {} if second is None else layout.split(second)
-        self.start = self._common((1.0, 0.0), layout.vector(parameters))
-        self.second = None if second is None else self._common((0.0, 1.0), second)
+        self.start = self._common((1.0, 0.0), parameters)
+        self.second = None if second is None else self._common((0.0, 1.0), self._second)
 
-    def _common(self, shares: tuple[float, float], vector: Tensor) -> Tensor:
-        others = [vector[entry.start : entry.stop] for entry in self._others]
-        return torch.cat([*others, vector.new_zeros(self._rows * self._weight.shape[0]), vector.new_tensor(shares)])
+    def _common(self, shares: tuple[float, float], vector: Mapping[str, Tensor]) -> Tensor:
+        others = [vector[entry.name].flatten() for entry in self._others]
+        zeros = vector[self._weight.name].new_zeros(self._rows * self._weight.shape[0])
+        return torch.cat([*others, zeros, zeros.new_tensor(shares)])
 
     def stacked(self, memories: Sequence[Memory]) -> dict[str, Tensor]:
         """See `Vectors`. Raises `ValueError` if a client's examples have changed."""

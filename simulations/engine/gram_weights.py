@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from corymb.simulations.engine.low_rank import LowRankWeights
 from corymb.simulations.engine.selection import Tables, select_batches
 from corymb.simulations.engine.weight_forms import ClientIndex, first_rows, max_abs
+
+WRITTEN = 10  # a weight takes as long to write out as so many examples to multiply by it
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class GramWeights(LowRankWeights):
     never reads its inputs.
 
     With an `offset`, the weight is `alpha * W0 + share * second + A^T X`; the caller adds the offset in each step.
+    Where that costs less than a second table, the part which all clients share is written out in each step.
     """
 
     def __init__(
@@ -44,11 +48,15 @@ class GramWeights(LowRankWeights):
         super().__init__(start, bias, clients, count, plain)
         self._basis, self._products = basis, products
         self._input_sum = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * count
-        tables = [self._outputs_of(start, bias)]
+        common = [(start, bias)]
+        self._common_rows: Iterator[Tensor] | None = None  # of the batches, if the shared part is written out
         if offset is not None and offset.second is not None:
             self.second, self.second_bias = offset.second, offset.second_bias
             self.share = start.new_zeros(clients, 1, 1, dtype=torch.float64)  # a sum of many small steps
-            tables.append(self._outputs_of(offset.second, offset.second_bias))
+            common.append((offset.second, offset.second_bias))
+            if plain and len(rows) * (rows[0].numel() + WRITTEN) < 2 * clients * count:
+                self._common_rows, common = iter(rows), []
+        tables = [self._outputs_of(*each) for each in common]
         gram = products if bias is None else products + 1  # the bias adds an input that is one
         self._batches = iter(select_batches(Tables(tables, gram, self.factors), rows))
         used = rows.amax(dim=(1, 2)).cummax(dim=0).values + 1
@@ -76,15 +84,29 @@ class GramWeights(LowRankWeights):
     def outputs(self, inputs: Tensor) -> Tensor:
         active, used = inputs.shape[0], next(self._used)
         self._batch = next(self._batches)
-        result = self.scaled(self._batch.outputs(0, active))
+        result = self._common_outputs(active, is_first=not used)
         if not used:
             return result
-        if self.second is not None:
-            result.addcmul_(self._batch.outputs(1, active), first_rows(active, self.share).to(result.dtype))
         gram, factors = self._batch.gram(active), first_rows(active, self.factors)
         if used < factors.shape[1]:
             gram, factors = gram[:, :, :used], factors[:, :used]
         return result.baddbmm_(gram, factors)
+
+    def _common_outputs(self, active: int, is_first: bool) -> Tensor:
+        """Return the outputs of the batch without the factors' part, `[A, B, out]`."""
+        if self._common_rows is None:
+            result = self.scaled(self._batch.outputs(0, active))
+            if self.second is not None and not is_first:
+                result.addcmul_(self._batch.outputs(1, active), first_rows(active, self.share).to(result.dtype))
+            return result
+        assert self.second is not None
+        share = float(self.share[0])  # the same for all clients that still train
+        weight = torch.add(self.start, self.second, alpha=share)
+        used = zip(self._basis[:active], next(self._common_rows), strict=False)
+        inputs = torch.cat([examples.index_select(0, rows) for examples, rows in used])
+        if self.bias is None or self.second_bias is None:
+            return (inputs @ weight.T).view(active, -1, len(weight))
+        return torch.addmm(self.bias + share * self.second_bias, inputs, weight.T).view(active, -1, len(weight))
 
     def input_gradients(self, gradients: Tensor) -> Tensor:
         raise NotImplementedError("The examples have no gradients: GramWeights belong to the first layer only.")

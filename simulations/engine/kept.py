@@ -155,7 +155,7 @@ def with_vectors_in_full(app: Client, population: Population, layout: Layout) ->
             if is_over_examples(memory := recall(folder, before)):
                 client = int(context.node_config["partition-id"])
                 memory = written_out(memory, layout, population, client)
-                keep(folder, before, memory, resumable_rounds(configs, before + 1))
+                keep(folder, before, memory, resumable_rounds(configs))
         return app(message, context)
 
     return reply
