@@ -44,8 +44,8 @@ class FedDyn(SightedRule["Tensor | None"]):
         """Take the mean of the models and subtract `h / alpha`, after `h` has moved against the mean update."""
         clients = len(cohort.nodes)
         weights = torch.full_like(cohort.examples, 1 / clients)
-        mean = cohort.mixed(weights).double()
-        before = torch.zeros_like(mean) if memory is None else memory
+        mean = cohort.mixed(weights)
+        before = torch.zeros_like(mean, dtype=torch.float64) if memory is None else memory
         share = clients / (self.population or len(cohort.known))
-        h = before - self.alpha * share * (mean - cohort.origin.double())
-        return Mix((mean - h / self.alpha).to(cohort.origin.dtype), h, weights * (1 + share))
+        h = before.sub(mean - cohort.origin, alpha=self.alpha * share)
+        return Mix(mean.sub(h, alpha=1 / self.alpha), h, weights * (1 + share))

@@ -49,12 +49,12 @@ class Scaffold(SightedRule["Tensor | None"]):
         """Step by the mean update, and move `c` by the sum of the clients' changes over the population."""
         clients = len(cohort.nodes)
         rates = cohort.metrics[RATE_SUM].clamp(min=LEAST)
-        control = self.second_vector(cohort.origin, memory).double()
+        population = self.population or len(cohort.known)
         weights = torch.full_like(cohort.examples, self.server_rate / clients)
         vector = cohort.mixed(weights)
-        if bool((rates == rates[0]).all()):  # then both sums are the same but for a factor
-            drift = (cohort.origin.double() - vector).mul_(clients / (self.server_rate * rates[0]))
-        else:
-            drift = cohort.origin.double() - cohort.mixed(1 / rates)  # the sum of (origin - model) / rate-sum
-        population = self.population or len(cohort.known)
-        return Mix(vector, (control * (1 - clients / population)).add_(drift, alpha=1 / population), weights)
+        drift, factor = vector, clients / (self.server_rate * float(rates[0]))
+        if bool((rates != rates[0]).any()):
+            drift, factor = cohort.mixed(1 / rates), 1.0
+        control = self.second_vector(cohort.origin, memory).double() * (1 - clients / population)
+        # The sum of (origin - model) / rate-sum, over the population.
+        return Mix(vector, control.add_(cohort.origin - drift, alpha=factor / population), weights)
