@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,29 @@ class GramOffset:
     second_bias: Tensor | None = None
 
 
+class _CommonWeight:
+    """What the weights of all clients that still train have in common under plain SGD, `W0 + share * second`.
+
+    `pair` holds W0 and `second`, each `[out, in]` with its bias or None; `basis` and `rows` are as in `GramWeights`.
+    """
+
+    def __init__(self, pair: Sequence[tuple[Tensor, Tensor | None]], basis: Sequence[Tensor], rows: Tensor) -> None:
+        (self._start, self._bias), (self._second, self._second_bias) = pair
+        self._basis, self._rows = basis, iter(rows)
+        self._weight = torch.empty_like(self._start)
+        self._inputs = self._start.new_empty(*rows.shape[1:], self._start.shape[1])
+
+    def outputs(self, clients: int, share: float) -> Tensor:
+        """Return the outputs of the next batch at the first A `clients`, `[A, B, out]`."""
+        weight = torch.add(self._start, self._second, alpha=share, out=self._weight)
+        for examples, rows, inputs in zip(self._basis[:clients], next(self._rows), self._inputs, strict=False):
+            torch.index_select(examples, 0, rows, out=inputs)
+        result = self._inputs[:clients].flatten(0, 1) @ weight.T
+        if self._bias is not None and self._second_bias is not None:
+            result += self._bias + share * self._second_bias
+        return result.view(clients, -1, len(weight))
+
+
 class GramWeights(LowRankWeights):
     """The low-rank form over the examples themselves, for the layer that takes the examples as its inputs.
 
@@ -48,14 +71,14 @@ class GramWeights(LowRankWeights):
         super().__init__(start, bias, clients, count, plain)
         self._basis, self._products = basis, products
         self._input_sum = products.diagonal(dim1=1, dim2=2).amax(dim=1).sqrt() * count
-        common = [(start, bias)]
-        self._common_rows: Iterator[Tensor] | None = None  # of the batches, if the shared part is written out
+        common: list[tuple[Tensor, Tensor | None]] = [(start, bias)]
+        self._written: _CommonWeight | None = None
         if offset is not None and offset.second is not None:
             self.second, self.second_bias = offset.second, offset.second_bias
             self.share = start.new_zeros(clients, 1, 1, dtype=torch.float64)  # a sum of many small steps
             common.append((offset.second, offset.second_bias))
             if plain and len(rows) * (rows[0].numel() + WRITTEN) < 2 * clients * count:
-                self._common_rows, common = iter(rows), []
+                self._written, common = _CommonWeight(common, basis, rows), []
         tables = [self._outputs_of(*each) for each in common]
         gram = products if bias is None else products + 1  # the bias adds an input that is one
         self._batches = iter(select_batches(Tables(tables, gram, self.factors), rows))
@@ -94,19 +117,12 @@ class GramWeights(LowRankWeights):
 
     def _common_outputs(self, active: int, is_first: bool) -> Tensor:
         """Return the outputs of the batch without the factors' part, `[A, B, out]`."""
-        if self._common_rows is None:
-            result = self.scaled(self._batch.outputs(0, active))
-            if self.second is not None and not is_first:
-                result.addcmul_(self._batch.outputs(1, active), first_rows(active, self.share).to(result.dtype))
-            return result
-        assert self.second is not None
-        share = float(self.share[0])  # the same for all clients that still train
-        weight = torch.add(self.start, self.second, alpha=share)
-        used = zip(self._basis[:active], next(self._common_rows), strict=False)
-        inputs = torch.cat([examples.index_select(0, rows) for examples, rows in used])
-        if self.bias is None or self.second_bias is None:
-            return (inputs @ weight.T).view(active, -1, len(weight))
-        return torch.addmm(self.bias + share * self.second_bias, inputs, weight.T).view(active, -1, len(weight))
+        if self._written is not None:
+            return self._written.outputs(active, float(self.share[0]))
+        result = self.scaled(self._batch.outputs(0, active))
+        if self.second is not None and not is_first:
+            result.addcmul_(self._batch.outputs(1, active), first_rows(active, self.share).to(result.dtype))
+        return result
 
     def input_gradients(self, gradients: Tensor) -> Tensor:
         raise NotImplementedError("The examples have no gradients: GramWeights belong to the first layer only.")
