@@ -1,9 +1,10 @@
 """How much longer is a round with a client algorithm than a round of FedAvg, with the default settings?
 
 The multilayer perceptron 784-200-10 of the other benchmarks; 10 of 100 clients with 100 examples each train one epoch
-in batches of 32, or more epochs. Each line is a rule: the median seconds of its rounds and their ratio to FedAvg's.
+in batches of 32, or more epochs. All rules run in turn, several times. Each line is a rule: the median time of its
+rounds, its ratio to FedAvg's in the same turn as the median over the turns, and the least and the largest such ratio.
 
-    python benchmarks/client_algorithms.py [--rounds 30] [--epochs 1]
+    python benchmarks/client_algorithms.py [--rounds 100] [--epochs 1] [--turns 9]
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from corymb.simulations import Examples, Source
 from corymb.simulations.experiments.experiment import Experiment
-from corymb.simulations.experiments.resolved import resolve
+from corymb.simulations.experiments.resolved import Resolved, resolve
 from corymb.simulations.results.folder import prepare
 from corymb.simulations.results.runner import run_all
 
@@ -42,8 +43,9 @@ def perceptron(shape: tuple[int, ...], classes: int) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=9)
     arguments = parser.parse_args()
     rounds = arguments.rounds
     table: dict[str, Any] = {
@@ -52,15 +54,21 @@ def main() -> None:
         "partition": {"kind": "iid", "clients": 100}, "model": {"kind": f"{__name__}:perceptron"},
         "evaluate": {"every": rounds, "clients": True},
     }  # fmt: skip
-    experiment = Experiment(**table)
+    resolved = resolve(Experiment(**table))
+    turns = [seconds_by_rule(resolved) for _ in range(arguments.turns)]
+    for rule in turns[0]:
+        ratios = sorted(turn[rule] / turn["fedavg"] for turn in turns)
+        milliseconds = 1000 * statistics.median(turn[rule] for turn in turns)
+        middle = statistics.median(ratios)
+        print(f"{rule:10} {milliseconds:7.1f} ms  {middle:5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+def seconds_by_rule(resolved: Resolved) -> dict[str, float]:
+    """Run the experiment once; return the median time of each rule's rounds."""
     with tempfile.TemporaryDirectory() as place:
-        prepare(experiment, Path(place), False)
-        (runs,) = run_all([(resolve(experiment), Path(place))], Console(quiet=True))
-    base = None
-    for run in runs:
-        seconds = statistics.median(record.seconds for record in run.records[2:-1])
-        base = base or seconds
-        print(f"{run.rule:10} {1000 * seconds:7.1f} ms  {seconds / base:5.2f}")
+        prepare(resolved.experiment, Path(place), False)
+        (runs,) = run_all([(resolved, Path(place))], Console(quiet=True))
+        return {run.rule: statistics.median(record.seconds for record in run.records[2:-1]) for run in runs}
 
 
 if __name__ == "__main__":
