@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 from zlib import crc32
@@ -15,9 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from corymb.client.app import round_of
 from corymb.protocol.codec import to_arrays, to_state
+from corymb.protocol.records import of_kind, resumable_rounds
 from corymb.server import FlowerStrategy, Journal, NoReplyAdmitted, RoundRecord
 from corymb.server.journal.files import sha256
+from corymb.server.rounds.staleness import Asynchrony
 from corymb.simulations.grid.local_grid import LocalGrid
 from corymb.strategies import IDA, FedAU, FedAvg, Median, Rule, TrimmedMean
 from corymb.tests.support import NEEDED, RULES_WITHOUT_PROXY, State, content, reply
@@ -278,6 +282,25 @@ def test_a_journal_accepts_one_run_only(tmp_path: Path) -> None:
         FlowerStrategy(FedAvg(), journal=journal).start(LocalGrid(learner, 2), initial(), 2)
     assert sha256(tmp_path / "model-000002.safetensors") == digest
     journal.close()
+
+
+@pytest.mark.parametrize("asynchrony", [None, Asynchrony(buffer=2, concurrency=2)])
+def test_each_task_names_the_rounds_after_which_the_run_can_be_resumed(
+    asynchrony: Asynchrony | None, tmp_path: Path
+) -> None:
+    named: list[list[tuple[int, ...]]] = [[] for _ in range(6)]
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            configs = of_kind(message.content, ConfigRecord)
+            named[round_of(configs)].append(resumable_rounds(configs))
+        return learner(message, context)
+
+    for rounds in (3, 5):
+        with closing(Journal(tmp_path)) as journal:
+            strategy = FlowerStrategy(FedAvg(), journal=journal, resume=rounds > 3, asynchrony=asynchrony)
+            strategy.start(LocalGrid(client, 2), initial(), num_rounds=rounds)
+    assert [set(each) for each in named[1:]] == [{()}, {(1,)}, {(2, 1)}, {(3, 2)}, {(4, 3)}]
 
 
 def test_waiting_ends_at_once_if_no_more_nodes_can_join() -> None:
