@@ -72,9 +72,10 @@ def make_app(source: Runs, hosts: list[str] | None = None) -> FastAPI:
     @app.get("/api/research")
     def experiments() -> dict[str, Any]:
         from corymb.pages.research import payload  # imports torch, which a server need not
+        from corymb.simulations.results.stored import stored_experiment
         from corymb.simulations.results.summary import experiments_under
 
-        return payload(experiments_under(source.folder))
+        return payload([each for each in experiments_under(source.folder) if stored_experiment(each) is not None])
 
     @app.get("/api/view")
     def view(run: str = "") -> dict[str, Any]:

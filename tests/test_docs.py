@@ -23,7 +23,7 @@ BIN = Path(sys.executable).parent
 
 def run(command: str, folder: Path) -> str:
     """What a shell command prints. Fails if the command does."""
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(folder), "COLUMNS": "120"}
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "120"}
     result = subprocess.run(["sh", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout

@@ -102,6 +102,7 @@ class ClientAlgorithm:
     pulls: ClassVar[bool] = False  # whether `correction` returns a pull
     remembers: ClassVar[bool] = False  # whether `remember` returns something
     keeps_gradients: ClassVar[bool] = False
+    needs_rule: ClassVar[str] = ""  # the rule whose second vector the algorithm needs
 
     def correction(self, memory: Memory, received: Tensor | None) -> tuple[Tensor | None, float]:
         """Return the offset of the gradient, None for zero, and the pull towards the received model."""

@@ -22,6 +22,7 @@ class Scaffold(ClientAlgorithm):
     trains_in_blocks = True
     remembers = True
     keeps_gradients = True
+    needs_rule = "scaffold"
 
     def correction(self, memory: Memory, received: Tensor | None) -> tuple[Tensor | None, float]:
         """See `ClientAlgorithm.correction`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -91,6 +91,16 @@ class Experiment(Settings):
     claims: list[Claim] = Field(default_factory=list)
     """Claims that `corymb results` measures."""
 
+    if not TYPE_CHECKING:  # for which the fields are the arguments
+
+        def __init__(self, **table: Any) -> None:
+            """Raises `ValueError` that lists all problems with their keys."""
+            try:
+                super().__init__(**table)
+            except ValidationError as error:
+                name = table.get("name", "without a name")
+                raise ValueError(f"The experiment {name} is invalid: {problems(error, Experiment)}.") from None
+
     @model_validator(mode="after")
     def _check(self) -> Experiment:
         slugs = [rule.slug for rule in self.rules]
@@ -122,7 +132,13 @@ class Experiment(Settings):
         make_task(self.task)
         for index, rule in enumerate(self.rules):
             _check_train(lambda rule=rule: self.train_for(rule), f"rules.{index}.train.")
-            if algorithm_of(self.train_for(rule)).remembers and self.devices_for(rule).buffer:
+            algorithm = algorithm_of(self.train_for(rule))
+            if algorithm.needs_rule not in ("", rule.make().client_algorithm):
+                raise ValueError(
+                    f"the clients under {rule.title!r} run an algorithm that needs what the rule "
+                    f"{algorithm.needs_rule!r} sends; use that rule"
+                )
+            if algorithm.remembers and self.devices_for(rule).buffer:
                 raise ValueError(
                     f"the rule {rule.title!r} needs rounds, because server and clients would keep different updates of "
                     "a late reply; leave out devices.buffer for it"

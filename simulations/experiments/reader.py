@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from corymb.protocol.settings import keys_of, problems
+from corymb.protocol.settings import keys_of
 from corymb.simulations.data.kinds import CUSTOM
 from corymb.simulations.experiments.experiment import Experiment
+from corymb.strategies.core.registry import find_modules_in
 
 SHIPPED = Path(__file__).parent / "shipped"
 
@@ -25,8 +23,8 @@ def shipped() -> list[str]:
 def read(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
     """Return the experiment in `path`, or the shipped one of that name, with `changes {dotted key: value}` applied.
 
-    Adds the file's folder and the current folder to `sys.path`, so that "module:name" in the experiment can name the
-    user's modules. Raises `ValueError` that lists all problems with their keys.
+    Modules in the file's folder and in the current folder can be named in it. Raises `ValueError` that lists all
+    problems with their keys.
     """
     file = next((p for p in (path, SHIPPED / path, SHIPPED / f"{path}.toml") if p.is_file()), None)
     if file is None:
@@ -35,17 +33,12 @@ def read(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
         table = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The experiment {file.name} is not valid TOML: {error}.") from None
-    for folder in (file.parent, Path.cwd()):
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))
+    find_modules_in(file.parent, Path.cwd())
     if base := table.pop("based_on", None):
         table = _merged(tomllib.loads((SHIPPED / f"{base}.toml").read_text()), table)
     for key, value in (changes or {}).items():
         _set(table, key, value)
-    try:
-        return Experiment(**{"name": file.stem, **table})
-    except ValidationError as error:
-        raise ValueError(f"The experiment {file.name} is invalid: {problems(error, Experiment)}.") from None
+    return Experiment(**{"name": file.stem, **table})
 
 
 def parse_change(text: str) -> tuple[str, Any]:

@@ -25,7 +25,6 @@ from corymb.simulations.results.folder import (
     check_results,
     collect,
     finished_runs,
-    is_finished,
     journal_folder,
     prepare,
     rounds_in,
@@ -35,6 +34,7 @@ from corymb.simulations.results.never_counted import never_counted
 from corymb.simulations.results.plots import draw_all
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import Plan, run_all
+from corymb.simulations.results.stored import is_finished
 from corymb.simulations.results.summary import experiments_under, further_metrics, names_of, scores, summary_rows
 from corymb.simulations.results.summary import table as summary_as
 

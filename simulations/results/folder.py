@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -16,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import tomli_w
+from pydantic import ValidationError
 from safetensors import safe_open
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm
 from corymb.client.local_work import algorithm_of
+from corymb.protocol.settings import problems
 from corymb.server import Journal, RoundRecord
 from corymb.server.journal.rows import committed
 from corymb.server.rule_settings import RuleSettings
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.results.score import ACCURACY, Score
+from corymb.simulations.results.stored import CONFIG, SUMMARY, read_stored, settings_of, stored_settings
 
-CONFIG, SUMMARY = "config.toml", "summary.json"
 FILES = {
     CONFIG, "rounds.jsonl", "clients.jsonl", SUMMARY, "model.safetensors", "report.html", "journals",
     "accuracy.png", "participation.png", "weights.png", "labels.png", "clients.png", "time.png", "bytes.png",
@@ -132,7 +133,7 @@ def prepare(experiment: Experiment, folder: Path, resume: bool) -> Path | None:
     """
     check_results(folder)
     if resume and (folder / CONFIG).exists():
-        if _stored(folder) != _settings(experiment):
+        if stored_settings(folder) != settings_of(experiment):
             raise ValueError(f"The results in {folder} have other settings; leave out --resume, or give another --out.")
         return None
     moved = None
@@ -190,36 +191,19 @@ def _has_entries(model: Path) -> bool:
         return bool(list(file.keys()))
 
 
-def is_finished(experiment: Experiment, folder: Path) -> bool:
-    """Return whether `folder` has results of `experiment`; settings without effect on results are ignored."""
-    return (folder / SUMMARY).exists() and _stored(folder) == _settings(experiment)
-
-
-def _stored(folder: Path) -> dict[str, Any] | None:
-    """Return the settings of the experiment in `folder`; None if there is none, or one of another version."""
-    experiment = stored_experiment(folder)
-    return None if experiment is None else _settings(experiment)
-
-
-def stored_experiment(folder: Path) -> Experiment | None:
-    """Return the experiment whose results are in `folder`; None if there is none, or one of another version."""
-    try:
-        return Experiment.model_validate(tomllib.loads((folder / CONFIG).read_text()))
-    except (OSError, ValueError):
-        return None
-
-
 def finished_runs(folder: Path) -> tuple[Experiment, list[FinishedRun]]:
-    """Return the finished experiment in `folder` and its runs. Raises `ValueError` if there is none."""
-    experiment = stored_experiment(folder)
-    if experiment is None or not is_finished(experiment, folder):
+    """Return the finished experiment in `folder` and its runs. Raises `ValueError` if it has none that can be read."""
+    if not ((folder / SUMMARY).exists() and (folder / CONFIG).exists()):
         raise ValueError(f"The folder {folder} has no finished experiment; give a folder such as runs/demo.")
+    try:
+        experiment = read_stored(folder)
+    except ValueError as error:
+        problem = problems(error, Experiment) if isinstance(error, ValidationError) else str(error)
+        raise ValueError(
+            f"The experiment in {folder} cannot be read: {problem}; work in the folder that has its modules, or leave "
+            "out results of another version of Corymb."
+        ) from error
     return experiment, collect(experiment, folder)
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """Return the settings that have an effect on results."""
-    return experiment.model_dump(exclude={"claims", "setting", "engine", "ray"})
 
 
 def _round_row(run: FinishedRun, record: RoundRecord) -> dict[str, Any]:

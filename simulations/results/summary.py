@@ -13,8 +13,9 @@ import numpy as np
 
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.results.client_results import client_results
-from corymb.simulations.results.folder import CONFIG, FinishedRun, stored_experiment
+from corymb.simulations.results.folder import FinishedRun
 from corymb.simulations.results.score import VIRTUAL, Score
+from corymb.simulations.results.stored import CONFIG, SUMMARY
 
 TEXTS = ("experiment", "rule")  # columns without numbers
 FORMATS = ("markdown", "latex", "csv")
@@ -22,9 +23,8 @@ Row = dict[str, Any]
 
 
 def experiments_under(folder: Path) -> list[Path]:
-    """Return the folders of all finished experiments in `folder` and below that this Corymb can read, by name."""
-    found = sorted(path.parent for path in folder.glob(f"**/{CONFIG}") if (path.parent / "summary.json").exists())
-    return [path for path in found if stored_experiment(path) is not None]
+    """Return the folders of all finished experiments in `folder` and below, by name."""
+    return sorted(path.parent for path in folder.glob(f"**/{CONFIG}") if (path.parent / SUMMARY).exists())
 
 
 def names_of(experiments: Sequence[Experiment], folders: Sequence[Path]) -> list[str]:

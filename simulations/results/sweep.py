@@ -20,11 +20,12 @@ from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.reader import parse_change, read
 from corymb.simulations.experiments.resolved import resolve
 from corymb.simulations.experiments.settings import ExperimentRule
-from corymb.simulations.results.folder import FinishedRun, collect, final_score, is_finished, prepare, write
+from corymb.simulations.results.folder import FinishedRun, collect, final_score, prepare, write
 from corymb.simulations.results.model_tests import VALIDATION
 from corymb.simulations.results.report import write_report
 from corymb.simulations.results.runner import run_all
 from corymb.simulations.results.score import Score
+from corymb.simulations.results.stored import is_finished
 from corymb.simulations.results.summary import table
 
 VALIDATION_SHARE = 0.1

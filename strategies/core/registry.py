@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -41,6 +43,13 @@ class Registry(Generic[T]):
         except Exception as error:  # the other package's code may raise anything
             raise ValueError(f"Cannot load the {self._label} {name!r}: {type(error).__name__}: {error}.") from error
         return loaded
+
+
+def find_modules_in(*folders: Path) -> None:
+    """Let Python find the modules in `folders`, so that "module:name" can name the user's own code."""
+    for folder in folders:
+        if str(folder.resolve()) not in sys.path:
+            sys.path.append(str(folder.resolve()))
 
 
 def import_reference(reference: str, label: str) -> Any:

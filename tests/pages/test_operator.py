@@ -117,7 +117,17 @@ def test_an_experiment_with_many_rounds_and_two_of_one_name(tmp_path: Path) -> N
     assert [each["name"] for each in found["experiments"]] == ["same (one)", "same (two)"]
     assert len(found["experiments"][0]["runs"][0]["metrics"]["accuracy"]) == 120
     (tmp_path / "two" / "config.toml").write_text("rounds = 'many'")
-    assert experiments_under(tmp_path) == [tmp_path / "one"]
+    assert experiments_under(tmp_path) == [tmp_path / "one", tmp_path / "two"]
+    with pytest.raises(ValueError, match=r"two cannot be read: rounds = 'many'.*; work in the folder that has its mod"):
+        payload([tmp_path / "two"])
+
+    async def served() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(Runs(tmp_path)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.get("/api/research")
+
+    shown = asyncio.run(served()).json()["experiments"]  # the page leaves out what cannot be read
+    assert [each["name"] for each in shown] == ["same"]
 
 
 def test_a_run_that_waits_for_sites_to_begin_says_so(tmp_path: Path) -> None:
