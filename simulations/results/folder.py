@@ -15,12 +15,10 @@ from typing import Any
 
 import numpy as np
 import tomli_w
-from pydantic import ValidationError
 from safetensors import safe_open
 
 from corymb.client.algorithms.algorithm import ClientAlgorithm
 from corymb.client.local_work import algorithm_of
-from corymb.protocol.settings import problems
 from corymb.server import Journal, RoundRecord
 from corymb.server.journal.rows import committed
 from corymb.server.rule_settings import RuleSettings
@@ -198,11 +196,11 @@ def finished_runs(folder: Path) -> tuple[Experiment, list[FinishedRun]]:
     try:
         experiment = read_stored(folder)
     except ValueError as error:
-        problem = problems(error, Experiment) if isinstance(error, ValidationError) else str(error)
+        problem = str(error).removesuffix(".")
         raise ValueError(
-            f"The experiment in {folder} cannot be read: {problem}; work in the folder that has its modules, or leave "
-            "out results of another version of Corymb."
-        ) from error
+            f"The results in {folder} cannot be read: {problem}; work in the folder that has the modules of the "
+            "experiment, or leave out results of another version of Corymb."
+        ) from None
     return experiment, collect(experiment, folder)
 
 

@@ -34,7 +34,7 @@ def stored_experiment(folder: Path) -> Experiment | None:
 def read_stored(folder: Path) -> Experiment:
     """Return the experiment whose results are in `folder`. Raises `OSError` or `ValueError` if it cannot be read."""
     find_modules_in(Path.cwd())
-    return Experiment.model_validate(tomllib.loads((folder / CONFIG).read_text()))
+    return Experiment(**tomllib.loads((folder / CONFIG).read_text()))
 
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
