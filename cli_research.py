@@ -34,10 +34,8 @@ def rules(
 
     Example: corymb rules fedau
     """
-    from corymb.strategies.core.registry import find_modules_in
     from corymb.strategies.rules import rule_class
 
-    find_modules_in(Path.cwd())
     listed = _listed()
     if name is not None:
         kind, rule = listed[name] if name in listed else (rule_class(name).kind, rule_class(name))

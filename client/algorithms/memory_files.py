@@ -70,6 +70,14 @@ def keep(folder: Path, server_round: int, memory: Mapping[str, Tensor], resumabl
     os.replace(part, os.path.join(folder, f"{server_round:06d}{SUFFIX}"))
 
 
+def forget_after(place: Path, server_round: int) -> None:
+    """Delete what the clients with folders in `place` kept after `server_round`, in rounds that will be repeated."""
+    for folder in place.glob("*/"):
+        for number, name in _files(folder):
+            if number > server_round:
+                (folder / name).unlink()
+
+
 def _files(folder: Path) -> list[tuple[int, str]]:
     """Return the rounds and the names of the files, oldest first."""
     try:

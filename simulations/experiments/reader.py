@@ -33,7 +33,7 @@ def read(path: Path, changes: Mapping[str, Any] | None = None) -> Experiment:
         table = tomllib.loads(file.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The experiment {file.name} is not valid TOML: {error}.") from None
-    find_modules_in(file.parent, Path.cwd())
+    find_modules_in(file.parent)
     if base := table.pop("based_on", None):
         table = _merged(tomllib.loads((SHIPPED / f"{base}.toml").read_text()), table)
     for key, value in (changes or {}).items():

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from torch.utils.data import TensorDataset
 
 from corymb.client import TrainSettings, make_client_app
-from corymb.client.algorithms.memory_files import PLACE
+from corymb.client.algorithms.memory_files import PLACE, forget_after
 from corymb.client.local_work import algorithm_of
 from corymb.protocol.codec import to_arrays
 from corymb.protocol.shared_state import shared_state
@@ -171,6 +171,7 @@ class Run:
             initial = to_arrays({name: tensor.clone() for name, tensor in shared.items()})
             # Clients run while their replies are pulled, so a timeout would make results depend on the machine.
             finished = journal.last_whole_round()
+            forget_after(Path(str(config[PLACE])), finished)
             timed = self._timed(grid)
             online = timed if devices.buffer else with_availability(timed, self.participation, finished)
             strategy.start(online, initial, experiment.rounds, timeout=inf, evaluate_fn=evaluate_fn)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from corymb.simulations.experiments.experiment import Experiment
-from corymb.strategies.core.registry import find_modules_in
 
 CONFIG, SUMMARY = "config.toml", "summary.json"  # files of the folder
 
@@ -33,7 +32,6 @@ def stored_experiment(folder: Path) -> Experiment | None:
 
 def read_stored(folder: Path) -> Experiment:
     """Return the experiment whose results are in `folder`. Raises `OSError` or `ValueError` if it cannot be read."""
-    find_modules_in(Path.cwd())
     return Experiment(**tomllib.loads((folder / CONFIG).read_text()))
 
 

@@ -45,21 +45,22 @@ class Registry(Generic[T]):
         return loaded
 
 
-def find_modules_in(*folders: Path) -> None:
-    """Let Python find the modules in `folders`, so that "module:name" can name the user's own code."""
-    for folder in folders:
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))
+def find_modules_in(folder: Path) -> None:
+    """Let Python find the modules in `folder`, so that "module:name" can name the user's own code."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
 
 
 def import_reference(reference: str, label: str) -> Any:
     """Return the object at `reference`, "module:name"; `label` is the word for the object in error messages.
 
-    Raises `ValueError` if it cannot be imported, with the original exception as the cause.
+    Python then also finds modules in the current folder. Raises `ValueError` if the object cannot be imported, with the
+    original exception as the cause.
     """
     module, _, name = reference.partition(":")
     if not module or not name:
         raise ValueError(f"The {label} {reference!r} is not a reference; write it as 'module:name'.")
+    find_modules_in(Path.cwd())
     try:
         return getattr(import_module(module), name)
     except Exception as error:  # the imported code may raise anything

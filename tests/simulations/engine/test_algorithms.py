@@ -12,7 +12,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from corymb.client.algorithms.memory_files import recall
+from corymb.client.algorithms.memory_files import keep, recall
+from corymb.server import RoundRecord
 from corymb.simulations import Examples, Source
 from corymb.simulations.experiments.experiment import Experiment
 from corymb.simulations.experiments.resolved import resolve
@@ -88,6 +89,26 @@ def run(engine: str, folder: Path, **settings: Any) -> Found:
     models = [load_file(place / "model-000003.safetensors") for place in places]
     kept = [recall(client, 9) for place in places for client in sorted((place / "clients").glob("*"))]
     return runs, models, kept
+
+
+def test_a_resumed_run_forgets_what_clients_kept_in_rounds_that_are_lost(tmp_path: Path) -> None:
+    """It is stopped after the first round; a client that sits out the second one must not read what it kept in it."""
+    whole = run("serial", tmp_path / "whole", rules=["scaffold"])[1][0]
+    experiment, folder = Experiment(**table_of("serial", rules=["scaffold"])), tmp_path / "parts"
+
+    def stop(seed: int, record: RoundRecord) -> None:
+        raise KeyboardInterrupt
+
+    prepare(experiment, folder, False)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_all([(resolve(experiment), folder)], Console(quiet=True), on_round=stop))
+    place = journal_folder(folder, experiment.rules[0], 0)
+    for client in (place / "clients").iterdir():
+        keep(client, 2, {name: 100 * values for name, values in recall(client, 1).items()}, resumable=[1])
+    list(run_all([(resolve(experiment), folder)], Console(quiet=True)))
+    assert load_file(place / "model-000003.safetensors").keys() == whole.keys()
+    for name, values in load_file(place / "model-000003.safetensors").items():
+        assert torch.equal(values, whole[name])
 
 
 def assert_same(tmp_path: Path, engine: str = "batched", only_models: bool = False, **settings: Any) -> Found:

@@ -41,7 +41,7 @@ kind = "mlp"
 steps = 2
 """
 
-# Its clients keep what they need in files, as factors over their examples, and the journal must not fall far behind.
+# Its clients keep what they need in files, as factors over their examples.
 KEPT = """
 rounds = 120
 seeds = 1
