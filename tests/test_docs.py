@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ DOCS = ROOT / "docs"
 BIN = Path(sys.executable).parent
 
 
-def run(command: str, folder: Path) -> str:
-    """What a shell command prints. Fails if the command does."""
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "120"}
+def run(command: str, folder: Path, **variables: str) -> str:
+    """What a shell command prints, with further environment variables. Fails if the command does."""
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "COLUMNS": "120"} | variables
     result = subprocess.run(["sh", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
@@ -110,22 +111,26 @@ def test_parts_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_a_rule_of_ones_own_is_found_by_its_entry_point(tmp_path: Path) -> None:
-    """As `pip install` leaves it: a module, and the metadata of its distribution."""
+    """As `pip install` leaves it, in a folder on Python's path: a module, and the metadata of its distribution."""
+    packages, work = tmp_path / "packages", tmp_path / "work"
+    packages.mkdir()
+    work.mkdir()
+    installed = partial(run, folder=work, PYTHONPATH=str(packages))
     guide = blocks("guide-research.md")
-    (tmp_path / "my_package.py").write_text(next(text for _, _, text in guide if "class InverseLoss" in text))
+    (packages / "my_package.py").write_text(next(text for _, _, text in guide if "class InverseLoss" in text))
     toml = next(text for _, _, text in guide if text.startswith("[project.entry-points"))
     entry_points = tomllib.loads(toml)["project"]["entry-points"]
-    (metadata := tmp_path / "my_package-1.0.dist-info").mkdir()
+    (metadata := packages / "my_package-1.0.dist-info").mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
     lines = [
         f"[{group}]\n" + "\n".join(f"{name} = {target}" for name, target in names.items())
         for group, names in entry_points.items()
     ]
     (metadata / "entry_points.txt").write_text("\n".join(lines))
-    assert "inverse_loss" in run("corymb rules", tmp_path)
-    assert "floor = 0.1" in run("corymb rules inverse_loss", tmp_path)
+    assert "inverse_loss" in installed("corymb rules")
+    assert "floor = 0.1" in installed("corymb rules inverse_loss")
     small = "--seeds 1 --set rounds=2 --set train.steps=1 --set partition.clients=4"
-    assert "inverse_loss" in run(f"corymb compare --rules fedavg,inverse_loss {small}", tmp_path)
+    assert "inverse_loss" in installed(f"corymb compare --rules fedavg,inverse_loss {small}")
 
 
 def test_the_experiments_of_the_guide_are_valid(tmp_path: Path) -> None:
